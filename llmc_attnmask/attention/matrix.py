@@ -1,0 +1,230 @@
+"""The attention matrix, the error of a pruned one, and that error's exact gradient.
+
+For one head with logits S = scaling * Q K^T (soft-capped and masked where the model
+does so) the attention matrix is A = softmax(S), row by row. With Q~, K~ from pruned
+weights the error is, one term per head (arXiv 2410.11261),
+
+    E  = ||A~ - A||_F^2
+    Eo = ||sum_h (A~_h - A_h) V_h W_o,h||_F^2      what of it reaches the output
+
+With G = dE/dA~ the gradient through the softmax is P = A~ o (G - rowsum(A~ o G)), the
+paper's P = F o C - diag((F o C) 1) F for G = C, and dE/dQ~ = scaling * P K~,
+dE/dK~ = scaling * P^T Q~ summed over the query heads that share a key head.
+
+Everything is computed in blocks of query rows, so memory does not grow with L^2.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llmc_attnmask.attention.capture import AttentionCall
+
+# Elements of A alive in one block. Small blocks stay in a CPU's cache and skip more of
+# the causally masked half; a GPU wants larger ones.
+_BLOCK_ELEMENTS = {"cpu": 2**20}
+_BLOCK_ELEMENTS_ACCELERATOR = 2**25
+
+# Masks hide a key with the lowest number of the model's dtype, -65504 for fp16; beside
+# a visible key the softmax of anything below this is exactly zero in fp32.
+_HIDDEN = -1e4
+
+
+class AttentionNorms(NamedTuple):
+    """Sums that make the errors relative."""
+
+    matrix: float  # ||A||_F^2 over heads and samples
+    output: float  # ||sum_h A_h V_h W_o,h||_F^2 over samples
+
+
+def probabilities(call: AttentionCall) -> Tensor:
+    """The attention matrices, all at once: for small L and for tests.
+
+    :return: [B, H, L, L], rows sum to 1 (less what the sinks take)
+    """
+    blocks = [
+        _softmax(_logits(call, call.query, call.key, rows, call.key.shape[2])[0], call)
+        for rows in _row_blocks(call)
+    ]
+    return torch.cat([_per_head(block, call) for block in blocks], dim=2)
+
+
+def attention_norms(
+    call: AttentionCall, output_projection: Tensor | None = None
+) -> AttentionNorms:
+    """Squared norms of the attention matrix and of the attention output.
+
+    :param output_projection: [D, H * dv] weight of o_proj; without it ``output`` is 0
+    """
+    matrix = output = 0.0
+    with torch.no_grad():
+        for rows in _row_blocks(call):
+            columns = _visible_columns(call, rows)
+            attention = _softmax(
+                _logits(call, call.query, call.key, rows, columns)[0], call
+            )
+            matrix += attention.square().sum().item()
+            if output_projection is not None:
+                reached = _to_output(attention, call, output_projection, columns)
+                output += reached.square().sum().item()
+    return AttentionNorms(matrix, output)
+
+
+def attention_error(
+    reference: AttentionCall,
+    query: Tensor,
+    key: Tensor,
+    *,
+    matrix_weight: float = 1.0,
+    output_weight: float = 0.0,
+    output_projection: Tensor | None = None,
+) -> Tensor:
+    """``matrix_weight * E + output_weight * Eo`` summed over samples and heads.
+
+    Differentiable in ``query`` and ``key``; the gradient is the closed form above,
+    computed in the same pass.
+
+    :param reference: call of the dense module: A, V, mask, scaling, soft cap and sinks
+    :param query: [B, H, L, dh] of the pruned module
+    :param key: [B, G, L, dh] of the pruned module
+    :param output_projection: [D, H * dv] weight of o_proj, needed if ``output_weight``
+    :return: scalar, in the dtype of ``query``
+    """
+    if output_weight and output_projection is None:
+        raise ValueError("output_weight > 0 needs the output_projection's weight")
+    weights = (matrix_weight, output_weight, output_projection)
+    return _AttentionError.apply(query, key, reference, weights)
+
+
+class _AttentionError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, reference: AttentionCall, weights: Any
+    ) -> Tensor:
+        matrix_weight, output_weight, output_projection = weights
+        need_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        error = query.new_zeros(())
+        query_gradient = torch.zeros_like(query)
+        key_gradient = torch.zeros_like(key)
+        for rows in _row_blocks(reference):
+            columns = _visible_columns(reference, rows)
+            dense = _softmax(
+                _logits(reference, reference.query, reference.key, rows, columns)[0],
+                reference,
+            )
+            logits, slope = _logits(reference, query, key, rows, columns)
+            pruned = _softmax(logits, reference)
+            change = pruned - dense
+            gradient = torch.zeros_like(change)
+            if matrix_weight:
+                error += matrix_weight * change.square().sum()
+                gradient += (2 * matrix_weight) * change
+            if output_weight:
+                reached = _to_output(change, reference, output_projection, columns)
+                error += output_weight * reached.square().sum()
+                gradient += _from_output(
+                    (2 * output_weight) * reached, reference, output_projection, columns
+                )
+            if not need_gradient:
+                continue
+            inner = pruned * gradient
+            inner -= inner.sum(-1, keepdim=True) * pruned  # P
+            if slope is not None:
+                inner *= slope
+            inner *= reference.scaling
+            flat = inner.flatten(2, 3)  # [B, G, H/G * rows, columns]
+            query_rows = _grouped(query[:, :, rows], key.shape[1]).flatten(2, 3)
+            query_gradient[:, :, rows] = (flat @ key[:, :, :columns]).view_as(
+                query[:, :, rows]
+            )
+            key_gradient[:, :, :columns] += flat.transpose(-1, -2) @ query_rows
+        if need_gradient:
+            ctx.save_for_backward(query_gradient, key_gradient)
+        return error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        query_gradient, key_gradient = ctx.saved_tensors
+        return upstream * query_gradient, upstream * key_gradient, None, None
+
+
+def _row_blocks(call: AttentionCall) -> Iterator[slice]:
+    batch, heads, rows, _ = call.query.shape
+    budget = _BLOCK_ELEMENTS.get(call.query.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
+    size = max(1, budget // (batch * heads * call.key.shape[2]))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _visible_columns(call: AttentionCall, rows: slice) -> int:
+    """How many leading keys the rows can see; causal masks hide the rest."""
+    if call.mask is None:
+        return call.key.shape[2]
+    mask = call.mask[..., rows, :]
+    hidden = mask <= _HIDDEN
+    if hidden.all(-1).any():  # a row without any key attends to all of them evenly
+        return call.key.shape[2]
+    visible = (~hidden).reshape(-1, mask.shape[-1]).any(0)
+    return int(visible.nonzero().max()) + 1
+
+
+def _grouped(per_head: Tensor, groups: int) -> Tensor:
+    """[B, H, ...] -> [B, G, H/G, ...]: query heads beside the key head they share."""
+    return per_head.unflatten(1, (groups, -1))
+
+
+def _per_head(grouped: Tensor, call: AttentionCall) -> Tensor:
+    """[B, G, H/G, rows, columns] -> [B, H, rows, columns]."""
+    return grouped.flatten(1, 2)
+
+
+def _logits(
+    call: AttentionCall, query: Tensor, key: Tensor, rows: slice, columns: int
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [B, G, H/G, rows, columns] and the soft cap's derivative there."""
+    groups = key.shape[1]
+    per_group = _grouped(query[:, :, rows], groups)
+    flat = per_group.flatten(2, 3) @ key[:, :, :columns].transpose(-1, -2)
+    logits = flat.view(*per_group.shape[:-1], columns) * call.scaling
+    slope = None
+    if call.softcap is not None:
+        capped = torch.tanh(logits / call.softcap)
+        logits, slope = capped * call.softcap, 1 - capped.square()
+    if call.mask is not None:
+        mask = call.mask[..., rows, :columns]
+        mask = mask.expand(mask.shape[0], call.query.shape[1], -1, -1)
+        logits = logits + _grouped(mask, groups)
+    return logits, slope
+
+
+def _softmax(logits: Tensor, call: AttentionCall) -> Tensor:
+    if call.sinks is None:
+        return logits.softmax(-1)
+    sinks = call.sinks.to(logits.dtype).view(1, logits.shape[1], -1, 1, 1)
+    sinks = sinks.expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+
+
+def _to_output(
+    attention: Tensor, call: AttentionCall, output_projection: Tensor, columns: int
+) -> Tensor:
+    """sum_h A_h V_h W_o,h: [B, G, H/G, rows, columns] -> [B, rows, D]."""
+    value = call.value[:, :, :columns]
+    mixed = attention.flatten(2, 3) @ value  # [B, G, H/G * rows, dv]
+    mixed = mixed.view(*attention.shape[:-1], -1).flatten(1, 2)  # [B, H, rows, dv]
+    return mixed.transpose(1, 2).flatten(2) @ output_projection.T
+
+
+def _from_output(
+    gradient: Tensor, call: AttentionCall, output_projection: Tensor, columns: int
+) -> Tensor:
+    """The transpose of ``_to_output``: [B, rows, D] -> [B, G, H/G, rows, columns]."""
+    heads, groups = call.query.shape[1], call.value.shape[1]
+    mixed = (gradient @ output_projection).unflatten(-1, (heads, -1)).transpose(1, 2)
+    per_group = _grouped(mixed, groups)  # [B, G, H/G, rows, dv]
+    flat = per_group.flatten(2, 3) @ call.value[:, :, :columns].transpose(-1, -2)
+    return flat.view(*per_group.shape[:-1], columns)

@@ -1,0 +1,160 @@
+"""The command ``llmc-attnmask``: parse, call, print."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prune a language model's attention by learning the masks that keep "
+    "softmax(QK^T).",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+DatasetOption = Annotated[
+    str,
+    typer.Option(
+        help="Calibration text: builtin:pydoc, a .jsonl or text file, or a hub dataset."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    recipe: Annotated[Path, typer.Option(help="YAML recipe of llm-compressor.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    dataset: DatasetOption = "builtin:pydoc",
+    text_column: Annotated[str, typer.Option(help="Key of the text.")] = "text",
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per window. [default: 2048 or the model's positions]"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of torch's generator.")] = 0,
+) -> None:
+    """Apply a recipe to a model and write the checkpoint."""
+    from llmc_attnmask.prune import prune as run
+
+    saved = run(
+        model,
+        recipe,
+        output,
+        dataset,
+        text_column=text_column,
+        num_samples=num_samples,
+        max_length=max_length,
+        seed=seed,
+    )
+    _out.print(f"saved {saved}", soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints to compare.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Dense model to compare with.")
+    ] = None,
+    text: Annotated[
+        str,
+        typer.Option(help="builtin:pydoc, a .jsonl or text file, or a hub dataset."),
+    ] = "builtin:pydoc",
+    text_column: Annotated[str, typer.Option(help="Key of the text.")] = "text",
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per window. [default: 2048 or the model's positions]"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity over non-overlapping windows, side by side."""
+    from llmc_attnmask.evaluation import evaluate as run
+
+    results = run(
+        [*([reference] if reference else []), *models], text, max_length, text_column
+    )
+    if as_json:
+        print(json.dumps([asdict(result) for result in results], indent=2))
+        return
+    table = Table(title=f"Perplexity on {text}")
+    for column in ("model", "perplexity", "to reference", "windows", "tokens", "bos"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for result in results:
+        ratio = result.perplexity / results[0].perplexity if reference else None
+        table.add_row(
+            result.model,
+            f"{result.perplexity:.3f}",
+            f"{ratio:.3f} x" if ratio else "",
+            f"{result.windows} x {result.window_length}",
+            str(result.tokens),
+            result.bos,
+        )
+    _out.print(table)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Per layer: format, sparsity, 2:4 or not, size on disk."""
+    from llmc_attnmask.checkpoint.inspect import inspect as run
+
+    layers = run(directory)
+    if as_json:
+        print(json.dumps([asdict(layer) for layer in layers], indent=2))
+        return
+    table = Table(title=str(directory))
+    for column in ("layer", "format", "shape", "zeros", "2:4", "MB"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            layer.format,
+            " x ".join(map(str, layer.shape)),
+            "" if layer.sparsity is None else f"{layer.sparsity:.4f}",
+            "" if layer.two_of_four is None else "yes" if layer.two_of_four else "no",
+            f"{layer.bytes / 1e6:.3f}",
+        )
+    _out.print(table)
+
+
+def main() -> None:
+    """Exit code 0, 1 with one line on stderr, or 2 (click's) for wrong usage."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except KeyboardInterrupt:
+        _err.print("interrupted")
+        sys.exit(1)
+    except (OSError, ValueError, ImportError) as error:
+        if os.environ.get("LLMC_ATTNMASK_TRACEBACK"):
+            raise
+        _err.print(
+            f"[red]error:[/red] {_escaped(error)}", soft_wrap=True, highlight=False
+        )
+        sys.exit(1)
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The relaxed mask: entries in (0, 1) that sum to what is kept, group by group.
+
+The paper's M lives in [0, 1]^{d x d}. Here it is the most even such matrix for given
+scores s at a temperature T,
+
+    m_i = sigmoid((s_i - tau) / T),   tau such that sum_i m_i = k in every group,
+
+which is the maximiser of <s, m> + T * entropy(m) over the hypersimplex: an even mask
+for a high temperature, the hard top-k mask for a low one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_ITERATIONS = 40
+_TOLERANCE = 1e-4
+
+
+def soft_top_k(scores: Tensor, kept: int, temperature: float) -> Tensor:
+    """Relaxed mask of each row, differentiable in the scores.
+
+    :param scores: [groups, entries]
+    :param kept: entries to keep in each group, 0 < kept < entries
+    :return: [groups, entries], in (0, 1), rows sum to ``kept``
+    """
+    return _SoftTopK.apply(scores, kept, temperature)
+
+
+class _SoftTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, kept: int, temperature: float) -> Tensor:
+        scaled = scores / temperature
+        relaxed = torch.sigmoid(scaled - _threshold(scaled, kept))
+        ctx.save_for_backward(relaxed)
+        ctx.temperature = temperature
+        return relaxed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        # tau moves with the scores: the implicit function theorem on sum_i m_i = k
+        (relaxed,) = ctx.saved_tensors
+        slope = relaxed * (1 - relaxed)
+        total = slope.sum(-1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+        mean = (slope * upstream).sum(-1, keepdim=True) / total
+        return slope * (upstream - mean) / ctx.temperature, None, None
+
+
+def _threshold(scaled: Tensor, kept: int) -> Tensor:
+    """tau of each group by Newton's method, kept inside a shrinking bracket."""
+    entries = scaled.shape[-1]
+    even = torch.logit(torch.tensor(kept / entries, dtype=torch.float64)).item()
+    low = scaled.amin(-1) - even  # every m_i >= k/n: the sum is too large
+    high = scaled.amax(-1) - even
+    # between the k-th and the (k+1)-th score: exact in the limit of low temperatures
+    top = scaled.topk(kept + 1, -1).values
+    tau = top[:, kept - 1 :].mean(-1).clamp(low, high)
+    by_entry = scaled.T.contiguous()  # sums over a short last dimension are slow
+    for _ in range(_ITERATIONS):
+        relaxed = torch.sigmoid(by_entry - tau)
+        excess = relaxed.sum(0) - kept
+        if excess.abs().amax() < _TOLERANCE * kept:
+            break
+        above = excess > 0
+        low, high = torch.where(above, tau, low), torch.where(above, high, tau)
+        slope = (relaxed - relaxed.square()).sum(0)
+        newton = tau + excess / slope
+        inside = (newton >= low) & (newton <= high)  # False for NaN and infinity
+        tau = torch.where(inside, newton, (low + high) / 2)
+    return tau.unsqueeze(-1)

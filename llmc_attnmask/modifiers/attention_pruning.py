@@ -1,0 +1,302 @@
+"""``AttentionMatrixPruningModifier``: llm-compressor's life cycle around the solver."""
+
+import time
+from typing import Any, cast
+
+import torch
+from compressed_tensors.offload import get_execution_device, update_offload_parameter
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from torch import Tensor, nn
+
+from llmc_attnmask.attention.capture import (
+    AttentionInputs,
+    AttentionReplica,
+    UnsupportedAttentionError,
+)
+from llmc_attnmask.attention.projections import (
+    Projection,
+    Role,
+    attention_modules,
+    find_projections,
+)
+from llmc_attnmask.masks.solver import MaskSolution, SolverSettings, learn_masks
+from llmc_attnmask.masks.structure import MaskStructure
+
+
+class AttentionMatrixPruningModifier(Modifier):
+    """
+    Prunes the projections of attention modules with masks that are learned on the error
+    of the attention matrix itself (https://arxiv.org/abs/2410.11261), not on a linear
+    proxy of it. Surviving weights keep their original bits.
+
+    Sample yaml:
+
+    ```yaml
+    prune_stage:
+      attention_modifiers:
+        AttentionMatrixPruningModifier:
+          sparsity: 0.5
+          mask_structure: "2:4"
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - find attention modules and their projections, check fields and weights
+    - on_calibration_start
+        - register_hook(attention, collect inputs, "forward_pre")
+    - on_sequential_epoch_end
+        - learn_masks, write the pruned weights
+    - on_calibration_end
+        - remove_hooks()
+    - on_finalize
+        - check that no later modifier has filled a pruned entry
+
+    :param sparsity: share of each projection's entries to prune, in [0, 1); or a list
+        with one share per targeted attention module, in the model's order
+    :param mask_structure: "N:M" prunes N of every M consecutive inputs of a row; "0:0"
+        prunes a share of the whole matrix. Defaults to "0:0"
+    :param projections: which projections to prune, of q and k. Defaults to both
+    :param update_weights: must be false: survivors keep their original values
+    :param output_weight: share of the error that is weighed by what reaches the
+        attention output, ||(A - A~) V W_o||, in [0, 1]; 0 is the paper's objective
+    :param targets: attention modules to prune, by name, "re:" pattern or class.
+        Defaults to all attention modules
+    :param ignore: attention modules to leave alone, likewise
+    :param l2_penalty: the paper's lambda, on the mean square of the relaxed mask
+    :param steps: optimisation steps per attention module; 0 keeps the starting mask,
+        Wanda's
+    :param learning_rate: Adam's, of the mask's scores, whose mean starts at 1
+    :param batch_size: calibration samples per step
+    :param seed: order of the calibration samples; same seed and machine, same bytes
+    """
+
+    requires_calibration_data: bool = True
+
+    sparsity: float | list[float]
+    mask_structure: str = "0:0"
+    projections: list[Role] = Field(default=["q", "k"])
+    update_weights: bool = False
+    output_weight: float = Field(default=0.9, ge=0, le=1)
+    targets: list[str] | str | None = None
+    ignore: list[str] = Field(default_factory=list)
+    l2_penalty: float = Field(default=0.0, ge=0)
+    steps: int = Field(default=200, ge=0)
+    learning_rate: float = Field(default=0.1, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = 0
+
+    _structure: MaskStructure = PrivateAttr()
+    _layers: dict[str, "_Layer"] = PrivateAttr(default_factory=dict)
+    _masks: dict[str, tuple[nn.Linear, Tensor]] = PrivateAttr(default_factory=dict)
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_as_list(cls, value: list[str] | str | None) -> list[str] | None:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "AttentionMatrixPruningModifier":
+        self._structure = MaskStructure.parse(self.mask_structure)
+        for sparsity in _as_list(self.sparsity):
+            self._structure.check(sparsity)
+        if not self.projections or len(set(self.projections)) < len(self.projections):
+            raise ValueError(
+                f"projections is {self.projections}; expected q, k or both, each once"
+            )
+        if later := sorted({"v", "o"} & set(self.projections)):
+            raise ValueError(
+                f"projections names {', '.join(later)}, but only q and k can be pruned "
+                "on the attention matrix so far; prune v and o with SparseGPTModifier "
+                "(recipes/block_2of4.yaml)"
+            )
+        if self.update_weights:
+            raise ValueError(
+                "update_weights: true is not available yet; set it to false, or prune "
+                "with SparseGPTModifier to have survivors updated"
+            )
+        return self
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        found = attention_modules(state.model)
+        names = self._select(state.model, found)
+        sparsities = _as_list(self.sparsity)
+        if isinstance(self.sparsity, list) and len(sparsities) != len(names):
+            raise ValueError(
+                f"sparsity lists {len(sparsities)} values for {len(names)} attention "
+                f"modules: {_listed(names)}"
+            )
+        if not isinstance(self.sparsity, list):
+            sparsities *= len(names)
+        for name, sparsity in zip(names, sparsities, strict=True):
+            self._layers[name] = self._checked_layer(name, found[name], sparsity)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        for layer in self._layers.values():
+            self.register_hook(
+                layer.attention, layer.collect, "forward_pre", with_kwargs=True
+            )
+
+    def on_sequential_epoch_end(
+        self,
+        state: State,
+        event: Event,
+        modules: list[nn.Module] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, layer in self._layers.items():
+            if len(layer.inputs):
+                self._prune(name, layer)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self.remove_hooks()
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        pruned_modules = {name.rpartition(".")[0] for name in self._masks}
+        if missed := [name for name in self._layers if name not in pruned_modules]:
+            raise ValueError(
+                f"no calibration sample reached {_listed(missed)}; put these modules "
+                "under `ignore` or calibrate with data that uses them"
+            )
+        for name, (linear, kept) in self._masks.items():
+            pruned = linear.weight.detach()[~kept.to(linear.weight.device)]
+            if filled := int((pruned != 0).sum()):
+                raise ValueError(
+                    f"{filled} of the {pruned.numel()} pruned entries of {name} are no "
+                    f"longer zero: {_listed(self._later_modifiers())} ran after "
+                    f"{type(self).__name__} and filled them in. Prune after updating "
+                    "weights, and quantize with QuantizationModifier, which keeps zeros"
+                )
+        self._layers, self._masks = {}, {}
+        return True
+
+    def _later_modifiers(self) -> list[str]:
+        recipe = active_session().lifecycle.recipe.modifiers
+        position = next((i for i, m in enumerate(recipe) if m is self), -1)
+        return [type(m).__name__ for m in recipe[position + 1 :]]
+
+    def _select(self, model: nn.Module, found: dict[str, nn.Module]) -> list[str]:
+        """Names of the attention modules that targets and ignore leave."""
+        if not found:
+            raise ValueError(
+                f"{type(model).__name__} has no attention module with Linear layers"
+            )
+        targets = list(found) if self.targets is None else self.targets
+        matched = [name for name, _ in match_named_modules(model, targets, self.ignore)]
+        names = [name for name in matched if name in found]
+        if not names:
+            raise ValueError(
+                f"targets {targets} and ignore {self.ignore} leave no attention module "
+                f"to prune (they match {_listed(matched)}); the model has "
+                f"{_listed(list(found))}"
+            )
+        return names
+
+    def _checked_layer(
+        self, name: str, attention: nn.Module, sparsity: float
+    ) -> "_Layer":
+        try:
+            projections = find_projections(attention)
+        except UnsupportedAttentionError as error:
+            raise UnsupportedAttentionError(
+                f"{name}: {error}; put it under `ignore` or use SparseGPTModifier"
+            ) from None
+        for role in self.projections:
+            weight = _linear(attention, projections[role]).weight
+            if not weight.isfinite().all():
+                bad = int((~weight.isfinite()).sum())
+                raise ValueError(
+                    f"{name}.{projections[role].parameter} has {bad} NaN or infinite "
+                    "entries; repair the checkpoint first"
+                )
+            try:
+                self._structure.groups(weight)
+            except ValueError as error:
+                raise ValueError(f"{name}.{projections[role].child}: {error}") from None
+        return _Layer(attention, projections, sparsity)
+
+    def _prune(self, name: str, layer: "_Layer") -> None:
+        start = time.perf_counter()
+        solution = learn_masks(
+            AttentionReplica(
+                layer.attention, device=get_execution_device(layer.attention)
+            ),
+            layer.inputs,
+            layer.projections,
+            self.projections,
+            self._structure,
+            layer.sparsity,
+            self._settings(),
+        )
+        self._write(name, layer, solution)
+        layer.inputs = AttentionInputs()
+        logger.log(
+            "METRIC",
+            f"{name}: error {solution.start_error:.5f} -> {solution.error:.5f} on "
+            f"held-back samples, {time.perf_counter() - start:.1f}s",
+        )
+
+    @torch.no_grad()
+    def _write(self, name: str, layer: "_Layer", solution: MaskSolution) -> None:
+        by_child: dict[str, list[Projection]] = {}
+        for role in self.projections:
+            projection = layer.projections[role]
+            by_child.setdefault(projection.child, []).append(projection)
+        for child, projections in by_child.items():
+            linear = _linear(layer.attention, projections[0])
+            weight = linear.weight.detach().clone()
+            kept = torch.ones_like(weight, dtype=torch.bool)
+            for projection in projections:
+                projection.of(kept).copy_(solution.masks[projection.role])
+            # masked_fill, not a product: a product leaves -0.0
+            update_offload_parameter(linear, "weight", weight.masked_fill(~kept, 0.0))
+            self._masks[f"{name}.{child}"] = (linear, kept.to("cpu"))
+
+    def _settings(self) -> SolverSettings:
+        return SolverSettings(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            l2_penalty=self.l2_penalty,
+            output_weight=self.output_weight,
+            seed=self.seed,
+        )
+
+
+class _Layer:
+    """An attention module in work."""
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        projections: dict[Role, Projection],
+        sparsity: float,
+    ):
+        self.attention = attention
+        self.projections = projections
+        self.sparsity = sparsity
+        self.inputs = AttentionInputs()
+
+    def collect(self, *hook: Any) -> None:
+        """Forward pre-hook: called with (module, args, kwargs)."""
+        _, args, kwargs = hook
+        self.inputs.append(args, kwargs)
+
+
+def _linear(attention: nn.Module, projection: Projection) -> nn.Linear:
+    return cast(nn.Linear, attention.get_submodule(projection.child))
+
+
+def _as_list(sparsity: float | list[float]) -> list[float]:
+    return list(sparsity) if isinstance(sparsity, list) else [sparsity]
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    """Names for a message, the first few of many."""
+    shown = ", ".join(names[:most]) or "nothing"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,113 @@
+"""Run a recipe on a model and save the result: ``oneshot`` with the checks up front."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
+from llmc_attnmask.evaluation import window_length
+from llmc_attnmask.recipe import load_recipe
+
+
+def prune(
+    model: str | Path,
+    recipe: str | Path,
+    output: str | Path,
+    dataset: str = BUILTIN,
+    *,
+    text_column: str = "text",
+    num_samples: int = 128,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Apply a recipe to a model and write the checkpoint.
+
+    The output folder appears only when everything in it is complete.
+
+    :param model: local folder or hub name
+    :param recipe: YAML file; any llm-compressor recipe, ours in it or not
+    :param output: folder to create; must not exist, or be empty
+    :param dataset: calibration text, see ``load_texts``
+    :param num_samples: calibration windows, at equal spacing over the text
+    :param max_length: tokens per window; by default 2048 or the model's positions
+    :param seed: of torch's generator; the attention modifier has its own ``seed``
+    :return: the output folder
+    :raises FileExistsError: if the output folder exists and is not empty
+    :raises RecipeError, DatasetError, ValueError: for bad input, before anything is
+        written
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(
+            f"output {output} exists and is not empty; name a new folder or remove it"
+        )
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; expected at least 1")
+    parsed = load_recipe(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    length = window_length(AutoConfig.from_pretrained(model), max_length)
+    windows = calibration_windows(
+        load_texts(dataset, text_column), tokenizer, num_samples, length
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    torch.manual_seed(seed)
+    compress(loaded, tokenizer, parsed.modifiers, windows)
+    return save(loaded, tokenizer, output)
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    modifiers: list,
+    windows: Tensor,
+) -> None:
+    """Run modifiers on a model in memory, calibrated on the windows in their order.
+
+    :param windows: int64 [samples, length]
+    """
+    samples = Dataset.from_dict(
+        {
+            "input_ids": windows.tolist(),
+            "attention_mask": torch.ones_like(windows).tolist(),
+        }
+    )
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=samples,
+        recipe=modifiers,
+        max_seq_length=windows.shape[1],
+        num_calibration_samples=len(windows),
+        shuffle_calibration_samples=False,
+    )
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path
+) -> Path:
+    """Write a checkpoint beside its destination, then rename it into place."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return output

@@ -1,0 +1,178 @@
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmc_attnmask.attention.capture import (
+    AttentionInputs,
+    AttentionReplica,
+    UnsupportedAttentionError,
+    uses_attention_interface,
+)
+from llmc_attnmask.attention.matrix import probabilities
+from llmc_attnmask.attention.projections import attention_modules
+from llmc_attnmask.evaluation import attention_inputs
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},  # biases
+    "qwen3": {},  # q and k norms
+    "mistral": {"sliding_window": 5},
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 12},  # soft cap, scale
+    "gemma3_text": {"sliding_window": 5},  # windows that differ from layer to layer
+    "phi3": {"original_max_position_embeddings": 64},  # q, k, v in one Linear
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},  # sinks
+    "glm": {},  # partial rotary embedding
+    "stablelm": {},
+}
+
+
+def small_model(family: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL, **FAMILIES[family])
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name and parameter.ndim >= 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_attention_is_the_models_own(family):
+    model = small_model(family)
+    tokens = torch.randint(3, 64, (3, 17))
+    with torch.no_grad():
+        expected = model(tokens, output_attentions=True, use_cache=False).attentions
+    inputs = attention_inputs(model, tokens)
+    assert len(inputs) == len(expected) == 2
+    for (name, collected), attentions in zip(inputs.items(), expected, strict=True):
+        replica = AttentionReplica(model.get_submodule(name))
+        call = replica(*collected.batch([0, 1, 2], replica.device, replica.dtype))
+        found = probabilities(call)
+        assert attentions.std() > 0.01  # not the even matrix that anything would give
+        assert (found - attentions).abs().max() <= 1e-6
+
+
+def test_other_weights_take_effect_and_the_module_stays_as_it_was(random_llama):
+    before = copy.deepcopy(random_llama.state_dict())
+    (name, collected), *_ = attention_inputs(
+        random_llama, torch.arange(9).view(1, 9)
+    ).items()
+    module = random_llama.get_submodule(name)
+    fired = []
+    module.q_proj.register_forward_hook(lambda *_: fired.append(1))
+    replica = AttentionReplica(module)
+    args, kwargs = collected.batch([0], replica.device, replica.dtype)
+    weight = module.q_proj.weight.detach() * 0
+    call = replica(args, kwargs, {"q_proj.weight": weight})
+    assert not call.query.any() and call.key.any()
+    assert replica(args, kwargs).query.any()
+    assert not fired
+    for key, value in random_llama.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert random_llama.config._attn_implementation == "eager"
+
+
+def test_a_half_precision_module_is_replayed_in_float32(random_llama):
+    tokens = torch.arange(9).view(1, 9)
+    model = random_llama.bfloat16()
+    (name, collected), *_ = attention_inputs(model, tokens).items()
+    replica = AttentionReplica(model.get_submodule(name))
+    call = replica(*collected.batch([0], replica.device, replica.dtype))
+    assert call.query.dtype == call.value.dtype == call.mask.dtype == torch.float32
+
+
+def test_an_offloaded_module_is_replayed(random_llama):
+    from compressed_tensors.offload import offload_module
+
+    tokens = torch.arange(9).view(1, 9)
+    (name, collected), *_ = attention_inputs(random_llama, tokens).items()
+    module = random_llama.get_submodule(name)
+    args, kwargs = collected.batch([0], torch.device("cpu"), torch.float32)
+    expected = AttentionReplica(module)(args, kwargs)
+    for child in module.modules():
+        offload_module(child, "cpu", "cpu")
+    found = AttentionReplica(module)(args, kwargs)
+    assert torch.equal(found.query, expected.query)
+
+
+def test_a_module_that_computes_its_own_softmax_is_refused():
+    config = transformers.GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    model = transformers.GPTJForCausalLM(config)
+    attention = next(iter(attention_modules(model).values()))
+    assert not uses_attention_interface(attention)
+    replica = AttentionReplica(attention)
+    kwargs = {"position_ids": torch.arange(3).view(1, 3)}
+    with pytest.raises(UnsupportedAttentionError, match="computes its softmax itself"):
+        replica([torch.zeros(1, 3, 16)], kwargs)
+
+
+def test_a_relative_position_bias_is_part_of_the_logits():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    model = transformers.T5EncoderModel(config).eval()
+    model.set_attn_implementation("eager")
+    tokens = torch.arange(9).view(1, 9)
+    expected = model(tokens, output_attentions=True).attentions[0]
+    (name, _), *_ = attention_modules(model).items()
+    attention = model.get_submodule(name)
+    inputs = AttentionInputs()
+    attention.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append(args, kwargs), with_kwargs=True
+    )
+    model(tokens)
+    replica = AttentionReplica(attention)
+    call = replica(*inputs.batch([0], replica.device, replica.dtype))
+    assert (probabilities(call) - expected).abs().max() <= 1e-6
+
+
+def test_a_module_without_config_is_refused():
+    with pytest.raises(UnsupportedAttentionError, match="no transformers config"):
+        AttentionReplica(torch.nn.Linear(2, 2))
+
+
+def test_a_batch_equals_its_samples_one_by_one(random_llama):
+    inputs = attention_inputs(random_llama, torch.randint(0, 64, (3, 9)))
+    name, collected = next(iter(inputs.items()))
+    replica = AttentionReplica(random_llama.get_submodule(name))
+    together = replica(*collected.batch([0, 1, 2], replica.device, replica.dtype))
+    for i in range(3):
+        alone = replica(*collected.batch([i], replica.device, replica.dtype))
+        torch.testing.assert_close(together.query[i : i + 1], alone.query)
+
+
+def test_equal_masks_and_rotary_tables_are_stored_once(random_llama):
+    inputs = attention_inputs(random_llama, torch.randint(0, 64, (4, 9)))
+    collected = next(iter(inputs.values()))
+    leaves = [[id(x) for x in sample[1]] for sample in collected._samples]
+    assert len({tuple(ids) for ids in leaves}) == 1
+    hidden = [sample[0] for sample in collected._samples]
+    assert not torch.equal(hidden[0], hidden[1])
+
+
+def test_minibatches_use_every_sample_and_never_mix_lengths():
+    inputs = AttentionInputs()
+    lengths = [5, 7, 5, 5, 7]
+    for length in lengths:
+        inputs.append([torch.zeros(1, length, 2)], {})
+    generator = torch.Generator().manual_seed(0)
+    batches = inputs.minibatches(range(5), 2, generator)
+    epoch = [next(batches) for _ in range(3)]
+    assert sorted(i for batch in epoch for i in batch) == [0, 1, 2, 3, 4]
+    assert all(len({lengths[i] for i in batch}) == 1 for batch in epoch)

@@ -1,0 +1,172 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmc_attnmask.attention import matrix
+from llmc_attnmask.attention.capture import (
+    AttentionCall,
+    AttentionInputs,
+    AttentionReplica,
+)
+from llmc_attnmask.attention.matrix import (
+    attention_error,
+    attention_norms,
+    probabilities,
+)
+from tests.memory import PeakMemory
+
+B, H, G, L, DH, D = 2, 4, 2, 13, 8, 24
+
+
+def random_call(window: int | None = None, **changes) -> AttentionCall:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    visible = torch.ones(L, L, dtype=torch.bool).tril()
+    if window:
+        visible &= ~torch.ones(L, L, dtype=torch.bool).tril(-window)
+    mask = torch.zeros(1, 1, L, L, dtype=torch.float64)
+    mask.masked_fill_(~visible, torch.finfo(torch.float32).min)
+    call = AttentionCall(
+        query=normal(B, H, L, DH) * 2,
+        key=normal(B, G, L, DH),
+        value=normal(B, G, L, DH),
+        mask=mask,
+        scaling=DH**-0.5,
+    )
+    return replace(call, **changes)
+
+
+CALLS = {
+    "causal": random_call(),
+    "bidirectional": random_call(mask=None),
+    "sliding window": random_call(window=4),
+    "soft cap": random_call(softcap=1.5),
+    "sinks": random_call(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]).double()),
+}
+
+
+def by_autograd(call, query, key, matrix_weight, output_weight, output_projection):
+    """The error written down naively, in full matrices."""
+    change = probabilities(replace(call, query=query, key=key)) - probabilities(call)
+    value = call.value.repeat_interleave(H // G, dim=1)
+    reached = (change @ value).transpose(1, 2).flatten(2) @ output_projection.T
+    return matrix_weight * change.square().sum() + (
+        output_weight * reached.square().sum()
+    )
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("rows_at_once", [L, 3])
+def test_error_and_closed_form_gradient_equal_autograd(
+    call, weights, rows_at_once, monkeypatch
+):
+    monkeypatch.setitem(matrix._BLOCK_ELEMENTS, "cpu", B * H * L * rows_at_once)
+    torch.manual_seed(1)
+    output_projection = torch.randn(D, H * DH, dtype=torch.float64)
+    pruned = [
+        (x + 0.3 * torch.randn_like(x)).requires_grad_() for x in (call.query, call.key)
+    ]
+    ours = attention_error(
+        call,
+        *pruned,
+        matrix_weight=weights[0],
+        output_weight=weights[1],
+        output_projection=output_projection,
+    )
+    expected = by_autograd(call, *pruned, *weights, output_projection)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    for found, wanted in zip(
+        torch.autograd.grad(ours, pruned),
+        torch.autograd.grad(expected, pruned),
+        strict=True,
+    ):
+        assert (found - wanted).norm() <= 1e-9 * wanted.norm()
+
+
+def test_gradient_of_the_masks_equals_autograd_through_rope_and_gqa(random_llama):
+    attention = random_llama.model.layers[0].self_attn
+    inputs = AttentionInputs()
+    handle = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append(args, kwargs), with_kwargs=True
+    )
+    random_llama(torch.arange(2 * L).view(2, L))
+    handle.remove()
+    replica = AttentionReplica(attention, dtype=torch.float64)
+    args, kwargs = inputs.batch([0, 1], replica.device, replica.dtype)
+    dense = {
+        f"{p}_proj.weight": replica.module.get_parameter(f"{p}_proj.weight").detach()
+        for p in "qk"
+    }
+    torch.manual_seed(2)
+    masks = {n: torch.rand_like(w).requires_grad_() for n, w in dense.items()}
+    reference = replica(args, kwargs)
+    pruned = replica(args, kwargs, {n: masks[n] * w for n, w in dense.items()})
+
+    ours = attention_error(reference, pruned.query, pruned.key)
+    expected = (probabilities(pruned) - probabilities(reference)).square().sum()
+    found = torch.autograd.grad(ours, list(masks.values()), retain_graph=True)
+    wanted = torch.autograd.grad(expected, list(masks.values()))
+    for f, w in zip(found, wanted, strict=True):
+        assert w.norm() > 0
+        assert (f - w).norm() <= 1e-9 * w.norm()
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_norms_equal_the_full_matrices(call):
+    output_projection = torch.randn(D, H * DH, dtype=torch.float64)
+    norms = attention_norms(call, output_projection)
+    full = probabilities(call)
+    value = call.value.repeat_interleave(H // G, dim=1)
+    output = (full @ value).transpose(1, 2).flatten(2) @ output_projection.T
+    assert norms.matrix == pytest.approx(full.square().sum().item(), rel=1e-12)
+    assert norms.output == pytest.approx(output.square().sum().item(), rel=1e-12)
+
+
+def test_a_query_that_sees_no_key_is_counted_as_the_model_computes_it():
+    mask = torch.zeros(1, 1, L, L, dtype=torch.float64)
+    mask[..., :3, :] = torch.finfo(torch.float32).min  # left padding
+    call = random_call(mask=mask)
+    query = call.query * 1.1
+    expected = probabilities(replace(call, query=query)) - probabilities(call)
+    error = attention_error(call, query, call.key)
+    torch.testing.assert_close(error, expected.square().sum())
+
+
+def test_output_weight_needs_the_output_projection():
+    call = CALLS["causal"]
+    with pytest.raises(ValueError, match="output_projection"):
+        attention_error(call, call.query, call.key, output_weight=1.0)
+
+
+def peak_bytes(length: int) -> int:
+    heads, groups, dh = 8, 2, 64
+    call = AttentionCall(
+        query=torch.randn(1, heads, length, dh),
+        key=torch.randn(1, groups, length, dh),
+        value=torch.randn(1, groups, length, dh),
+        mask=torch.zeros(1, 1, 1, 1).expand(1, 1, length, length),
+        scaling=dh**-0.5,
+    )
+    output_projection = torch.randn(heads * dh, heads * dh)
+    query = (call.query * 1.1).requires_grad_()
+    key = (call.key * 0.9).requires_grad_()
+    with PeakMemory() as memory:
+        error = attention_error(
+            call,
+            query,
+            key,
+            output_weight=1.0,
+            output_projection=output_projection,
+        )
+        error.backward()
+    assert query.grad is not None and key.grad is not None
+    return memory.peak
+
+
+def test_memory_grows_no_faster_than_the_sequence():
+    assert peak_bytes(4096) <= 4.5 * peak_bytes(1024)

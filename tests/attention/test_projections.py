@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+
+from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
+from llmc_attnmask.attention.projections import attention_modules, find_projections
+from llmc_attnmask.evaluation import attention_inputs
+from tests.attention.test_capture import small_model
+
+
+def test_separate_projections_are_whole_linears(random_llama):
+    attention = random_llama.model.layers[0].self_attn
+    found = find_projections(attention)
+    rows = {role: p.rows.stop - p.rows.start for role, p in found.items()}
+    assert rows == {"q": 32, "k": 16, "v": 16, "o": 32}  # GQA: fewer key-value rows
+    assert found["k"].parameter == "k_proj.weight"
+    assert list(attention_modules(random_llama)) == [
+        "model.layers.0.self_attn",
+        "model.layers.1.self_attn",
+    ]
+
+
+def test_rows_of_a_fused_linear_are_the_projection_they_name():
+    model = small_model("phi3")
+    inputs = attention_inputs(model, torch.randint(3, 64, (1, 9)))
+    name, collected = next(iter(inputs.items()))
+    replica = AttentionReplica(model.get_submodule(name))
+    args, kwargs = collected.batch([0], replica.device, replica.dtype)
+    dense = replica(args, kwargs)
+    found = find_projections(replica.module)
+    for role, changed in (("q", "query"), ("k", "key"), ("v", "value")):
+        weight = replica.module.get_parameter("qkv_proj.weight").detach().clone()
+        found[role].of(weight).zero_()
+        call = replica(args, kwargs, {"qkv_proj.weight": weight})
+        for part in ("query", "key", "value"):
+            same = torch.equal(getattr(call, part), getattr(dense, part))
+            assert same == (part != changed)
+
+
+def test_an_unknown_layout_is_refused_with_what_was_found():
+    class StrangeAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Linear(4, 8)
+
+        def forward(self, hidden_states):
+            return ALL_ATTENTION_FUNCTIONS  # noqa: F821 -- only looked up, never run
+
+    with pytest.raises(UnsupportedAttentionError, match=r"\['both'\].*q_proj k_proj"):
+        find_projections(StrangeAttention())

@@ -1,0 +1,58 @@
+"""Small models and data shared by the tests."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.data import calibration_windows, evaluation_windows, load_texts
+
+# no timings in tests, and the same examples in every run
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture
+def random_llama() -> LlamaForCausalLM:
+    """Two layers, four query heads on two key-value heads, float32, eager."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():  # logits far from zero: a peaked softmax
+        if parameter.ndim == 2:
+            parameter.data.mul_(12)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+@pytest.fixture(scope="session")
+def calibration(tokenizer) -> Tensor:
+    return calibration_windows(load_texts("builtin:pydoc"), tokenizer, 24, 128)
+
+
+@pytest.fixture(scope="session")
+def evaluation(tokenizer) -> Tensor:
+    texts = load_texts("builtin:pydoc", split="evaluation")
+    return evaluation_windows(texts, tokenizer, 256)

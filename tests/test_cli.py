@@ -1,0 +1,72 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmc_attnmask.builtin import MODEL_DIR
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llmc_attnmask.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "d.jsonl"
+    row = {"body": "Return the sum of a list of numbers. " * 40}
+    path.write_text("\n".join(json.dumps(row) for _ in range(20)))
+    return path
+
+
+def test_prune_inspect_and_eval_as_a_user_calls_them(text, tmp_path):
+    output = tmp_path / "pruned"
+    dataset = ("--dataset", text, "--text-column", "body")
+    windows = ("--num-samples", 4, "--max-length", 64)
+    recipe = ("--recipe", RECIPES / "attention_2of4.yaml")
+    done = run("prune", MODEL_DIR, *recipe, *dataset, *windows, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert f"saved {output}" in done.stdout
+
+    shown = run("inspect", output)
+    assert shown.returncode == 0 and "layer" in shown.stdout
+    layers = {x["name"]: x for x in json.loads(run("inspect", output, "--json").stdout)}
+    query = layers["model.layers.0.self_attn.q_proj"]
+    assert query["two_of_four"] and query["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert layers["model.layers.0.mlp.up_proj"]["two_of_four"] is False
+
+    compared = ("--reference", MODEL_DIR, "--text", text, "--text-column", "body")
+    evaluated = run("eval", output, *compared, "--max-length", 64, "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    dense, pruned = json.loads(evaluated.stdout)
+    assert dense["model"] == str(MODEL_DIR) and pruned["model"] == str(output)
+    assert pruned["tokens"] == pruned["windows"] * 63
+    table = run("eval", output, *compared, "--max-length", 64)
+    assert f"{pruned['perplexity']:.3f}" in table.stdout
+
+
+def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(
+        "s_stage:\n  g_modifiers:\n    WandaPruningModifier: {spars: 1}\n"
+    )
+    failed = run("prune", MODEL_DIR, "--recipe", recipe, "--output", tmp_path / "out")
+    assert failed.returncode == 1
+    assert "WandaPruningModifier.spars: unknown field" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage_is_exit_code_2():
+    assert run("prune", MODEL_DIR).returncode == 2
+    assert run("nonsense").returncode == 2
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "inspect"])
+def test_every_command_has_help(command):
+    shown = run(command, "--help")
+    assert shown.returncode == 0 and "Usage" in shown.stdout

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.prune import prune
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+QUICK = {"num_samples": 8, "max_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pruned", "structured"),
+    [
+        ("attention_2of4", "qk", True),
+        ("attention_unstructured_50", "qk", False),
+        ("block_2of4", "qkvogud", True),
+    ],
+)
+def test_each_recipe_gives_a_checkpoint_that_plain_transformers_loads(
+    recipe, pruned, structured, tmp_path
+):
+    saved = prune(MODEL_DIR, RECIPES / f"{recipe}.yaml", tmp_path / "out", **QUICK)
+    assert saved == tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
+    assert AutoTokenizer.from_pretrained(saved).bos_token_id is not None
+    linears = ("q", "k", "v", "o", "gate", "up", "down")
+    for name, weight in model.named_parameters():
+        projection = name.split(".")[-2].removesuffix("_proj")
+        if projection not in linears:
+            continue
+        zero = weight == 0
+        if projection[0] in pruned:
+            assert zero.float().mean() == pytest.approx(0.5, abs=1e-3)
+            groups = zero.view(-1, 4).sum(-1)
+            assert (groups >= 2).all() == structured
+        else:
+            assert zero.float().mean() < 0.01
+    # what is learned comes first and stays
+    assert "recipe.yaml" in {path.name for path in saved.iterdir()}
+
+
+def test_the_same_seed_twice_gives_byte_equal_safetensors(tmp_path):
+    recipe = RECIPES / "block_2of4.yaml"
+    first, second = (
+        prune(MODEL_DIR, recipe, tmp_path / name, **QUICK) / "model.safetensors"
+        for name in "ab"
+    )
+    assert first.read_bytes() == second.read_bytes()
+    dense = load_file(MODEL_DIR / "model.safetensors")
+    assert set(load_file(first)) == set(dense)
+
+
+@pytest.fixture
+def nothing_written(tmp_path):
+    """After the test, the output folder and its siblings are as they were."""
+    before = sorted(tmp_path.iterdir())
+    yield
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        prune(MODEL_DIR, RECIPES / "attention_2of4.yaml", output, **QUICK)
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "none.yaml"}, "does not exist"),
+        ({"dataset": "./none.jsonl"}, "does not exist"),
+        ({"max_length": 5000}, "between 2 and 1024"),
+        ({"num_samples": 0}, "expected at least 1"),
+        ({"model": "/nonexistent/model"}, "/nonexistent/model"),
+    ],
+)
+def test_bad_input_ends_before_anything_is_written(
+    changes, message, tmp_path, nothing_written
+):
+    arguments = {
+        "model": MODEL_DIR,
+        "recipe": RECIPES / "attention_2of4.yaml",
+        "output": tmp_path / "out",
+        **QUICK,
+        **changes,
+    }
+    with pytest.raises((ValueError, OSError), match=message):
+        prune(**arguments)
+
+
+def test_a_failure_while_saving_leaves_nothing(tmp_path, nothing_written, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        prune(MODEL_DIR, RECIPES / "attention_2of4.yaml", tmp_path / "out", **QUICK)
