@@ -109,6 +109,17 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     return math.exp(total / len(windows))
 
 
+def unigram_perplexity(train: Tensor, held_out: Tensor, vocabulary: int) -> float:
+    """Perplexity of token frequencies alone, add-one smoothed: what to be better than.
+
+    :param train: int64 token ids that are counted, any shape
+    :param held_out: int64 token ids that are predicted, any shape
+    """
+    counts = torch.bincount(train.flatten(), minlength=vocabulary).double() + 1
+    log_probability = (counts / counts.sum()).log()
+    return math.exp(-log_probability[held_out].mean())
+
+
 @torch.no_grad()
 def attention_errors(
     dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor

@@ -16,6 +16,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmc_attnmask.builtin.pydoc import documents
+from llmc_attnmask.data import evaluation_windows, token_stream
+from llmc_attnmask.evaluation import perplexity, unigram_perplexity
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 2048
@@ -33,30 +35,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
     )
-
-
-def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """``[bos] + tokens`` of every text, joined. Shape (tokens,), int64."""
-    ids: list[int] = []
-    for text in texts:
-        ids.append(tokenizer.bos_token_id)
-        ids.extend(tokenizer.encode(text, add_special_tokens=False))
-    return torch.tensor(ids)
-
-
-def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor) -> float:
-    counts = torch.bincount(train, minlength=VOCABULARY).double() + 1
-    log_probability = (counts / counts.sum()).log()
-    return math.exp(-log_probability[held_out].mean())
-
-
-@torch.no_grad()
-def perplexity(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
-    model.eval()
-    windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
-    losses = [model(input_ids=w, labels=w).loss.item() for w in windows.split(16)]
-    model.train()
-    return math.exp(sum(losses) / len(losses))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -78,12 +56,10 @@ def main() -> None:
 
     texts = documents("calibration")
     tokenizer = train_tokenizer(texts)
-    train = token_stream(tokenizer, texts)
-    held_out = token_stream(tokenizer, documents("evaluation"))
-    unigram = unigram_perplexity(train, held_out)
-    print(
-        f"tokens: {len(train)} train, {len(held_out)} held out; unigram {unigram:.1f}"
-    )
+    train = token_stream(texts, tokenizer)
+    held_out = evaluation_windows(documents("evaluation"), tokenizer, WINDOW)
+    unigram = unigram_perplexity(train, held_out, VOCABULARY)
+    print(f"{len(train)} tokens, held out {held_out.numel()}, unigram {unigram:.1f}")
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -125,14 +101,16 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(f"step {step} loss {loss:.3f} {seconds:.0f} s", flush=True)
         if step % 250 == 249:
+            model.eval()
             print(f"step {step} held out {perplexity(model, held_out):.2f}", flush=True)
+            model.train()
 
     model.bfloat16()
     model.config.use_cache = True
     model.config.attention_dropout = 0.0
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    dense = perplexity(model.float(), held_out)
+    dense = perplexity(model.float().eval(), held_out)
     print(f"held out: {dense:.2f}, unigram {unigram:.2f}, ratio {unigram / dense:.2f}")
 
 

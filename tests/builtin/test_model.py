@@ -1,16 +1,14 @@
-import math
-
 import torch
 
 from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.data import load_texts, token_stream
-from llmc_attnmask.evaluation import attention_errors, load_model, perplexity
+from llmc_attnmask.evaluation import (
+    attention_errors,
+    load_model,
+    perplexity,
+    unigram_perplexity,
+)
 from llmc_attnmask.masks.structure import MaskStructure
-
-
-def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor) -> float:
-    counts = torch.bincount(train, minlength=2048).double() + 1
-    return math.exp(-(counts / counts.sum()).log()[held_out].mean())
 
 
 def test_it_is_small_and_a_llama_with_gqa():
@@ -23,7 +21,7 @@ def test_it_is_small_and_a_llama_with_gqa():
 def test_its_perplexity_means_something(tokenizer, evaluation):
     """Far better than a unigram model, and magnitude pruning hurts it visibly."""
     train = token_stream(load_texts("builtin:pydoc"), tokenizer)
-    unigram = unigram_perplexity(train, evaluation.flatten())
+    unigram = unigram_perplexity(train, evaluation, tokenizer.vocab_size)
     dense = load_model(MODEL_DIR)
     reached = perplexity(dense, evaluation)
     assert reached <= unigram / 4
