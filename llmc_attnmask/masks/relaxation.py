@@ -23,9 +23,11 @@ def soft_top_k(scores: Tensor, kept: int, temperature: float) -> Tensor:
     """Relaxed mask of each row, differentiable in the scores.
 
     :param scores: [groups, entries]
-    :param kept: entries to keep in each group, 0 < kept < entries
-    :return: [groups, entries], in (0, 1), rows sum to ``kept``
+    :param kept: entries to keep in each group
+    :return: [groups, entries], in [0, 1], rows sum to ``kept``
     """
+    if kept in (0, scores.shape[-1]):  # nothing to choose
+        return torch.full_like(scores, float(kept > 0))
     return _SoftTopK.apply(scores, kept, temperature)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 
 from llmc_attnmask.attention.capture import (
@@ -121,8 +122,8 @@ def learn_masks(
     best = hard(scores)
     start_error = best_error = layer.held_back_error(best)
     solution = MaskSolution(best, start_error, start_error)
-    if sparsity == 0:
-        return solution
+    if all(kept[role] in (0, scores[role].shape[-1]) for role in prune):
+        return solution  # nothing to choose
 
     generator = torch.Generator().manual_seed(settings.seed)
     batches = inputs.minibatches(layer.training, settings.batch_size, generator)
@@ -145,6 +146,11 @@ def learn_masks(
             if settings.l2_penalty:
                 penalty = sum(mask.square().mean() for mask in masks.values())
                 loss = loss + settings.l2_penalty / 2 * penalty
+            if not loss.isfinite():
+                logger.warning(
+                    f"step {step}: the loss is {loss.item()}; the best mask stays"
+                )
+                break
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()

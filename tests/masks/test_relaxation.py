@@ -34,6 +34,12 @@ def test_a_low_temperature_gives_the_hard_mask():
     torch.testing.assert_close(relaxed, torch.tensor([[1.0, 0.0, 1.0, 0.0]]))
 
 
+@pytest.mark.parametrize(("kept", "value"), [(0, 0.0), (4, 1.0)])
+def test_nothing_or_everything_kept_leaves_no_choice(kept, value):
+    relaxed = soft_top_k(torch.randn(3, 4), kept, 0.1)
+    assert torch.equal(relaxed, torch.full((3, 4), value))
+
+
 def test_gradient_equals_finite_differences(monkeypatch):
     monkeypatch.setattr("llmc_attnmask.masks.relaxation._TOLERANCE", 1e-13)
     torch.manual_seed(0)

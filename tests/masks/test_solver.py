@@ -111,6 +111,20 @@ def test_a_single_sample_teaches_and_judges(layer):
     assert solution.error < solution.start_error
 
 
+@pytest.mark.parametrize("sparsity", [1e-6, 0.999999])
+def test_a_share_below_one_entry_is_rounded(layer, sparsity):
+    solution = solve(layer, MaskStructure.parse("0:0"), sparsity, steps=2)
+    assert all(mask.all() == (sparsity < 0.5) for mask in solution.masks.values())
+
+
+def test_a_loss_that_is_no_number_ends_the_search_with_the_best_mask(layer):
+    solution = solve(layer, steps=3, learning_rate=float("inf"))
+    assert solution.error == solution.start_error
+    assert all(
+        ((~mask).view(-1, 4).sum(-1) == 2).all() for mask in solution.masks.values()
+    )
+
+
 def test_zero_sparsity_prunes_nothing(layer):
     solution = solve(layer, MaskStructure.parse("0:0"), 0.0)
     assert solution.error == 0 and all(m.all() for m in solution.masks.values())
