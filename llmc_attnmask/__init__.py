@@ -4,11 +4,45 @@ Importing the package registers its modifiers with llm-compressor, where that is
 installed; a serving environment does without it.
 """
 
+import contextlib
+import sys
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmc_attnmask.checkpoint.inspect import inspect
+    from llmc_attnmask.evaluation import evaluate
+    from llmc_attnmask.modifiers import AttentionMatrixPruningModifier
+    from llmc_attnmask.pruning import prune
 
 __version__ = "0.1.0.dev0"
+__all__ = ["AttentionMatrixPruningModifier", "evaluate", "inspect", "prune"]
+
+_HOMES = {
+    "AttentionMatrixPruningModifier": "llmc_attnmask.modifiers",
+    "evaluate": "llmc_attnmask.evaluation",
+    "inspect": "llmc_attnmask.checkpoint.inspect",
+    "prune": "llmc_attnmask.pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def _register() -> None:
+    if "llmcompressor" not in sys.modules:
+        # it warns on stdout while it is imported, which would spoil `--json`
+        with contextlib.redirect_stdout(sys.stderr):
+            from llmcompressor.logger import configure_logger
+
+            import_module("llmc_attnmask.modifiers")
+        configure_logger()
+    import_module("llmc_attnmask.modifiers")
+
 
 if find_spec("llmcompressor"):
-    from llmc_attnmask.modifiers import (
-        AttentionMatrixPruningModifier as AttentionMatrixPruningModifier,
-    )
+    _register()

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -44,10 +45,10 @@ def prune(
             help="Tokens per window. [default: 2048 or the model's positions]"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of torch's generator.")] = 0,
+    seed: Annotated[int, typer.Option(help="Where the recipe sets none.")] = 0,
 ) -> None:
     """Apply a recipe to a model and write the checkpoint."""
-    from llmc_attnmask.prune import prune as run
+    from llmc_attnmask.pruning import prune as run
 
     saved = run(
         model,
@@ -141,19 +142,15 @@ def main() -> None:
     except KeyboardInterrupt:
         _err.print("interrupted")
         sys.exit(1)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("LLMC_ATTNMASK_TRACEBACK"):
             raise
-        _err.print(
-            f"[red]error:[/red] {_escaped(error)}", soft_wrap=True, highlight=False
-        )
+        expected = isinstance(error, OSError | ValueError | ImportError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        hint = "" if expected else " (LLMC_ATTNMASK_TRACEBACK=1 shows where)"
+        message = escape(f"{kind}{error}{hint}")
+        _err.print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
         sys.exit(1)
-
-
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
 
 
 if __name__ == "__main__":

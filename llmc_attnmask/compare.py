@@ -40,11 +40,10 @@ from llmc_attnmask.data import (
 from llmc_attnmask.evaluation import attention_errors, load_model, perplexity
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers import AttentionMatrixPruningModifier
-from llmc_attnmask.prune import compress, save
+from llmc_attnmask.pruning import compress, save
 from llmc_attnmask.recipe import load_recipe
 
 _ROLES: tuple[Role, ...] = ("q", "k")
-_PEER_TARGETS = ["re:.*(q|k)_proj$"]
 _ERROR_WINDOWS = 128  # the attention error is measured on so many evaluation windows
 
 
@@ -72,7 +71,8 @@ def compare(
         structure
     :param calibration: int64 [samples, length]
     :param evaluation: int64 [windows, length]
-    :param keep: folder in which the recipe's checkpoint stays; by default nowhere
+    :param keep: folder to create, in which the recipe's checkpoint stays; by default
+        it is measured and removed
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     dense = load_model(model)
@@ -82,40 +82,41 @@ def compare(
     shared = {
         "sparsity": sparsity,
         "mask_structure": ours.mask_structure,
-        "targets": _PEER_TARGETS,
+        "targets": _peer_targets(dense),
     }
 
-    def by_recipe(loaded: PreTrainedModel) -> PreTrainedModel:
+    def by_recipe(loaded: PreTrainedModel) -> None:
         compress(loaded, tokenizer, load_recipe(recipe).modifiers, calibration)
-        with tempfile.TemporaryDirectory() as folder:
-            saved = save(loaded, tokenizer, keep or Path(folder) / "pruned")
-            return AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
 
-    def by_peer(peer: Callable) -> Callable[[PreTrainedModel], PreTrainedModel]:
-        def run(loaded: PreTrainedModel) -> PreTrainedModel:
+    def by_peer(peer: Callable) -> Callable[[PreTrainedModel], None]:
+        def run(loaded: PreTrainedModel) -> None:
             compress(loaded, tokenizer, [peer(**shared)], calibration)
-            return loaded
 
         return run
 
-    def by_magnitude(loaded: PreTrainedModel) -> PreTrainedModel:
+    def by_magnitude(loaded: PreTrainedModel) -> None:
         with torch.no_grad():
             for weight in _weights(loaded):
                 weight.masked_fill_(~structure.mask(weight.abs(), sparsity), 0.0)
-        return loaded
 
-    methods: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
-        "dense": lambda loaded: loaded,
+    def through_disk(pruned: PreTrainedModel) -> PreTrainedModel:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = save(pruned, tokenizer, keep or Path(folder) / "pruned")
+            return AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
+
+    methods: dict[str, Callable[[PreTrainedModel], None]] = {
+        "dense": lambda loaded: None,
         "magnitude": by_magnitude,
         "Wanda": by_peer(WandaPruningModifier),
         "SparseGPT": by_peer(SparseGPTModifier),
-        f"ours ({Path(recipe).stem})": by_recipe,
+        "ours": by_recipe,
     }
     for name, method in methods.items():
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         start = time.perf_counter()
-        pruned = method(loaded)
+        method(loaded)
         seconds = time.perf_counter() - start
+        pruned = through_disk(loaded) if name == "ours" else loaded
         weights = _weights(pruned)
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(
             map(Tensor.numel, weights)
@@ -130,6 +131,20 @@ def compare(
             zeros=zeros,
             seconds=seconds,
         )
+
+
+def _peer_targets(model: PreTrainedModel) -> list[str]:
+    """Names of the Linears that are q or k, for modifiers that prune whole Linears."""
+    targets = []
+    for name, attention in attention_modules(model).items():
+        projections = find_projections(attention)
+        if projections["q"].child == projections["k"].child:
+            raise ValueError(
+                f"{name} has q and k in one Linear, of which the peers cannot prune a "
+                "part: choose a model with separate projections to compare them"
+            )
+        targets += [f"{name}.{projections[role].child}" for role in _ROLES]
+    return targets
 
 
 def _attention_modifier(recipe: str | Path) -> AttentionMatrixPruningModifier:
@@ -189,7 +204,7 @@ def main() -> None:
     parser.add_argument("--evaluation", default=BUILTIN)
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--keep", type=Path, help="folder for the last recipe's result")
+    parser.add_argument("--keep", type=Path, help="folder for each recipe's checkpoint")
     parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -205,7 +220,8 @@ def main() -> None:
     results = {}
     for recipe in args.recipe:
         rows = []
-        for row in compare(args.model, recipe, calibration, evaluation, args.keep):
+        keep = args.keep / recipe.stem if args.keep else None
+        for row in compare(args.model, recipe, calibration, evaluation, keep):
             console.print(f"measured {row.method}", style="dim")
             rows.append(row)
         results[recipe.stem] = [asdict(row) for row in rows]

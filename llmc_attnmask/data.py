@@ -6,6 +6,7 @@ spacing, evaluation every non-overlapping window.
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from llmc_attnmask.builtin import pydoc
 BUILTIN = "builtin:pydoc"
 # Calibration looks at no more text than this many times what it takes.
 _STREAM_TO_SAMPLE = 64
+_FILE_SUFFIXES = {".jsonl", ".json", ".txt", ".md", ".csv", ".parquet", ".gz"}
 
 
 class DatasetError(ValueError):
@@ -55,6 +57,12 @@ def calibration_windows(
     """
     stream = token_stream(texts, tokenizer, most=count * length * _STREAM_TO_SAMPLE)
     _check_length(stream, length)
+    if len(stream) < count * length:
+        warnings.warn(
+            f"{len(stream)} tokens of text for {count} windows of {length}: they "
+            "overlap; give more text or ask for fewer",
+            stacklevel=2,
+        )
     starts = torch.linspace(0, len(stream) - length, count).long()
     return torch.stack([stream[start : start + length] for start in starts.tolist()])
 
@@ -95,33 +103,26 @@ def _check_length(stream: Tensor, length: int) -> None:
 
 
 def _from_file(path: Path, text_column: str) -> Iterator[str]:
-    if path.suffix not in (".jsonl", ".json"):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DatasetError(f"{path} is not UTF-8 text: {error}") from None
-        if text.strip():
-            yield text
-        return
-    with path.open(encoding="utf-8") as lines:
-        rows = enumerate(lines, start=1)
-        yield from _texts(
-            (
-                (f"{path}:{n}", _parsed(path, n, line))
-                for n, line in rows
-                if line.strip()
-            ),
-            text_column,
-        )
-
-
-def _parsed(path: Path, number: int, line: str) -> object:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DatasetError(
-            f"{path}:{number} is not JSON ({error.msg}); expected one object per line"
-        ) from None
+        if path.suffix in (".jsonl", ".json"):
+            with path.open(encoding="utf-8") as lines:
+                yield from _texts(_parsed(path, lines), text_column)
+        elif (text := path.read_text(encoding="utf-8")).strip():
+            yield text
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _parsed(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DatasetError(
+                f"{path}:{number} is not JSON ({error.msg}); expected one object a line"
+            ) from None
 
 
 def _from_hub(name: str, text_column: str, split: pydoc.Split) -> Iterator[str]:
@@ -149,8 +150,17 @@ def _texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[str
                 "name the column with --text-column"
             )
         if row[text_column].strip():
-            yield row[text_column]
+            yield _encodable(place, row[text_column])
+
+
+def _encodable(place: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
+        raise DatasetError(f"{place} is no valid Unicode text: {error}") from None
+    return text
 
 
 def _looks_like_path(dataset: str) -> bool:
-    return dataset.startswith((".", "/", "~")) or bool(Path(dataset).suffix)
+    # a name on the hub may have a dot too: teknium/OpenHermes-2.5
+    return dataset.startswith((".", "/", "~")) or Path(dataset).suffix in _FILE_SUFFIXES

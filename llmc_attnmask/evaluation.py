@@ -106,7 +106,13 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
         ids = batch.to(device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         total += loss.item() * len(batch)
-    return math.exp(total / len(windows))
+    mean = total / len(windows)
+    if not math.isfinite(mean):
+        raise ValueError(
+            f"the mean loss is {mean}: weights or activations of "
+            f"{model.config.name_or_path or 'the model'} overflow or are no numbers"
+        )
+    return math.exp(min(mean, 700.0))  # beyond is infinity in double precision
 
 
 def unigram_perplexity(train: Tensor, held_out: Tensor, vocabulary: int) -> float:

@@ -19,6 +19,26 @@ class RecipeError(ValueError):
     """A recipe would not do what it says; the message names the place."""
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, where YAML keeps the last."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+        raise yaml.constructor.ConstructorError(
+            problem=f"{twice[0]!r} stands twice in one mapping, and only the last "
+            "would count",
+            problem_mark=node.start_mark,
+        )
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping
+)
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe and create its modifiers.
 
@@ -29,7 +49,7 @@ def load_recipe(path: str | Path) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"recipe {path} does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not YAML: {error}") from None
     _check_shape(path, content)
@@ -39,6 +59,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"recipe {path}: {_described(error)}") from None
     except ValueError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
+    if not recipe.modifiers:
+        raise RecipeError(f"recipe {path} names no modifier; {_SHAPE}")
     return recipe
 
 

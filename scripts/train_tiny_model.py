@@ -9,6 +9,7 @@ evaluation split is used for training or for the tokenizer.
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ VOCABULARY = 2048
 WINDOW = 256  # tokens
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         texts, vocab_size=VOCABULARY, min_frequency=2, special_tokens=[END_OF_TEXT]

@@ -23,6 +23,11 @@ def test_importing_the_package_registers_the_modifier_with_llm_compressor():
     assert registered is llmc_attnmask.AttentionMatrixPruningModifier
 
 
+def test_the_python_surface_is_what_the_design_names():
+    for name in llmc_attnmask.__all__:
+        assert callable(getattr(llmc_attnmask, name))
+
+
 def test_llm_compressor_still_drops_recipes_of_another_shape():
     """The reason for `recipe.py`; if this fails upstream says so itself."""
     content = {"modifiers": {"WandaPruningModifier": {"sparsity": 0.5}}}

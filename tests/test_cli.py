@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,12 +9,15 @@ import pytest
 
 from llmc_attnmask.builtin import MODEL_DIR
 
+# what conftest.py sets for quiet would hide what a user sees
+TEST_SETTINGS = {"LLM_COMPRESSOR_LOG_LEVEL", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM"}
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "llmc_attnmask.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k not in TEST_SETTINGS}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,22 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
     failed = run("prune", MODEL_DIR, "--recipe", recipe, "--output", tmp_path / "out")
     assert failed.returncode == 1
     assert "WandaPruningModifier.spars: unknown field" in failed.stderr
+    (error,) = [line for line in failed.stderr.splitlines() if "error:" in line]
+    assert error.startswith("error: recipe")
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unexpected_error_is_one_line_too(tmp_path):
+    shutil.copytree(MODEL_DIR, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    recipe = ("--recipe", RECIPES / "attention_2of4.yaml")
+    windows = ("--num-samples", 4, "--max-length", 64)
+    output = ("--output", tmp_path / "out")
+    failed = run("prune", tmp_path / "model", *recipe, *windows, *output)
+    assert failed.returncode == 1
+    assert "error: SafetensorError" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "out").exists()
 

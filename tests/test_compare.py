@@ -12,7 +12,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def test_the_table_has_every_method_and_ours_wins(calibration, evaluation, tmp_path):
     recipe = RECIPES / "attention_2of4.yaml"
     rows = {
-        row.method.split()[0]: row
+        row.method: row
         for row in compare(
             MODEL_DIR, recipe, calibration, evaluation[:64], tmp_path / "kept"
         )

@@ -26,6 +26,14 @@ def test_a_text_file_is_one_document(tmp_path):
     assert list(load_texts(path)) == ["one\n\ntwo\n"]
 
 
+@pytest.mark.parametrize("name", ["d.txt", "d.jsonl"])
+def test_bytes_that_are_no_text_are_refused_by_file(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DatasetError, match=f"{name} is not UTF-8"):
+        list(load_texts(path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -33,6 +41,7 @@ def test_a_text_file_is_one_document(tmp_path):
         ("not json", r"d\.jsonl:1 is not JSON"),
         ('{"text": 3}', "has no text in column"),
         ("[1]", "has no text in column"),
+        ('{"text": "\\ud800"}', "is no valid Unicode"),
     ],
 )
 def test_a_row_without_text_is_named(content, message, tmp_path):
@@ -47,11 +56,9 @@ def test_a_missing_file_is_not_looked_up_on_the_hub():
         list(load_texts("./none.jsonl"))
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
-    path = tmp_path / "d.txt"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DatasetError, match="is not UTF-8"):
-        list(load_texts(path))
+def test_windows_that_overlap_are_warned_about(tokenizer):
+    with pytest.warns(UserWarning, match="they overlap; give more text"):
+        calibration_windows(["some words " * 20], tokenizer, 8, 16)
 
 
 def test_too_little_text_is_refused_with_its_length(tokenizer):
@@ -81,4 +88,5 @@ def test_builtin_splits_share_no_document_and_are_stable():
     evaluation = pydoc.documents("evaluation")
     assert len(calibration) > 200 and len(evaluation) > 20
     assert not set(calibration) & set(evaluation)
+    pydoc.documents.cache_clear()
     assert pydoc.documents("evaluation") == evaluation

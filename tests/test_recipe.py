@@ -56,6 +56,35 @@ def test_a_file_that_is_no_mapping_is_refused(content, tmp_path):
         load_recipe(write(tmp_path, content))
 
 
+@pytest.mark.parametrize(
+    "content", ["a_stage: {}", "a_stage: {b_modifiers: {}}", "args: {}"]
+)
+def test_a_recipe_without_modifiers_is_refused(content, tmp_path):
+    with pytest.raises(RecipeError, match="names no modifier"):
+        load_recipe(write(tmp_path, content))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    content = """\
+a_stage:
+  b_modifiers:
+    AttentionMatrixPruningModifier: {sparsity: 0.5, projections: [q]}
+    AttentionMatrixPruningModifier: {sparsity: 0.5, projections: [k]}
+"""
+    with pytest.raises(RecipeError, match=r"PruningModifier' stands twice.*\n.*line 3"):
+        load_recipe(write(tmp_path, content))
+
+
+def test_a_structure_without_quotes_is_explained(tmp_path):
+    content = """\
+a_stage:
+  b_modifiers:
+    AttentionMatrixPruningModifier: {sparsity: 0.5, mask_structure: 2:4}
+"""
+    with pytest.raises(RecipeError, match='mask_structure: write it in quotes, "N:M"'):
+        load_recipe(write(tmp_path, content))
+
+
 def test_an_unknown_field_is_named_in_one_line(tmp_path):
     fields = GOOD["prune_stage"]["attention_modifiers"]
     fields = {"AttentionMatrixPruningModifier": {**FIELDS, "sparsty": 1}}

@@ -33,7 +33,7 @@ class AttentionCall:
     query: Tensor  # [B, H, L, dh]
     key: Tensor  # [B, G, L, dh]
     value: Tensor  # [B, G, L, dv]
-    mask: Tensor | None  # added to the logits; broadcasts to [B, H, L, L]
+    mask: Tensor | None  # any float, added to the logits; broadcasts to [B, H, L, L]
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None  # [H] logits of a column that is dropped again
@@ -177,7 +177,8 @@ class AttentionInputs:
 
     def __init__(self) -> None:
         self._samples: list[tuple[Tensor, list[Any], Any]] = []
-        self._recent: dict[int, Tensor] = {}  # leaf position -> last tensor seen there
+        # (leaf position, shape, dtype) -> the last such tensor seen there
+        self._recent: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -206,15 +207,12 @@ class AttentionInputs:
         if not isinstance(leaf, Tensor):
             return leaf
         leaf = leaf.detach().to("cpu")
-        recent = self._recent.get(position)
-        if (
-            recent is not None
-            and recent.dtype == leaf.dtype
-            and torch.equal(recent, leaf)
-        ):
+        key = (position, leaf.shape, leaf.dtype)
+        recent = self._recent.get(key)
+        if recent is not None and torch.equal(recent, leaf):
             return recent
-        self._recent[position] = leaf.clone()
-        return self._recent[position]
+        self._recent[key] = leaf.clone()
+        return self._recent[key]
 
     def batch(
         self, indices: Sequence[int], device: torch.device, dtype: torch.dtype
@@ -222,7 +220,8 @@ class AttentionInputs:
         """Positional and keyword arguments for the named samples at once.
 
         :param indices: samples of one length
-        :return: (args, kwargs), floating-point tensors in ``dtype`` on ``device``
+        :return: (args, kwargs), floating-point tensors in ``dtype`` on ``device``; the
+            attention mask, which is [L, L], stays in its own
         """
         samples = [self._samples[i] for i in indices]
         hidden = torch.cat([hidden for hidden, _, _ in samples])
@@ -231,11 +230,15 @@ class AttentionInputs:
         ]
         args, kwargs = tree_unflatten(leaves, samples[0][2])
 
+        masks = {k: kwargs.pop(k) for k in ("attention_mask",) if k in kwargs}
+
         def to(tensor: Tensor) -> Tensor:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             return tensor.to(device=device, dtype=kind)
 
-        return tree_map_only(Tensor, to, ([hidden, *args], kwargs))
+        args, kwargs = tree_map_only(Tensor, to, ([hidden, *args], kwargs))
+        on_device = tree_map_only(Tensor, lambda mask: mask.to(device), masks)
+        return args, kwargs | on_device
 
     def minibatches(
         self, indices: Sequence[int], size: int, generator: torch.Generator
@@ -266,4 +269,10 @@ def _joined(column: tuple[Any, ...]) -> Any:
     first = column[0]
     if not isinstance(first, Tensor) or all(leaf is first for leaf in column):
         return first  # one row broadcasts over the batch
+    if first.ndim == 0 or first.shape[0] != 1:
+        raise UnsupportedAttentionError(
+            f"an argument of shape {tuple(first.shape)} differs from sample to sample "
+            "and has no batch dimension to join it on; calibrate with batch_size: 1 in "
+            "the modifier"
+        )
     return torch.cat(column)

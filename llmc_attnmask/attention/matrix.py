@@ -164,12 +164,17 @@ def _visible_columns(call: AttentionCall, rows: slice) -> int:
     """How many leading keys the rows can see; causal masks hide the rest."""
     if call.mask is None:
         return call.key.shape[2]
-    mask = call.mask[..., rows, :]
+    mask = _mask_rows(call.mask, rows)
     hidden = mask <= _HIDDEN
     if hidden.all(-1).any():  # a row without any key attends to all of them evenly
         return call.key.shape[2]
     visible = (~hidden).reshape(-1, mask.shape[-1]).any(0)
     return int(visible.nonzero().max()) + 1
+
+
+def _mask_rows(mask: Tensor, rows: slice) -> Tensor:
+    # one row for all queries is how a bidirectional model hides padding
+    return mask if mask.shape[-2] == 1 else mask[..., rows, :]
 
 
 def _grouped(per_head: Tensor, groups: int) -> Tensor:
@@ -195,7 +200,7 @@ def _logits(
         capped = torch.tanh(logits / call.softcap)
         logits, slope = capped * call.softcap, 1 - capped.square()
     if call.mask is not None:
-        mask = call.mask[..., rows, :columns]
+        mask = _mask_rows(call.mask, rows)[..., :columns]
         mask = mask.expand(mask.shape[0], call.query.shape[1], -1, -1)
         logits = logits + _grouped(mask, groups)
     return logits, slope

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llmc_attnmask.attention.capture import (
     UnsupportedAttentionError,
@@ -52,7 +53,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if "attention" in type(module).__name__.lower()
-        and any(isinstance(child, nn.Linear) for child in module.children())
+        and any(isinstance(child, nn.Linear | Conv1D) for child in module.children())
     }
 
 
@@ -75,6 +76,7 @@ def find_projections(attention: nn.Module) -> dict[Role, Projection]:
     }
     for separate in _SEPARATE:
         if set(separate.values()) <= linears.keys():
+            _check_query_rows(attention, linears[separate["q"]])
             return {
                 role: _whole(role, name, linears[name])
                 for role, name in separate.items()
@@ -86,8 +88,21 @@ def find_projections(attention: nn.Module) -> dict[Role, Projection]:
     known += [" ".join(names.values()) for names in _FUSED]
     raise UnsupportedAttentionError(
         f"{kind} has the Linear layers {sorted(linears)}, which are none of the known "
-        f"layouts: {'; '.join(known)}"
+        f"layouts: {'; '.join(known)} (Conv1D layers, as in GPT-2, are not supported)"
     )
+
+
+def _check_query_rows(attention: nn.Module, query: nn.Linear) -> None:
+    """Refuse rows of q that are no query, such as the gate of Qwen3-Next."""
+    config: Any = getattr(attention, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = getattr(attention, "head_dim", None)
+    if heads and head_dim and query.out_features != heads * head_dim:
+        raise UnsupportedAttentionError(
+            f"{type(attention).__name__} has {query.out_features} rows of q where its "
+            f"{heads} heads of {head_dim} would have {heads * head_dim}: part of them "
+            "(an output gate?) does not enter the attention matrix"
+        )
 
 
 def _whole(role: Role, name: str, linear: nn.Linear) -> Projection:

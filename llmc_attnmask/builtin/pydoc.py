@@ -9,6 +9,7 @@ import ast
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,8 @@ _EXCLUDED = {
 _HELD_OUT_ONE_IN = 8
 
 
-def documents(split: Split) -> list[str]:
+@cache
+def documents(split: Split) -> tuple[str, ...]:
     """Documents of one split, in a fixed order (the same for one Python version).
 
     :param split: ``"calibration"`` (about seven eighths) or ``"evaluation"``
@@ -48,7 +50,7 @@ def documents(split: Split) -> list[str]:
     ]
     if split == "calibration":
         texts.extend(_help_topics())
-    return texts
+    return tuple(texts)
 
 
 def _stdlib() -> Path:

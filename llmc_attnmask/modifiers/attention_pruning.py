@@ -26,12 +26,14 @@ from llmc_attnmask.attention.projections import (
 from llmc_attnmask.masks.solver import MaskSolution, SolverSettings, learn_masks
 from llmc_attnmask.masks.structure import MaskStructure
 
+_STEPS = {False: 200, True: 400}  # by update_weights: survivors take longer
+
 
 class AttentionMatrixPruningModifier(Modifier):
     """
     Prunes the projections of attention modules with masks that are learned on the error
     of the attention matrix itself (https://arxiv.org/abs/2410.11261), not on a linear
-    proxy of it. Surviving weights keep their original bits.
+    proxy of it.
 
     Sample yaml:
 
@@ -61,17 +63,20 @@ class AttentionMatrixPruningModifier(Modifier):
     :param mask_structure: "N:M" prunes N of every M consecutive inputs of a row; "0:0"
         prunes a share of the whole matrix. Defaults to "0:0"
     :param projections: which projections to prune, of q and k. Defaults to both
-    :param update_weights: must be false: survivors keep their original values
+    :param update_weights: false, light mode: survivors keep their original bits; true,
+        accuracy mode: they are learned together with the masks
     :param output_weight: share of the error that is weighed by what reaches the
         attention output, ||(A - A~) V W_o||, in [0, 1]; 0 is the paper's objective
     :param targets: attention modules to prune, by name, "re:" pattern or class.
         Defaults to all attention modules
     :param ignore: attention modules to leave alone, likewise
     :param l2_penalty: the paper's lambda, on the mean square of the relaxed mask
-    :param steps: optimisation steps per attention module; 0 keeps the starting mask,
-        Wanda's
+    :param steps: optimisation steps per attention module; 0 keeps the start: Wanda's
+        mask, or SparseGPT's result if survivors are updated. Defaults to 200, or 400 if
+        survivors are updated
     :param learning_rate: Adam's, of the mask's scores, whose mean starts at 1
-    :param batch_size: calibration samples per step
+    :param batch_size: calibration samples per step, of one length: samples of many
+        lengths make smaller batches. Padding counts as text
     :param seed: order of the calibration samples; same seed and machine, same bytes
     """
 
@@ -85,14 +90,21 @@ class AttentionMatrixPruningModifier(Modifier):
     targets: list[str] | str | None = None
     ignore: list[str] = Field(default_factory=list)
     l2_penalty: float = Field(default=0.0, ge=0)
-    steps: int = Field(default=200, ge=0)
+    steps: int | None = Field(default=None, ge=0)
     learning_rate: float = Field(default=0.1, gt=0)
     batch_size: int = Field(default=8, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     _structure: MaskStructure = PrivateAttr()
     _layers: dict[str, "_Layer"] = PrivateAttr(default_factory=dict)
     _masks: dict[str, tuple[nn.Linear, Tensor]] = PrivateAttr(default_factory=dict)
+
+    @field_validator("mask_structure", mode="before")
+    @classmethod
+    def _quoted(cls, value: object) -> object:
+        if isinstance(value, int):  # YAML 1.1 reads 2:4 as a number to base 60
+            raise ValueError('write it in quotes, "N:M": YAML reads 2:4 as a number')
+        return value
 
     @field_validator("targets")
     @classmethod
@@ -114,14 +126,10 @@ class AttentionMatrixPruningModifier(Modifier):
                 "on the attention matrix so far; prune v and o with SparseGPTModifier "
                 "(recipes/block_2of4.yaml)"
             )
-        if self.update_weights:
-            raise ValueError(
-                "update_weights: true is not available yet; set it to false, or prune "
-                "with SparseGPTModifier to have survivors updated"
-            )
         return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        _check_finite(state.model)
         found = attention_modules(state.model)
         names = self._select(state.model, found)
         sparsities = _as_list(self.sparsity)
@@ -149,21 +157,28 @@ class AttentionMatrixPruningModifier(Modifier):
         modules: list[nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, layer in self._layers.items():
-            if len(layer.inputs):
-                self._prune(name, layer)
+        try:
+            for name, layer in self._layers.items():
+                if len(layer.inputs):
+                    self._prune(name, layer)
+        except BaseException:
+            self.remove_hooks()  # the model outlives a run that failed
+            self._layers = {}
+            raise
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.remove_hooks()
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
         pruned_modules = {name.rpartition(".")[0] for name in self._masks}
         if missed := [name for name in self._layers if name not in pruned_modules]:
             raise ValueError(
                 f"no calibration sample reached {_listed(missed)}; put these modules "
                 "under `ignore` or calibrate with data that uses them"
             )
-        for name, (linear, kept) in self._masks.items():
+        self._layers = {}
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        masks, self._masks = self._masks, {}
+        for name, (linear, kept) in masks.items():
             pruned = linear.weight.detach()[~kept.to(linear.weight.device)]
             if filled := int((pruned != 0).sum()):
                 raise ValueError(
@@ -172,7 +187,6 @@ class AttentionMatrixPruningModifier(Modifier):
                     f"{type(self).__name__} and filled them in. Prune after updating "
                     "weights, and quantize with QuantizationModifier, which keeps zeros"
                 )
-        self._layers, self._masks = {}, {}
         return True
 
     def _later_modifiers(self) -> list[str]:
@@ -187,13 +201,19 @@ class AttentionMatrixPruningModifier(Modifier):
                 f"{type(model).__name__} has no attention module with Linear layers"
             )
         targets = list(found) if self.targets is None else self.targets
+        for target in targets:
+            matched = [name for name, _ in match_named_modules(model, [target])]
+            if not found.keys() & set(matched):
+                raise ValueError(
+                    f"target {target!r} matches no attention module (it matches "
+                    f"{_listed(matched)}); the model has {_listed(list(found))}"
+                )
         matched = [name for name, _ in match_named_modules(model, targets, self.ignore)]
         names = [name for name in matched if name in found]
         if not names:
             raise ValueError(
-                f"targets {targets} and ignore {self.ignore} leave no attention module "
-                f"to prune (they match {_listed(matched)}); the model has "
-                f"{_listed(list(found))}"
+                f"ignore {self.ignore} leaves no attention module to prune; the model "
+                f"has {_listed(list(found))}"
             )
         return names
 
@@ -207,15 +227,8 @@ class AttentionMatrixPruningModifier(Modifier):
                 f"{name}: {error}; put it under `ignore` or use SparseGPTModifier"
             ) from None
         for role in self.projections:
-            weight = _linear(attention, projections[role]).weight
-            if not weight.isfinite().all():
-                bad = int((~weight.isfinite()).sum())
-                raise ValueError(
-                    f"{name}.{projections[role].parameter} has {bad} NaN or infinite "
-                    "entries; repair the checkpoint first"
-                )
             try:
-                self._structure.groups(weight)
+                self._structure.groups(_linear(attention, projections[role]).weight)
             except ValueError as error:
                 raise ValueError(f"{name}.{projections[role].child}: {error}") from None
         return _Layer(attention, projections, sparsity)
@@ -253,18 +266,21 @@ class AttentionMatrixPruningModifier(Modifier):
             kept = torch.ones_like(weight, dtype=torch.bool)
             for projection in projections:
                 projection.of(kept).copy_(solution.masks[projection.role])
+                if self.update_weights:
+                    projection.of(weight).copy_(solution.weights[projection.role])
             # masked_fill, not a product: a product leaves -0.0
             update_offload_parameter(linear, "weight", weight.masked_fill(~kept, 0.0))
             self._masks[f"{name}.{child}"] = (linear, kept.to("cpu"))
 
     def _settings(self) -> SolverSettings:
         return SolverSettings(
-            steps=self.steps,
+            steps=_STEPS[self.update_weights] if self.steps is None else self.steps,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             l2_penalty=self.l2_penalty,
             output_weight=self.output_weight,
             seed=self.seed,
+            update_weights=self.update_weights,
         )
 
 
@@ -286,6 +302,16 @@ class _Layer:
         """Forward pre-hook: called with (module, args, kwargs)."""
         _, args, kwargs = hook
         self.inputs.append(args, kwargs)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.element_size() == 1 or not parameter.is_floating_point():
+            continue  # already quantized
+        if bad := int((~parameter.isfinite()).sum()):
+            raise ValueError(
+                f"{name} has {bad} NaN or infinite entries; repair the checkpoint first"
+            )
 
 
 def _linear(attention: nn.Module, projection: Projection) -> nn.Linear:

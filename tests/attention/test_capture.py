@@ -94,7 +94,8 @@ def test_a_half_precision_module_is_replayed_in_float32(random_llama):
     (name, collected), *_ = attention_inputs(model, tokens).items()
     replica = AttentionReplica(model.get_submodule(name))
     call = replica(*collected.batch([0], replica.device, replica.dtype))
-    assert call.query.dtype == call.value.dtype == call.mask.dtype == torch.float32
+    assert call.query.dtype == call.value.dtype == torch.float32
+    assert call.mask.dtype == torch.bfloat16  # [L, L]: never copied whole
 
 
 def test_an_offloaded_module_is_replayed(random_llama):
@@ -164,6 +165,25 @@ def test_equal_masks_and_rotary_tables_are_stored_once(random_llama):
     assert len({tuple(ids) for ids in leaves}) == 1
     hidden = [sample[0] for sample in collected._samples]
     assert not torch.equal(hidden[0], hidden[1])
+
+
+def test_samples_of_two_lengths_in_turn_still_share_their_masks(random_llama):
+    collected = AttentionInputs()
+    for length in (5, 7, 5, 7):
+        inputs = attention_inputs(random_llama, torch.randint(0, 64, (1, length)))
+        (hidden, leaves, structure), *_ = next(iter(inputs.values()))._samples
+        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, structure)
+        collected.append([*args], {**kwargs, "hidden_states": hidden})
+    shared = [[id(x) for x in sample[1]] for sample in collected._samples]
+    assert shared[0] == shared[2] and shared[1] == shared[3]
+
+
+def test_an_argument_without_batch_dimension_that_differs_is_refused():
+    inputs = AttentionInputs()
+    for i in range(2):
+        inputs.append([torch.zeros(1, 5, 2)], {"scales": torch.full((3,), float(i))})
+    with pytest.raises(UnsupportedAttentionError, match=r"shape \(3,\) differs"):
+        inputs.batch([0, 1], torch.device("cpu"), torch.float32)
 
 
 def test_minibatches_use_every_sample_and_never_mix_lengths():

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from llmc_attnmask.attention import matrix
 from llmc_attnmask.attention.capture import (
@@ -14,6 +15,8 @@ from llmc_attnmask.attention.matrix import (
     attention_norms,
     probabilities,
 )
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.evaluation import attention_inputs, load_model
 from tests.memory import PeakMemory
 
 B, H, G, L, DH, D = 2, 4, 2, 13, 8, 24
@@ -43,6 +46,9 @@ def random_call(window: int | None = None, **changes) -> AttentionCall:
 CALLS = {
     "causal": random_call(),
     "bidirectional": random_call(mask=None),
+    "padding, one mask row": random_call(
+        mask=torch.zeros(B, 1, 1, L).index_fill_(3, torch.tensor([0, 11]), -1e38)
+    ),
     "sliding window": random_call(window=4),
     "soft cap": random_call(softcap=1.5),
     "sinks": random_call(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]).double()),
@@ -143,30 +149,31 @@ def test_output_weight_needs_the_output_projection():
         attention_error(call, call.query, call.key, output_weight=1.0)
 
 
-def peak_bytes(length: int) -> int:
-    heads, groups, dh = 8, 2, 64
-    call = AttentionCall(
-        query=torch.randn(1, heads, length, dh),
-        key=torch.randn(1, groups, length, dh),
-        value=torch.randn(1, groups, length, dh),
-        mask=torch.zeros(1, 1, 1, 1).expand(1, 1, length, length),
-        scaling=dh**-0.5,
-    )
-    output_projection = torch.randn(heads * dh, heads * dh)
-    query = (call.query * 1.1).requires_grad_()
-    key = (call.key * 0.9).requires_grad_()
+def peak_bytes(model: PreTrainedModel, length: int) -> int:
+    """Beyond what is there before: one sample through error and gradient."""
+    tokens = torch.arange(length).view(1, length) % 2048
+    name, inputs = next(iter(attention_inputs(model, tokens).items()))
+    replica = AttentionReplica(model.get_submodule(name))
+    weight = replica.module.get_parameter("q_proj.weight")
+    changed = (0.9 * weight).requires_grad_()
+    output_projection = replica.module.get_parameter("o_proj.weight")
     with PeakMemory() as memory:
-        error = attention_error(
-            call,
-            query,
-            key,
+        args, kwargs = inputs.batch([0], replica.device, replica.dtype)
+        with torch.no_grad():
+            reference = replica(args, kwargs)
+        pruned = replica(args, kwargs, {"q_proj.weight": changed})
+        attention_error(
+            reference,
+            pruned.query,
+            pruned.key,
             output_weight=1.0,
             output_projection=output_projection,
-        )
-        error.backward()
-    assert query.grad is not None and key.grad is not None
+        ).backward()
+    assert changed.grad is not None and changed.grad.any()
     return memory.peak
 
 
-def test_memory_grows_no_faster_than_the_sequence():
-    assert peak_bytes(4096) <= 4.5 * peak_bytes(1024)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_grows_no_faster_than_the_sequence(dtype):
+    model = load_model(MODEL_DIR).to(dtype)
+    assert peak_bytes(model, 4096) <= 4.5 * peak_bytes(model, 1024)

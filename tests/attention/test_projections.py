@@ -37,6 +37,22 @@ def test_rows_of_a_fused_linear_are_the_projection_they_name():
             assert same == (part != changed)
 
 
+def test_a_gate_beside_the_query_is_refused(random_llama):
+    attention = random_llama.model.layers[0].self_attn
+    attention.q_proj = nn.Linear(32, 64, bias=False)  # query and gate, as in Qwen3-Next
+    with pytest.raises(UnsupportedAttentionError, match=r"64 rows of q .* have 32"):
+        find_projections(attention)
+
+
+def test_conv1d_is_named():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
+    attention = next(iter(attention_modules(model).values()))
+    with pytest.raises(UnsupportedAttentionError, match="Conv1D layers"):
+        find_projections(attention)
+
+
 def test_an_unknown_layout_is_refused_with_what_was_found():
     class StrangeAttention(nn.Module):
         def __init__(self):

@@ -8,7 +8,7 @@ from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import find_projections
 from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.evaluation import attention_inputs, load_model
-from llmc_attnmask.masks.solver import SolverSettings, input_norms, learn_masks
+from llmc_attnmask.masks.solver import SolverSettings, learn_masks
 from llmc_attnmask.masks.structure import MaskStructure
 
 TWO_OF_FOUR = MaskStructure.parse("2:4")
@@ -81,10 +81,12 @@ def test_the_result_is_never_worse_than_the_start(layer):
 def test_no_steps_give_the_start_wandas_mask(layer):
     solution = solve(layer, steps=0)
     assert solution.error == solution.start_error
-    replica, inputs, projections = layer
-    norms = input_norms(replica, inputs, [projections["q"]])["q_proj"]
-    weight = replica.module.get_parameter("q_proj.weight")
-    assert torch.equal(solution.masks["q"], TWO_OF_FOUR.mask(weight.abs() * norms, 0.5))
+    replica, inputs, _ = layer
+    weight = replica.module.get_parameter("q_proj.weight").detach()
+    x = torch.cat([sample[0] for sample in inputs._samples], dim=1)[0]
+    expected = TWO_OF_FOUR.mask(weight.abs() * x.norm(dim=0), 0.5)
+    # but for the rounding of norms: nearly every entry
+    assert (solution.masks["q"] == expected).float().mean() > 0.999
 
 
 def test_the_same_seed_gives_the_same_masks_another_seed_others(layer):
@@ -96,6 +98,27 @@ def test_the_same_seed_gives_the_same_masks_another_seed_others(layer):
 def test_output_weight_lowers_the_error_of_the_attention_output(layer):
     by_matrix, by_output = (solve(layer, output_weight=w).masks for w in (0.0, 1.0))
     assert output_error(layer, by_output) < output_error(layer, by_matrix)
+
+
+@pytest.mark.parametrize("structure", ["2:4", "0:0"])
+def test_updated_survivors_beat_sparsegpts(layer, structure):
+    parsed = MaskStructure.parse(structure)
+    solution = solve(layer, parsed, update_weights=True, steps=200)
+    assert solution.error < 0.8 * solution.start_error
+    for role, mask in solution.masks.items():
+        weight = solution.weights[role]
+        assert not weight[~mask].any() and weight[mask].all()
+
+
+def test_no_steps_with_updates_give_sparsegpts_weights(layer):
+    solution = solve(layer, steps=0, update_weights=True)
+    replica = layer[0]
+    weight = replica.module.get_parameter("q_proj.weight")
+    found = solution.weights["q"]
+    kept = solution.masks["q"]
+    assert ((found == 0).view(-1, 4).sum(-1) >= 2).all()
+    changed = (found != weight)[kept].float().mean()
+    assert changed > 0.9  # survivors make up for what is gone
 
 
 def test_one_projection_alone_can_be_pruned(layer):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmc_attnmask import AttentionMatrixPruningModifier
 from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.prune import compress
+from llmc_attnmask.pruning import compress
 from llmc_attnmask.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -76,15 +76,30 @@ def test_n_of_m_holds_for_every_group_of_q_and_k(run, structure):
 
 def test_an_unstructured_count_is_exact_and_may_differ_by_layer(run):
     sparsities = [0.1, 0.55, 0.0, 0.9]
-    before = tiny().state_dict()
-    after = run(quick(mask_structure="0:0", sparsity=sparsities))
+    model = tiny()
+    for parameter in model.parameters():
+        parameter.data[parameter.data == 0] = 1e-3  # so that every zero is a pruned one
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    after = run(quick(mask_structure="0:0", sparsity=sparsities), model=model)
     check_light_mode(before, after)
     for i, sparsity in enumerate(sparsities):
         for p in "qk":
-            name = f"model.layers.{i}.self_attn.{p}_proj.weight"
-            new = (after[name] == 0) & (before[name] != 0)
-            old = int((before[name] == 0).sum())
-            assert abs(int(new.sum()) - round(sparsity * after[name].numel())) <= old
+            weight = after[f"model.layers.{i}.self_attn.{p}_proj.weight"]
+            assert int((weight == 0).sum()) == round(sparsity * weight.numel())
+
+
+@pytest.mark.parametrize("structure", ["2:4", "0:0"])
+def test_accuracy_mode_updates_the_survivors_and_keeps_the_zeros(run, structure):
+    before = tiny().state_dict()
+    after = run(quick(mask_structure=structure, update_weights=True))
+    expected = {f"{i}.{p}_proj" for i in range(LAYERS) for p in "qk"}
+    assert pruned_names(before, after) == expected
+    for name in after:
+        if re.search("[qk]_proj", name):
+            kept = after[name] != 0
+            assert kept.float().mean() == pytest.approx(0.5, abs=0.01)
+            assert (after[name] != before[name])[kept].float().mean() > 0.5
+            assert not bits(after[name])[~kept].any()  # no -0.0
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(run):
@@ -181,7 +196,8 @@ def test_fused_qkv_is_pruned_in_the_rows_of_q_and_k_only(run, tmp_path):
         ({"projections": []}, "expected q, k or both"),
         ({"projections": ["q", "q"]}, "expected q, k or both"),
         ({"projections": ["q", "v"]}, "prune v and o with SparseGPTModifier"),
-        ({"update_weights": True}, "update_weights: true is not available"),
+        ({"seed": -1}, "greater than or equal to 0"),
+        ({"mask_structure": 124}, 'write it in quotes, "N:M"'),
         ({"output_weight": 1.5}, "less than or equal to 1"),
     ],
 )
@@ -191,8 +207,15 @@ def test_wrong_fields_are_refused_at_construction(fields, message):
 
 
 def test_targets_that_match_nothing_list_the_attention_modules():
-    with pytest.raises(ValueError, match=r"the model has model\.layers\.0\.self_attn,"):
-        quick(targets=["re:.*q_proj$"]).initialize(State(model=tiny()))
+    message = (
+        r"'re:\.\*q_proj\$' matches no .* the model has model\.layers\.0\.self_attn,"
+    )
+    with pytest.raises(ValueError, match=message):
+        quick(targets=["LlamaAttention", "re:.*q_proj$"]).initialize(
+            State(model=tiny())
+        )
+    with pytest.raises(ValueError, match="leaves no attention module"):
+        quick(ignore=["LlamaAttention"]).initialize(State(model=tiny()))
 
 
 def test_a_sparsity_list_of_the_wrong_length_is_refused():
@@ -207,11 +230,43 @@ def test_indivisible_in_features_are_refused():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(value):
+@pytest.mark.parametrize("place", ["self_attn.k_proj", "mlp.up_proj"])
+def test_weights_that_are_no_numbers_are_refused_wherever_they_are(value, place):
     model = tiny()
-    model.model.layers[1].self_attn.k_proj.weight.data[3, 5] = value
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj.* has 1 NaN"):
+    model.model.layers[1].get_submodule(place).weight.data[3, 5] = value
+    with pytest.raises(ValueError, match=rf"layers\.1\.{place}.* has 1 NaN"):
         quick().initialize(State(model=model))
+
+
+def test_a_layer_whose_output_is_zero_is_pruned_all_the_same(run):
+    model = tiny()
+    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    after = run(quick(), model=model)
+    weight = after["model.layers.1.self_attn.q_proj.weight"]
+    assert ((weight == 0).view(-1, 4).sum(-1) == 2).all()
+
+
+def test_a_run_that_fails_leaves_no_hook_on_the_model(run, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("no room")
+
+    model = tiny()
+    module = "llmc_attnmask.modifiers.attention_pruning.learn_masks"
+    monkeypatch.setattr(module, fail)
+    with pytest.raises(MemoryError):
+        run(quick(), model=model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_two_modifiers_share_the_work(run):
+    before = tiny().state_dict()
+    after = run(
+        quick(projections=["q"]),
+        quick(projections=["k"], mask_structure="0:0", sparsity=0.3),
+    )
+    expected = {f"{i}.{p}_proj" for i in range(LAYERS) for p in "qk"}
+    assert pruned_names(before, after) == expected
+    check_light_mode(before, after)
 
 
 def test_a_model_without_the_attention_interface_is_refused():

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.prune import prune
+from llmc_attnmask.pruning import prune
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = {"num_samples": 8, "max_length": 64}
@@ -15,6 +15,7 @@ QUICK = {"num_samples": 8, "max_length": 64}
     ("recipe", "pruned", "structured"),
     [
         ("attention_2of4", "qk", True),
+        ("attention_2of4_updated", "qk", True),
         ("attention_unstructured_50", "qk", False),
         ("block_2of4", "qkvogud", True),
     ],
@@ -38,7 +39,6 @@ def test_each_recipe_gives_a_checkpoint_that_plain_transformers_loads(
             assert (groups >= 2).all() == structured
         else:
             assert zero.float().mean() < 0.01
-    # what is learned comes first and stays
     assert "recipe.yaml" in {path.name for path in saved.iterdir()}
 
 
@@ -78,11 +78,33 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path):
         ({"max_length": 5000}, "between 2 and 1024"),
         ({"num_samples": 0}, "expected at least 1"),
         ({"model": "/nonexistent/model"}, "/nonexistent/model"),
+        ({"dataset": "SHORT"}, "fewer than one window"),
+        ({"recipe": "DROPPED"}, "silently drop"),
+        ({"recipe": "INDIVISIBLE"}, "not divisible by 5"),
+        ({"recipe": "NO_TARGET"}, "matches no attention module"),
+        ({"output": "FILE/out"}, "cannot be created"),
     ],
 )
 def test_bad_input_ends_before_anything_is_written(
-    changes, message, tmp_path, nothing_written
+    changes, message, tmp_path_factory, tmp_path, nothing_written
 ):
+    inputs = tmp_path_factory.mktemp("inputs")
+    fields = "{sparsity: 0.4, mask_structure: '2:5'}"
+    contents = {
+        "SHORT": "one sentence",
+        "DROPPED": "modifiers: {AttentionMatrixPruningModifier: {sparsity: 0.5}}",
+        "INDIVISIBLE": f"s_stage: {{m_modifiers: {{AttentionMatrixPruningModifier: "
+        f"{fields}}}}}",
+        "NO_TARGET": "s_stage: {m_modifiers: {AttentionMatrixPruningModifier: "
+        "{sparsity: 0.5, targets: [nothing]}}}",
+        "FILE": "",
+    }
+    for name, content in contents.items():
+        (inputs / name).write_text(content)
+    changes = {
+        key: inputs / value if str(value).split("/")[0] in contents else value
+        for key, value in changes.items()
+    }
     arguments = {
         "model": MODEL_DIR,
         "recipe": RECIPES / "attention_2of4.yaml",
@@ -92,6 +114,21 @@ def test_bad_input_ends_before_anything_is_written(
     }
     with pytest.raises((ValueError, OSError), match=message):
         prune(**arguments)
+
+
+def test_the_seed_reaches_a_modifier_whose_recipe_sets_none(tmp_path):
+    more = {**QUICK, "num_samples": 20}
+    recipe = tmp_path / "quick.yaml"
+    recipe.write_text(
+        "s_stage: {m_modifiers: {AttentionMatrixPruningModifier: "
+        "{sparsity: 0.5, mask_structure: '2:4', steps: 12}}}"
+    )
+    first, second = (
+        prune(MODEL_DIR, recipe, tmp_path / str(seed), seed=seed, **more)
+        for seed in (1, 2)
+    )
+    name = "model.safetensors"
+    assert (first / name).read_bytes() != (second / name).read_bytes()
 
 
 def test_a_failure_while_saving_leaves_nothing(tmp_path, nothing_written, monkeypatch):

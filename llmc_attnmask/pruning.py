@@ -1,5 +1,6 @@
 """Run a recipe on a model and save the result: ``oneshot`` with the checks up front."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -42,7 +43,7 @@ def prune(
     :param dataset: calibration text, see ``load_texts``
     :param num_samples: calibration windows, at equal spacing over the text
     :param max_length: tokens per window; by default 2048 or the model's positions
-    :param seed: of torch's generator; the attention modifier has its own ``seed``
+    :param seed: of torch's generator, and of every modifier whose recipe sets none
     :return: the output folder
     :raises FileExistsError: if the output folder exists and is not empty
     :raises RecipeError, DatasetError, ValueError: for bad input, before anything is
@@ -55,7 +56,11 @@ def prune(
         )
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
+    _check_writable(output)
     parsed = load_recipe(recipe)
+    for modifier in parsed.modifiers:
+        if hasattr(modifier, "seed") and "seed" not in modifier.model_fields_set:
+            modifier.seed = seed
     tokenizer = AutoTokenizer.from_pretrained(model)
     length = window_length(AutoConfig.from_pretrained(model), max_length)
     windows = calibration_windows(
@@ -65,6 +70,16 @@ def prune(
     torch.manual_seed(seed)
     compress(loaded, tokenizer, parsed.modifiers, windows)
     return save(loaded, tokenizer, output)
+
+
+def _check_writable(output: Path) -> None:
+    """Refuse, before hours of work, a folder that could not be created in the end."""
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"output {output} cannot be created: {parent} is no folder that can be "
+            "written to"
+        )
 
 
 def compress(
