@@ -13,14 +13,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmc_attnmask.checkpoint.inspect import inspect
     from llmc_attnmask.evaluation import evaluate
-    from llmc_attnmask.modifiers import AttentionMatrixPruningModifier
+    from llmc_attnmask.modifiers import (
+        ALPSPruningModifier,
+        AttentionMatrixPruningModifier,
+        MaskedRecoveryModifier,
+    )
     from llmc_attnmask.pruning import prune
 
 __version__ = "0.1.0.dev0"
-__all__ = ["AttentionMatrixPruningModifier", "evaluate", "inspect", "prune"]
+__all__ = [
+    "ALPSPruningModifier",
+    "AttentionMatrixPruningModifier",
+    "MaskedRecoveryModifier",
+    "evaluate",
+    "inspect",
+    "prune",
+]
 
 _HOMES = {
+    "ALPSPruningModifier": "llmc_attnmask.modifiers",
     "AttentionMatrixPruningModifier": "llmc_attnmask.modifiers",
+    "MaskedRecoveryModifier": "llmc_attnmask.modifiers",
     "evaluate": "llmc_attnmask.evaluation",
     "inspect": "llmc_attnmask.checkpoint.inspect",
     "prune": "llmc_attnmask.pruning",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from llmc_attnmask.attention.capture import AttentionInputs, AttentionReplica
+from llmc_attnmask.attention.capture import AttentionReplica, ModuleInputs
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.data import BUILTIN, evaluation_windows, load_texts
@@ -155,9 +155,9 @@ def attention_errors(
 @torch.no_grad()
 def attention_inputs(
     model: PreTrainedModel, windows: Tensor
-) -> dict[str, AttentionInputs]:
+) -> dict[str, ModuleInputs]:
     """What reaches every attention module of a model, collected on CPU."""
-    inputs = {name: AttentionInputs() for name in attention_modules(model)}
+    inputs = {name: ModuleInputs() for name in attention_modules(model)}
 
     def collector(name: str):  # type: ignore[no-untyped-def]
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -101,7 +101,7 @@ class AttentionReplica:
         parameter = next(attention.parameters())
         self.device = torch.device(parameter.device if device is None else device)
         self.dtype = dtype
-        self.module = _isolated_copy(attention, dtype, self.device)
+        self.module = isolated_copy(attention, dtype, self.device)
         config: Any = self.module.config
         config._attn_implementation = _INTERFACE
 
@@ -138,9 +138,11 @@ def uses_attention_interface(attention: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
-def _isolated_copy(
+def isolated_copy(
     module: nn.Module, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
+    """A copy that shares nothing with the module: no tensor, no hook, no offloading."""
+
     def to(tensor: Tensor) -> Tensor:
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to(device=device, dtype=kind, copy=True)
@@ -169,8 +171,8 @@ def _isolated_copy(
     return replica.eval()
 
 
-class AttentionInputs:
-    """Arguments of one attention module's forward, collected sample by sample on CPU.
+class ModuleInputs:
+    """Arguments of one module's forward, collected sample by sample on CPU.
 
     Masks and rotary tables that are equal from sample to sample are kept once.
     """
@@ -214,17 +216,27 @@ class AttentionInputs:
         self._recent[key] = leaf.clone()
         return self._recent[key]
 
+    @property
+    def hidden(self) -> list[Tensor]:
+        """The hidden states of every sample, [1, L, D]."""
+        return [hidden for hidden, _, _ in self._samples]
+
     def batch(
-        self, indices: Sequence[int], device: torch.device, dtype: torch.dtype
+        self,
+        indices: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        hidden: Sequence[Tensor] | None = None,
     ) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments for the named samples at once.
 
         :param indices: samples of one length
+        :param hidden: hidden states of every sample, instead of the collected ones
         :return: (args, kwargs), floating-point tensors in ``dtype`` on ``device``; the
             attention mask, which is [L, L], stays in its own
         """
         samples = [self._samples[i] for i in indices]
-        hidden = torch.cat([hidden for hidden, _, _ in samples])
+        states = torch.cat([(hidden or self.hidden)[i] for i in indices])
         leaves = [
             _joined(column) for column in zip(*(s[1] for s in samples), strict=True)
         ]
@@ -236,7 +248,7 @@ class AttentionInputs:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             return tensor.to(device=device, dtype=kind)
 
-        args, kwargs = tree_map_only(Tensor, to, ([hidden, *args], kwargs))
+        args, kwargs = tree_map_only(Tensor, to, ([states, *args], kwargs))
         on_device = tree_map_only(Tensor, lambda mask: mask.to(device), masks)
         return args, kwargs | on_device
 

@@ -14,7 +14,8 @@ dE/dK~ = scaling * P^T Q~ summed over the query heads that share a key head.
 Everything is computed in blocks of query rows, so memory does not grow with L^2.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,14 +62,10 @@ def attention_norms(
     """
     matrix = output = 0.0
     with torch.no_grad():
-        for rows in _row_blocks(call):
-            columns = _visible_columns(call, rows)
-            attention = _softmax(
-                _logits(call, call.query, call.key, rows, columns)[0], call
-            )
+        for _, attention in _attention_blocks(call):
             matrix += attention.square().sum().item()
             if output_projection is not None:
-                reached = _to_output(attention, call, output_projection, columns)
+                reached = _to_output(attention, call, output_projection)
                 output += reached.square().sum().item()
     return AttentionNorms(matrix, output)
 
@@ -123,24 +120,16 @@ class _AttentionError(torch.autograd.Function):
                 error += matrix_weight * change.square().sum()
                 gradient += (2 * matrix_weight) * change
             if output_weight:
-                reached = _to_output(change, reference, output_projection, columns)
+                reached = _to_output(change, reference, output_projection)
                 error += output_weight * reached.square().sum()
                 gradient += _from_output(
                     (2 * output_weight) * reached, reference, output_projection, columns
                 )
             if not need_gradient:
                 continue
-            inner = pruned * gradient
-            inner -= inner.sum(-1, keepdim=True) * pruned  # P
-            if slope is not None:
-                inner *= slope
-            inner *= reference.scaling
-            flat = inner.flatten(2, 3)  # [B, G, H/G * rows, columns]
-            query_rows = _grouped(query[:, :, rows], key.shape[1]).flatten(2, 3)
-            query_gradient[:, :, rows] = (flat @ key[:, :, :columns]).view_as(
-                query[:, :, rows]
-            )
-            key_gradient[:, :, :columns] += flat.transpose(-1, -2) @ query_rows
+            inner = _through_softmax(pruned, gradient, slope, reference)
+            query_gradient[:, :, rows] = _to_query(inner, key)
+            key_gradient[:, :, :columns] += _to_key(inner, query[:, :, rows])
         if need_gradient:
             ctx.save_for_backward(query_gradient, key_gradient)
         return error
@@ -150,6 +139,91 @@ class _AttentionError(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query_gradient, key_gradient = ctx.saved_tensors
         return upstream * query_gradient, upstream * key_gradient, None, None
+
+
+def probe_gradients(
+    call: AttentionCall,
+    generator: torch.Generator,
+    *,
+    matrix_weight: float,
+    output_weight: float,
+    output_projection: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients g of a random projection of A and of A V W_o (signs z, mean zero).
+
+    Their second moment is the Gauss-Newton matrix of ``attention_error`` at the dense
+    weights: E[g g^T] = matrix_weight * J^T J + output_weight * Jo^T Jo with J = dA/dQ,
+    that is scaling^2 * K^T (diag(a) - a a^T)^2 K for a query with the row a of A.
+
+    :param generator: of signs, on CPU
+    :return: with respect to the query [B, H, L, dh] and to the key [B, G, L, dh]
+    """
+    query_gradient = torch.zeros_like(call.query)
+    key_gradient = torch.zeros_like(call.key)
+    for rows in _row_blocks(call):
+        columns = _visible_columns(call, rows)
+        logits, slope = _logits(call, call.query, call.key, rows, columns)
+        attention = _softmax(logits, call)
+        gradient = math.sqrt(matrix_weight) * _signs(attention.shape, generator, call)
+        if output_weight:
+            shape = (call.query.shape[0], logits.shape[-2], output_projection.shape[0])
+            probe = math.sqrt(output_weight) * _signs(shape, generator, call)
+            gradient += _from_output(probe, call, output_projection, columns)
+        inner = _through_softmax(attention, gradient, slope, call)
+        query_gradient[:, :, rows] = _to_query(inner, call.key)
+        key_gradient[:, :, :columns] += _to_key(inner, call.query[:, :, rows])
+    return query_gradient, key_gradient
+
+
+def _signs(
+    shape: Sequence[int], generator: torch.Generator, call: AttentionCall
+) -> Tensor:
+    # drawn on CPU: the same on every machine
+    return torch.randint(2, shape, generator=generator).to(call.query) * 2 - 1
+
+
+def attention_context(call: AttentionCall, value: Tensor) -> Tensor:
+    """What o_proj reads: every head's A V, side by side.
+
+    Differentiable in ``value``, A computed again in the backward pass.
+
+    :param call: gives A
+    :param value: [B, G, L, dv]
+    :return: [B, L, H * dv]
+    """
+    return _AttentionContext.apply(value, call)
+
+
+class _AttentionContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, call: AttentionCall) -> Tensor:
+        ctx.call = call
+        mixed = torch.cat(
+            [_mixed(attention, value) for _, attention in _attention_blocks(call)],
+            dim=2,
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        call: AttentionCall = ctx.call
+        heads, groups = call.query.shape[1], call.value.shape[1]
+        per_head = upstream.unflatten(-1, (heads, -1)).transpose(1, 2)
+        gradient = torch.zeros_like(call.value)
+        for rows, attention in _attention_blocks(call):
+            per_group = _grouped(per_head[:, :, rows], groups).flatten(2, 3)
+            columns = attention.shape[-1]
+            gradient[:, :, :columns] += attention.flatten(2, 3).mT @ per_group
+        return gradient, None
+
+
+def _attention_blocks(call: AttentionCall) -> Iterator[tuple[slice, Tensor]]:
+    """A block by block: rows, [B, G, H/G, rows, columns]."""
+    for rows in _row_blocks(call):
+        columns = _visible_columns(call, rows)
+        logits, _ = _logits(call, call.query, call.key, rows, columns)
+        yield rows, _softmax(logits, call)
 
 
 def _row_blocks(call: AttentionCall) -> Iterator[slice]:
@@ -214,14 +288,41 @@ def _softmax(logits: Tensor, call: AttentionCall) -> Tensor:
     return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
 
 
+def _through_softmax(
+    attention: Tensor, gradient: Tensor, slope: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """scaling * P: the gradient at the logits, all [B, G, H/G, rows, columns]."""
+    inner = attention * gradient
+    inner -= inner.sum(-1, keepdim=True) * attention  # P
+    if slope is not None:
+        inner *= slope
+    return inner.mul_(call.scaling)
+
+
+def _to_query(inner: Tensor, key: Tensor) -> Tensor:
+    """P K: [B, G, H/G, rows, columns] -> [B, H, rows, dh]."""
+    flat = inner.flatten(2, 3) @ key[:, :, : inner.shape[-1]]
+    return flat.view(*inner.shape[:-1], -1).flatten(1, 2)
+
+
+def _to_key(inner: Tensor, query_rows: Tensor) -> Tensor:
+    """P^T Q over the heads of a group: [B, G, columns, dh]."""
+    per_group = _grouped(query_rows, inner.shape[1]).flatten(2, 3)
+    return inner.flatten(2, 3).mT @ per_group
+
+
 def _to_output(
-    attention: Tensor, call: AttentionCall, output_projection: Tensor, columns: int
+    attention: Tensor, call: AttentionCall, output_projection: Tensor
 ) -> Tensor:
     """sum_h A_h V_h W_o,h: [B, G, H/G, rows, columns] -> [B, rows, D]."""
-    value = call.value[:, :, :columns]
-    mixed = attention.flatten(2, 3) @ value  # [B, G, H/G * rows, dv]
-    mixed = mixed.view(*attention.shape[:-1], -1).flatten(1, 2)  # [B, H, rows, dv]
+    mixed = _mixed(attention, call.value)
     return mixed.transpose(1, 2).flatten(2) @ output_projection.T
+
+
+def _mixed(attention: Tensor, value: Tensor) -> Tensor:
+    """A V: [B, G, H/G, rows, columns] and [B, G, L, dv] -> [B, H, rows, dv]."""
+    mixed = attention.flatten(2, 3) @ value[:, :, : attention.shape[-1]]
+    return mixed.view(*attention.shape[:-1], -1).flatten(1, 2)
 
 
 def _from_output(

@@ -2,9 +2,19 @@
 
 from llmcompressor.modifiers.factory import ModifierFactory
 
+from llmc_attnmask.modifiers.alps_pruning import ALPSPruningModifier
 from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModifier
+from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
 
-__all__ = ["AttentionMatrixPruningModifier"]
+__all__ = [
+    "ALPSPruningModifier",
+    "AttentionMatrixPruningModifier",
+    "MaskedRecoveryModifier",
+]
 
-for _modifier in (AttentionMatrixPruningModifier,):
+for _modifier in (
+    ALPSPruningModifier,
+    AttentionMatrixPruningModifier,
+    MaskedRecoveryModifier,
+):
     ModifierFactory.register(_modifier.__name__, _modifier)

@@ -9,12 +9,12 @@ from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from loguru import logger
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmc_attnmask.attention.capture import (
-    AttentionInputs,
     AttentionReplica,
+    ModuleInputs,
     UnsupportedAttentionError,
 )
 from llmc_attnmask.attention.projections import (
@@ -23,10 +23,16 @@ from llmc_attnmask.attention.projections import (
     attention_modules,
     find_projections,
 )
-from llmc_attnmask.masks.solver import MaskSolution, SolverSettings, learn_masks
+from llmc_attnmask.masks.solver import SolverSettings, learn_masks
 from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.modifiers.fields import (
+    MaskStructureField,
+    Names,
+    check_finite,
+    listed,
+)
 
-_STEPS = {False: 200, True: 400}  # by update_weights: survivors take longer
+_STEPS = {False: 200, True: 100}  # by update_weights, which starts from more
 
 
 class AttentionMatrixPruningModifier(Modifier):
@@ -62,9 +68,11 @@ class AttentionMatrixPruningModifier(Modifier):
         with one share per targeted attention module, in the model's order
     :param mask_structure: "N:M" prunes N of every M consecutive inputs of a row; "0:0"
         prunes a share of the whole matrix. Defaults to "0:0"
-    :param projections: which projections to prune, of q and k. Defaults to both
+    :param projections: which projections to prune, of q, k, v and o. Defaults to q and
+        k. v and o are pruned on the attention output, given the pruned attention matrix
     :param update_weights: false, light mode: survivors keep their original bits; true,
-        accuracy mode: they are learned together with the masks
+        accuracy mode: masks and survivors are solved for to second order, then the
+        survivors are moved by gradient steps
     :param output_weight: share of the error that is weighed by what reaches the
         attention output, ||(A - A~) V W_o||, in [0, 1]; 0 is the paper's objective
     :param targets: attention modules to prune, by name, "re:" pattern or class.
@@ -72,9 +80,10 @@ class AttentionMatrixPruningModifier(Modifier):
     :param ignore: attention modules to leave alone, likewise
     :param l2_penalty: the paper's lambda, on the mean square of the relaxed mask
     :param steps: optimisation steps per attention module; 0 keeps the start: Wanda's
-        mask, or SparseGPT's result if survivors are updated. Defaults to 200, or 400 if
-        survivors are updated
-    :param learning_rate: Adam's, of the mask's scores, whose mean starts at 1
+        mask, or the second-order solution if survivors are updated. Defaults to 200,
+        or 100 if survivors are updated
+    :param learning_rate: Adam's, of the mask's scores, whose mean starts at 1; light
+        mode only
     :param batch_size: calibration samples per step, of one length: samples of many
         lengths make smaller batches. Padding counts as text
     :param seed: order of the calibration samples; same seed and machine, same bytes
@@ -83,12 +92,12 @@ class AttentionMatrixPruningModifier(Modifier):
     requires_calibration_data: bool = True
 
     sparsity: float | list[float]
-    mask_structure: str = "0:0"
+    mask_structure: MaskStructureField = "0:0"
     projections: list[Role] = Field(default=["q", "k"])
     update_weights: bool = False
     output_weight: float = Field(default=0.9, ge=0, le=1)
-    targets: list[str] | str | None = None
-    ignore: list[str] = Field(default_factory=list)
+    targets: Names | None = None
+    ignore: Names = Field(default_factory=list)
     l2_penalty: float = Field(default=0.0, ge=0)
     steps: int | None = Field(default=None, ge=0)
     learning_rate: float = Field(default=0.1, gt=0)
@@ -99,18 +108,6 @@ class AttentionMatrixPruningModifier(Modifier):
     _layers: dict[str, "_Layer"] = PrivateAttr(default_factory=dict)
     _masks: dict[str, tuple[nn.Linear, Tensor]] = PrivateAttr(default_factory=dict)
 
-    @field_validator("mask_structure", mode="before")
-    @classmethod
-    def _quoted(cls, value: object) -> object:
-        if isinstance(value, int):  # YAML 1.1 reads 2:4 as a number to base 60
-            raise ValueError('write it in quotes, "N:M": YAML reads 2:4 as a number')
-        return value
-
-    @field_validator("targets")
-    @classmethod
-    def _targets_as_list(cls, value: list[str] | str | None) -> list[str] | None:
-        return [value] if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _check_fields(self) -> "AttentionMatrixPruningModifier":
         self._structure = MaskStructure.parse(self.mask_structure)
@@ -118,25 +115,20 @@ class AttentionMatrixPruningModifier(Modifier):
             self._structure.check(sparsity)
         if not self.projections or len(set(self.projections)) < len(self.projections):
             raise ValueError(
-                f"projections is {self.projections}; expected q, k or both, each once"
-            )
-        if later := sorted({"v", "o"} & set(self.projections)):
-            raise ValueError(
-                f"projections names {', '.join(later)}, but only q and k can be pruned "
-                "on the attention matrix so far; prune v and o with SparseGPTModifier "
-                "(recipes/block_2of4.yaml)"
+                f"projections is {self.projections}; expected some of q, k, v, o, each "
+                "once"
             )
         return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        _check_finite(state.model)
+        check_finite(state.model)
         found = attention_modules(state.model)
         names = self._select(state.model, found)
         sparsities = _as_list(self.sparsity)
         if isinstance(self.sparsity, list) and len(sparsities) != len(names):
             raise ValueError(
                 f"sparsity lists {len(sparsities)} values for {len(names)} attention "
-                f"modules: {_listed(names)}"
+                f"modules: {listed(names)}"
             )
         if not isinstance(self.sparsity, list):
             sparsities *= len(names)
@@ -171,7 +163,7 @@ class AttentionMatrixPruningModifier(Modifier):
         pruned_modules = {name.rpartition(".")[0] for name in self._masks}
         if missed := [name for name in self._layers if name not in pruned_modules]:
             raise ValueError(
-                f"no calibration sample reached {_listed(missed)}; put these modules "
+                f"no calibration sample reached {listed(missed)}; put these modules "
                 "under `ignore` or calibrate with data that uses them"
             )
         self._layers = {}
@@ -183,7 +175,7 @@ class AttentionMatrixPruningModifier(Modifier):
             if filled := int((pruned != 0).sum()):
                 raise ValueError(
                     f"{filled} of the {pruned.numel()} pruned entries of {name} are no "
-                    f"longer zero: {_listed(self._later_modifiers())} ran after "
+                    f"longer zero: {listed(self._later_modifiers())} ran after "
                     f"{type(self).__name__} and filled them in. Prune after updating "
                     "weights, and quantize with QuantizationModifier, which keeps zeros"
                 )
@@ -206,14 +198,14 @@ class AttentionMatrixPruningModifier(Modifier):
             if not found.keys() & set(matched):
                 raise ValueError(
                     f"target {target!r} matches no attention module (it matches "
-                    f"{_listed(matched)}); the model has {_listed(list(found))}"
+                    f"{listed(matched)}); the model has {listed(list(found))}"
                 )
         matched = [name for name, _ in match_named_modules(model, targets, self.ignore)]
         names = [name for name in matched if name in found]
         if not names:
             raise ValueError(
                 f"ignore {self.ignore} leaves no attention module to prune; the model "
-                f"has {_listed(list(found))}"
+                f"has {listed(list(found))}"
             )
         return names
 
@@ -235,7 +227,7 @@ class AttentionMatrixPruningModifier(Modifier):
 
     def _prune(self, name: str, layer: "_Layer") -> None:
         start = time.perf_counter()
-        solution = learn_masks(
+        solutions = learn_masks(
             AttentionReplica(
                 layer.attention, device=get_execution_device(layer.attention)
             ),
@@ -246,16 +238,28 @@ class AttentionMatrixPruningModifier(Modifier):
             layer.sparsity,
             self._settings(),
         )
-        self._write(name, layer, solution)
-        layer.inputs = AttentionInputs()
-        logger.log(
-            "METRIC",
-            f"{name}: error {solution.start_error:.5f} -> {solution.error:.5f} on "
-            f"held-back samples, {time.perf_counter() - start:.1f}s",
-        )
+        layer.inputs = ModuleInputs()
+        masks: dict[Role, Tensor] = {}
+        weights: dict[Role, Tensor] = {}
+        for solution in solutions:
+            masks |= solution.masks
+            weights |= solution.weights
+            logger.log(
+                "METRIC",
+                f"{name} {', '.join(solution.masks)}: error {solution.start_error:.5f} "
+                f"-> {solution.error:.5f} on held-back samples",
+            )
+        self._write(name, layer, masks, weights)
+        logger.log("METRIC", f"{name}: {time.perf_counter() - start:.1f}s")
 
     @torch.no_grad()
-    def _write(self, name: str, layer: "_Layer", solution: MaskSolution) -> None:
+    def _write(
+        self,
+        name: str,
+        layer: "_Layer",
+        masks: dict[Role, Tensor],
+        weights: dict[Role, Tensor],
+    ) -> None:
         by_child: dict[str, list[Projection]] = {}
         for role in self.projections:
             projection = layer.projections[role]
@@ -265,9 +269,9 @@ class AttentionMatrixPruningModifier(Modifier):
             weight = linear.weight.detach().clone()
             kept = torch.ones_like(weight, dtype=torch.bool)
             for projection in projections:
-                projection.of(kept).copy_(solution.masks[projection.role])
+                projection.of(kept).copy_(masks[projection.role])
                 if self.update_weights:
-                    projection.of(weight).copy_(solution.weights[projection.role])
+                    projection.of(weight).copy_(weights[projection.role])
             # masked_fill, not a product: a product leaves -0.0
             update_offload_parameter(linear, "weight", weight.masked_fill(~kept, 0.0))
             self._masks[f"{name}.{child}"] = (linear, kept.to("cpu"))
@@ -296,22 +300,12 @@ class _Layer:
         self.attention = attention
         self.projections = projections
         self.sparsity = sparsity
-        self.inputs = AttentionInputs()
+        self.inputs = ModuleInputs()
 
     def collect(self, *hook: Any) -> None:
         """Forward pre-hook: called with (module, args, kwargs)."""
         _, args, kwargs = hook
         self.inputs.append(args, kwargs)
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.element_size() == 1 or not parameter.is_floating_point():
-            continue  # already quantized
-        if bad := int((~parameter.isfinite()).sum()):
-            raise ValueError(
-                f"{name} has {bad} NaN or infinite entries; repair the checkpoint first"
-            )
 
 
 def _linear(attention: nn.Module, projection: Projection) -> nn.Linear:
@@ -320,9 +314,3 @@ def _linear(attention: nn.Module, projection: Projection) -> nn.Linear:
 
 def _as_list(sparsity: float | list[float]) -> list[float]:
     return list(sparsity) if isinstance(sparsity, list) else [sparsity]
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    """Names for a message, the first few of many."""
-    shown = ", ".join(names[:most]) or "nothing"
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -6,8 +6,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmc_attnmask.attention.capture import (
-    AttentionInputs,
     AttentionReplica,
+    ModuleInputs,
     UnsupportedAttentionError,
     uses_attention_interface,
 )
@@ -133,7 +133,7 @@ def test_a_relative_position_bias_is_part_of_the_logits():
     expected = model(tokens, output_attentions=True).attentions[0]
     (name, _), *_ = attention_modules(model).items()
     attention = model.get_submodule(name)
-    inputs = AttentionInputs()
+    inputs = ModuleInputs()
     attention.register_forward_pre_hook(
         lambda _, args, kwargs: inputs.append(args, kwargs), with_kwargs=True
     )
@@ -168,7 +168,7 @@ def test_equal_masks_and_rotary_tables_are_stored_once(random_llama):
 
 
 def test_samples_of_two_lengths_in_turn_still_share_their_masks(random_llama):
-    collected = AttentionInputs()
+    collected = ModuleInputs()
     for length in (5, 7, 5, 7):
         inputs = attention_inputs(random_llama, torch.randint(0, 64, (1, length)))
         (hidden, leaves, structure), *_ = next(iter(inputs.values()))._samples
@@ -179,7 +179,7 @@ def test_samples_of_two_lengths_in_turn_still_share_their_masks(random_llama):
 
 
 def test_an_argument_without_batch_dimension_that_differs_is_refused():
-    inputs = AttentionInputs()
+    inputs = ModuleInputs()
     for i in range(2):
         inputs.append([torch.zeros(1, 5, 2)], {"scales": torch.full((3,), float(i))})
     with pytest.raises(UnsupportedAttentionError, match=r"shape \(3,\) differs"):
@@ -187,7 +187,7 @@ def test_an_argument_without_batch_dimension_that_differs_is_refused():
 
 
 def test_minibatches_use_every_sample_and_never_mix_lengths():
-    inputs = AttentionInputs()
+    inputs = ModuleInputs()
     lengths = [5, 7, 5, 5, 7]
     for length in lengths:
         inputs.append([torch.zeros(1, length, 2)], {})

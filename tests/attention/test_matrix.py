@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from llmc_attnmask.attention import matrix
 from llmc_attnmask.attention.capture import (
     AttentionCall,
-    AttentionInputs,
     AttentionReplica,
+    ModuleInputs,
 )
 from llmc_attnmask.attention.matrix import (
     attention_error,
@@ -96,7 +96,7 @@ def test_error_and_closed_form_gradient_equal_autograd(
 
 def test_gradient_of_the_masks_equals_autograd_through_rope_and_gqa(random_llama):
     attention = random_llama.model.layers[0].self_attn
-    inputs = AttentionInputs()
+    inputs = ModuleInputs()
     handle = attention.register_forward_pre_hook(
         lambda _, args, kwargs: inputs.append(args, kwargs), with_kwargs=True
     )

@@ -1,0 +1,37 @@
+"""Types of fields that several modifiers have, checked the same way everywhere."""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator
+from torch import nn
+
+
+def _quoted(value: object) -> object:
+    if isinstance(value, int):  # YAML 1.1 reads 2:4 as a number to base 60
+        raise ValueError('write it in quotes, "N:M": YAML reads 2:4 as a number')
+    return value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+MaskStructureField = Annotated[str, BeforeValidator(_quoted)]
+Names = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or infinite parameters."""
+    for name, parameter in model.named_parameters():
+        if parameter.element_size() == 1 or not parameter.is_floating_point():
+            continue  # already quantized
+        if bad := int((~parameter.isfinite()).sum()):
+            raise ValueError(
+                f"{name} has {bad} NaN or infinite entries; repair the checkpoint first"
+            )
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Names for a message, the first few of many."""
+    shown = ", ".join(names[:most]) or "nothing"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

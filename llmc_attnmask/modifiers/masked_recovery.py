@@ -1,0 +1,237 @@
+"""``MaskedRecoveryModifier``: llm-compressor's life cycle around block recovery."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.offload import (
+    align_module_device,
+    get_execution_device,
+    update_offload_parameter,
+)
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmc_attnmask.attention.capture import ModuleInputs
+from llmc_attnmask.attention.projections import attention_modules
+from llmc_attnmask.modifiers.fields import Names, check_finite, listed
+from llmc_attnmask.recovery.block import Block, block_error, changed_energy
+from llmc_attnmask.recovery.descent import DescentSettings, descend
+from llmc_attnmask.recovery.refit import refit
+
+
+class MaskedRecoveryModifier(Modifier):
+    """
+    Recovers what pruning lost: refines the surviving weights of each decoder block so
+    that its output comes close to the dense block's in the dense model. Masks stay as
+    the pruning modifiers before it in the recipe left them.
+
+    Survivors are first solved for Linear by Linear in closed form, then moved together
+    by gradient steps on the block's output.
+
+    Sample yaml:
+
+    ```yaml
+    prune_stage:
+      pruning_modifiers:
+        SparseGPTModifier:
+          sparsity: 0.5
+          mask_structure: "2:4"
+          targets: [Linear]
+          ignore: ["re:.*lm_head"]
+      recovery_modifiers:
+        MaskedRecoveryModifier: {}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - write the dense blocks to a temporary folder
+    - on_calibration_start
+        - register_hook(block, collect inputs, "forward_pre")
+    - on_sequential_epoch_end
+        - refit, descend, write the survivors
+    - on_calibration_end
+        - remove_hooks(), remove the temporary folder
+
+    :param steps: gradient steps per block; 0 stops after the closed form
+    :param learning_rate: Adam's, in standard deviations of each dense weight
+    :param batch_size: calibration samples per step, of one length
+    :param attention_weight: weight of the relative error of the attention matrices
+        beside that of the block's output
+    :param targets: decoder blocks to refine, by name, "re:" pattern or class. Defaults
+        to all blocks with attention
+    :param ignore: blocks to leave alone, likewise
+    :param seed: order of the calibration samples; same seed and machine, same bytes
+    """
+
+    requires_calibration_data: bool = True
+
+    steps: int = Field(default=100, ge=0)
+    learning_rate: float = Field(default=0.03, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    attention_weight: float = Field(default=0.0, ge=0)
+    targets: Names | None = None
+    ignore: Names = Field(default_factory=list)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    _blocks: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _refined: set[str] = PrivateAttr(default_factory=set)
+    _inputs: dict[str, ModuleInputs] = PrivateAttr(default_factory=dict)
+    _dense: tempfile.TemporaryDirectory | None = PrivateAttr(default=None)
+    # hidden states of the dense model on their way, by the blocks' container
+    _streams: dict[str, list[Tensor]] = PrivateAttr(default_factory=dict)
+    _recovered: int = PrivateAttr(default=0)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        check_finite(state.model)
+        self._blocks = _decoder_blocks(state.model)
+        self._refined = self._select(state.model)
+        self._dense = tempfile.TemporaryDirectory(prefix="dense-blocks-")
+        for name, block in self._blocks.items():
+            with align_module_device(block):
+                weights = {k: v.detach().cpu() for k, v in block.state_dict().items()}
+                zeros = _zeros(block)
+            if name in self._refined and zeros > 0.2:
+                raise ValueError(
+                    f"{zeros:.0%} of the weights of {name} are zero before any "
+                    "modifier has run; recovery needs the dense model: put this "
+                    "modifier into the recipe that prunes it"
+                )
+            save_file(
+                {k: v.clone().contiguous() for k, v in weights.items()},
+                self._file(name),
+            )
+        return True
+
+    def _file(self, name: str) -> Path:
+        assert self._dense is not None
+        return Path(self._dense.name) / f"{name}.safetensors"
+
+    def _select(self, model: nn.Module) -> set[str]:
+        found = list(self._blocks)
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no block with attention")
+        targets = found if self.targets is None else self.targets
+        matched = [n for n, _ in match_named_modules(model, targets, self.ignore)]
+        if not (chosen := set(found) & set(matched)):
+            raise ValueError(
+                f"targets {self.targets} without {self.ignore} match no decoder block "
+                f"(they match {listed(matched)}); the model has {listed(found)}"
+            )
+        return chosen
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        for name, block in self._blocks.items():
+            self._inputs[name] = ModuleInputs()
+            self.register_hook(
+                block, self._collector(name), "forward_pre", with_kwargs=True
+            )
+
+    def _collector(self, name: str) -> Any:
+        return lambda _, args, kwargs: self._inputs[name].append(args, kwargs)
+
+    def on_sequential_epoch_end(
+        self,
+        state: State,
+        event: Event,
+        modules: list[nn.Module] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        try:
+            for name, inputs in self._inputs.items():
+                if len(inputs):
+                    self._recover(name, self._blocks[name], inputs)
+                    self._inputs[name] = ModuleInputs()
+        except BaseException:
+            self._close()  # the model outlives a run that failed
+            raise
+
+    @torch.no_grad()
+    def _recover(self, name: str, block: nn.Module, inputs: ModuleInputs) -> None:
+        started = time.perf_counter()
+        container = name.rpartition(".")[0]
+        stream = self._streams.get(container, inputs.hidden)
+        device = get_execution_device(block)
+        dense_state = load_file(self._file(name))
+        dense = Block(block, inputs, device, stream, dense_state)
+        wanted = self._streams[container] = dense.outputs()
+        if name not in self._refined:
+            return
+        with align_module_device(block):
+            pruned = Block(block, inputs, device)
+        kept = _masks(dense, pruned)
+        if not kept:
+            return
+        self._recovered += 1
+        energy = changed_energy(stream, wanted)
+        errors = [block_error(pruned, wanted) / energy]
+        refit(dense, pruned, kept)
+        errors.append(block_error(pruned, wanted) / energy)
+        if self.steps:
+            descend(dense, pruned, wanted, energy, kept, self._settings())
+            errors.append(block_error(pruned, wanted) / energy)
+        for child, mask in kept.items():
+            linear = block.get_submodule(child)
+            dtype = dense_state[f"{child}.weight"].dtype
+            weight = pruned.linears()[child].weight.to(dtype).masked_fill(~mask, 0.0)
+            update_offload_parameter(linear, "weight", weight)
+        logger.log(
+            "METRIC",
+            f"{name}: error {' -> '.join(f'{e:.5f}' for e in errors)}, "
+            f"{time.perf_counter() - started:.1f}s",
+        )
+
+    def _settings(self) -> DescentSettings:
+        return DescentSettings(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            attention_weight=self.attention_weight,
+            seed=self.seed,
+        )
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._close()
+        if not self._recovered:
+            raise ValueError(
+                f"none of {listed(sorted(self._refined))} has pruned weights to "
+                "recover; put a pruning modifier before MaskedRecoveryModifier in the "
+                "recipe"
+            )
+
+    def _close(self) -> None:
+        self.remove_hooks()
+        self._inputs, self._streams = {}, {}
+        if self._dense is not None:
+            self._dense.cleanup()
+
+
+def _decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> parent of every attention module, in the model's order."""
+    names = dict.fromkeys(n.rpartition(".")[0] for n in attention_modules(model))
+    return {name: model.get_submodule(name) for name in names}
+
+
+def _masks(dense: Block, pruned: Block) -> dict[str, Tensor]:
+    """Kept entries, bool [rows, columns], of every Linear that has been pruned."""
+    masks = {}
+    for name, linear in pruned.linears().items():
+        kept = linear.weight != 0
+        if (~kept).sum() > (dense.linears()[name].weight == 0).sum():
+            masks[name] = kept
+    return masks
+
+
+def _zeros(block: nn.Module) -> float:
+    """Share of exact zeros in a block's Linears."""
+    weights = [m.weight for m in block.modules() if isinstance(m, nn.Linear)]
+    zeros = sum(int((w == 0).sum()) for w in weights)
+    return zeros / max(1, sum(w.numel() for w in weights))

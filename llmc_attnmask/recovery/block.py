@@ -1,0 +1,85 @@
+"""A decoder block on its own: run it on collected inputs, on any hidden states."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmc_attnmask.attention.capture import ModuleInputs, isolated_copy
+
+SAMPLES_AT_ONCE = 8
+
+
+class Block:
+    """A private copy of a decoder block in float32, to be run and changed freely.
+
+    :param block: module that maps hidden states [B, L, D] to hidden states
+    :param inputs: what reached the block, sample by sample
+    :param hidden: hidden states [1, L, D] of each sample, instead of the collected ones
+    :param state: parameters and buffers to load into the copy
+    :param device: where to compute
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        inputs: ModuleInputs,
+        device: torch.device,
+        hidden: Sequence[Tensor] | None = None,
+        state: dict[str, Tensor] | None = None,
+    ):
+        self.module = isolated_copy(block, torch.float32, device)
+        if state is not None:
+            self.module.load_state_dict(state)
+        self.device = device
+        self.inputs = inputs
+        self.hidden = hidden
+
+    def __call__(self, indices: Sequence[int]) -> Tensor:
+        """Hidden states after the block, float32 [B, L, D], of some samples."""
+        args, kwargs = self.inputs.batch(
+            indices, self.device, torch.float32, self.hidden
+        )
+        output: Any = self.module(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def batches(self) -> Iterator[list[int]]:
+        """All samples, a few of one length at a time."""
+        return self.inputs.batches(range(len(self.inputs)), SAMPLES_AT_ONCE)
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """Hidden states after the block of every sample, on CPU, as they came in."""
+        inputs = self.inputs.hidden if self.hidden is None else self.hidden
+        found: dict[int, Tensor] = {}
+        for indices in self.batches():
+            output = self(indices).to("cpu", inputs[0].dtype)
+            found.update(zip(indices, output.split(1), strict=True))
+        return [found[i] for i in range(len(inputs))]
+
+    def linears(self) -> dict[str, nn.Linear]:
+        return {
+            name: child
+            for name, child in self.module.named_modules()
+            if isinstance(child, nn.Linear)
+        }
+
+
+@torch.no_grad()
+def block_error(pruned: Block, wanted: Sequence[Tensor]) -> float:
+    """||Y~ - Y||_F^2 over the samples.
+
+    :param wanted: Y, hidden states after the dense block, [1, L, D] of each sample
+    """
+    total = 0.0
+    for indices in pruned.batches():
+        target = torch.cat([wanted[i] for i in indices]).to(pruned.device)
+        total += (pruned(indices) - target).square().sum().item()
+    return total
+
+
+def changed_energy(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """||Y - X||_F^2: what a block adds to its residual stream, to be relative to."""
+    pairs = zip(inputs, outputs, strict=True)
+    return sum((y.float() - x.float()).square().sum().item() for x, y in pairs)

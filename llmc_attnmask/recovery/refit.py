@@ -1,0 +1,190 @@
+"""Solve for the survivors of a block's Linears, one after the other, in closed form.
+
+Every pruned Linear gets the values of its kept entries that bring its output closest to
+the dense Linear's in the dense model, given the inputs it now has (``solve``). So each
+also makes up for what was pruned before it. A Linear that writes to the residual stream
+makes up for the stream's own deviation, too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmc_attnmask.attention.capture import (
+    AttentionReplica,
+    ModuleInputs,
+    UnsupportedAttentionError,
+)
+from llmc_attnmask.attention.projections import attention_modules, find_projections
+from llmc_attnmask.masks.least_squares import solve
+from llmc_attnmask.masks.objectives import MatrixObjective
+from llmc_attnmask.recovery.block import Block
+
+_OUTPUT_WEIGHT = 0.9  # as the attention modifier's default
+
+
+@torch.no_grad()
+def refit(dense: Block, pruned: Block, kept: dict[str, Tensor]) -> None:
+    """Overwrite the survivors of ``pruned``; the masks stay.
+
+    :param dense: the dense block on the dense model's hidden states
+    :param pruned: the pruned block on the pruned model's hidden states
+    :param kept: name of a Linear of the block -> bool [rows, columns]
+    """
+    groups = _by_input(pruned, list(kept))
+    writers = _residual_writers(dense, [name for group in groups for name in group])
+    sensitivities = _sensitivities(dense)
+    for group in groups:
+        silent = writers[writers.index(group[0]) :] if group[0] in writers else []
+        hessian, targets = _normal_equations(dense, pruned, group, silent)
+        for name in group:
+            weight = pruned.linears()[name].weight
+            known = sensitivities.get(name)
+            weight.copy_(solve(hessian, targets[name], weight, kept[name], known))
+
+
+def _sensitivities(dense: Block) -> dict[str, Tensor]:
+    """How much the outputs of q and k matter for the attention, block by head.
+
+    Without it, closest outputs would undo what was won on the attention matrix.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, attention in attention_modules(dense.module).items():
+        try:
+            projections = find_projections(attention)
+        except UnsupportedAttentionError:
+            continue
+        if projections["q"].child == projections["k"].child:
+            continue  # rows of v in the same Linear
+        inputs = ModuleInputs()
+        handle = attention.register_forward_pre_hook(
+            lambda _, args, kwargs, inputs=inputs: inputs.append(args, kwargs),
+            with_kwargs=True,
+        )
+        for indices in dense.batches():
+            dense(indices)
+        handle.remove()
+        objective = MatrixObjective(
+            AttentionReplica(attention), inputs, projections, ["q", "k"], _OUTPUT_WEIGHT
+        )
+        for role, (_, sensitivity) in objective.curvature().items():
+            name = f"{prefix}.{projections[role].child}".removeprefix(".")
+            assert sensitivity is not None
+            found[name] = sensitivity
+    return found
+
+
+def _normal_equations(
+    dense: Block, pruned: Block, group: list[str], silent: list[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """H and, by name, C of Linears that read one input.
+
+    :param silent: Linears whose outputs are replaced by zeros: if the group writes to
+        the residual stream, the block's output is then the stream without it
+    """
+    hessian: Tensor = torch.zeros((), device=pruned.device)
+    targets: dict[str, Tensor] = {}
+    linears = dense.linears()
+    for indices in pruned.batches():
+        with _watched(dense, group, silent) as then:
+            stream = dense(indices)
+        with _watched(pruned, group, silent) as now:
+            stream = stream - pruned(indices)
+        if group[0] not in now:
+            continue  # an expert without tokens
+        x = now[group[0]][0]
+        rows = x.flatten(0, -2)
+        product = rows.T @ rows
+        hessian = hessian + product
+        for name in group:
+            linear = linears[name]
+            if x.shape[:-1] == stream.shape[:-1] and name in then:
+                wanted = then[name][1]
+                if linear.bias is not None:
+                    wanted = wanted - linear.bias
+                if silent:
+                    wanted = wanted + stream
+                target = wanted.flatten(0, -2).T @ rows
+            else:  # an expert's share of the tokens may not be the same in both
+                target = linear.weight @ product
+            targets[name] = targets[name] + target if name in targets else target
+    return hessian, targets
+
+
+@contextmanager
+def _watched(
+    block: Block, names: list[str], silent: list[str]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record (input, output) of Linears by name; let some of them return zeros."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str) -> Any:
+        def record(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Any:
+            if name in names:
+                seen[name] = (args[0], out)
+            return torch.zeros_like(out) if name in silent else None
+
+        return record
+
+    handles = [
+        block.linears()[name].register_forward_hook(hook(name))
+        for name in {*names, *silent}
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by_input(block: Block, names: list[str]) -> list[list[str]]:
+    """Linears in the order in which they run, those of one input tensor together.
+
+    Linears that the first samples do not reach are left out.
+    """
+    with _watched(block, names, []) as seen:
+        block(next(block.batches()))
+    groups: list[list[str]] = []
+    previous: Tensor | None = None
+    for name, (x, _) in seen.items():  # in order of their calls
+        if x is previous:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        previous = x
+    return groups
+
+
+def _residual_writers(block: Block, names: list[str]) -> list[str]:
+    """Those Linears whose output is added to the block's output as it is, in order."""
+    width = block.inputs.hidden[0].shape[-1]
+    linears = block.linears()
+    writers: list[str] = []
+    for name in reversed(names):
+        if linears[name].out_features == width and _writes(block, name, writers):
+            writers.insert(0, name)
+    return writers
+
+
+def _writes(block: Block, name: str, later: list[str]) -> bool:
+    """Try it, whatever the architecture: change the output, with later writers silent.
+
+    :return: whether the change comes out of the block as it was
+    """
+    sample = [0]
+    with _watched(block, [name], later) as seen:
+        base = block(sample)
+    if name not in seen or seen[name][1].shape != base.shape:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(base.shape, generator=generator).to(base) * base.std()
+    handle = block.linears()[name].register_forward_hook(lambda _m, _a, y: y + change)
+    try:
+        with _watched(block, [], later):
+            moved = block(sample) - base
+    finally:
+        handle.remove()
+    return torch.allclose(moved, change, atol=1e-3 * base.std().item())

@@ -1,0 +1,79 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmc_attnmask.attention.capture import AttentionReplica
+from llmc_attnmask.attention.matrix import attention_error
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.evaluation import load_model
+from llmc_attnmask.recovery.block import block_error
+from llmc_attnmask.recovery.descent import DescentSettings, descend
+from tests.recovery import Case, case_of
+
+SETTINGS = DescentSettings(
+    steps=20, learning_rate=0.03, batch_size=4, attention_weight=0.0, seed=0
+)
+
+
+@pytest.fixture
+def case(calibration) -> Case:
+    return case_of(load_model(MODEL_DIR), calibration[:16])
+
+
+def run(case: Case, **changes) -> float:
+    settings = replace(SETTINGS, **changes)
+    descend(case.dense, case.pruned, case.wanted, case.energy, case.kept, settings)
+    return block_error(case.pruned, case.wanted)
+
+
+def matrix_error(case: Case) -> float:
+    """||A - A~||^2 within the blocks, summed over the samples."""
+    total = 0.0
+    calls = []
+    for block in (case.dense, case.pruned):
+        seen: dict = {}
+        attention = block.module.self_attn
+        handle = attention.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.update(call=(args, kwargs)),
+            with_kwargs=True,
+        )
+        with torch.no_grad():
+            block(range(len(block.inputs)))
+            calls.append(AttentionReplica(attention)(*seen["call"]))
+        handle.remove()
+    total += attention_error(calls[0], calls[1].query, calls[1].key).item()
+    return total
+
+
+def test_survivors_move_downhill_and_masks_stay(case):
+    before = block_error(case.pruned, case.wanted)
+    assert run(case) < 0.8 * before
+    for name, linear in case.pruned.linears().items():
+        zeros = linear.weight[~case.kept[name]]
+        assert not zeros.any() and not torch.signbit(zeros).any()
+        assert not linear.weight.requires_grad
+
+
+def test_steps_that_make_it_worse_are_taken_back(case):
+    before = block_error(case.pruned, case.wanted)
+    assert run(case, learning_rate=100.0, steps=3) == before
+
+
+def test_the_attention_term_keeps_the_attention_matrix_closer(calibration):
+    errors = []
+    for weight in (0.0, 10.0):
+        case = case_of(load_model(MODEL_DIR), calibration[:16])
+        run(case, attention_weight=weight)
+        errors.append(matrix_error(case))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_the_same_seed_gives_the_same_bytes(calibration):
+    weights = []
+    for seed in (1, 1, 2):
+        case = case_of(load_model(MODEL_DIR), calibration[:16])
+        run(case, seed=seed, steps=4)
+        weights.append(case.pruned.linears()["mlp.up_proj"].weight.clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.evaluation import load_model
+from llmc_attnmask.recovery.block import block_error
+from llmc_attnmask.recovery.refit import _by_input, _residual_writers, refit
+from tests.attention.test_capture import small_model
+from tests.recovery import case_of
+
+LLAMA = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+
+
+def test_survivors_make_up_for_most_of_magnitude_pruning(calibration):
+    case = case_of(load_model(MODEL_DIR), calibration)
+    before = block_error(case.pruned, case.wanted)
+    refit(case.dense, case.pruned, case.kept)
+    assert block_error(case.pruned, case.wanted) < 0.4 * before
+    for name, linear in case.pruned.linears().items():
+        assert not linear.weight[~case.kept[name]].any()
+
+
+def test_linears_are_grouped_by_what_they_read_in_the_order_they_run(calibration):
+    case = case_of(load_model(MODEL_DIR), calibration[:2])
+    names = sorted(case.kept)
+    assert [sorted(group) for group in _by_input(case.dense, names)] == [
+        sorted(group) for group in LLAMA
+    ]
+
+
+@pytest.mark.parametrize(
+    "family, expected",
+    [
+        ("llama", ["self_attn.o_proj", "mlp.down_proj"]),
+        ("gemma2", []),  # norms follow o_proj and down_proj
+        ("phi3", ["self_attn.o_proj", "mlp.down_proj"]),
+    ],
+)
+def test_what_writes_to_the_residual_stream_is_found_by_trial(family, expected):
+    case = case_of(small_model(family), torch.randint(3, 64, (2, 12)))
+    names = [name for group in _by_input(case.dense, list(case.kept)) for name in group]
+    assert _residual_writers(case.dense, names) == expected
+
+
+def test_a_dense_block_after_a_dense_model_stays_as_it_is(calibration):
+    case = case_of(load_model(MODEL_DIR), calibration[:8], index=0)
+    everything = {name: mask | True for name, mask in case.kept.items()}
+    case.pruned.module.load_state_dict(case.dense.module.state_dict())
+    refit(case.dense, case.pruned, everything)
+    assert block_error(case.pruned, case.wanted) < 1e-4 * case.energy
