@@ -29,17 +29,14 @@ test-fast: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files
 
-# MODEL, CALIBRATION and EVALUATION may name any model folder and text
+# MODEL, CALIB and EVAL may name any model folder and text
 MODEL ?= llmc_attnmask/builtin/model
-CALIBRATION ?= builtin:pydoc
-EVALUATION ?= builtin:pydoc
-bench-quality: $(INSTALLED)  ## the README's accuracy table
-	mkdir -p $(OUT)
-	$(QUIET) $(BIN)/python -m llmc_attnmask.compare --model $(MODEL) \
-	    --calibration $(CALIBRATION) --evaluation $(EVALUATION) \
-	    --recipe recipes/attention_2of4.yaml recipes/attention_unstructured_50.yaml \
-	    integration/recipes/paper_2of4.yaml integration/recipes/paper_unstructured_50.yaml \
-	    --json $(OUT)/quality.json
+CALIB ?= builtin:pydoc
+EVAL ?= builtin:pydoc
+SEEDS ?= 0 1 2
+bench-quality: $(INSTALLED)  ## every method, scope and structure: OUT/quality.md and .json
+	$(QUIET) $(BIN)/python integration/benchmarks/quality.py --model $(MODEL) \
+	    --calibration $(CALIB) --evaluation $(EVAL) --seeds $(SEEDS) --out $(OUT)
 
 paper: $(INSTALLED)  ## the paper's synthetic experiment: CSV and plots in OUT/paper
 	$(QUIET) $(BIN)/python -m llmc_attnmask.paper.experiment $(OUT)/paper

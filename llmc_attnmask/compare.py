@@ -2,18 +2,17 @@
 
     python -m llmc_attnmask.compare
 
-Without arguments it prunes the model that the package ships. The row ``ours`` goes the
+Without arguments it prunes the model that the package ships. The rows ``ours`` go the
 whole way a user goes: YAML recipe, ``oneshot``, checkpoint on disk, plain transformers.
 The peers prune the same projections with the same structure and calibration windows.
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -60,33 +59,36 @@ class Row:
 
 def compare(
     model: str | Path,
-    recipe: str | Path,
+    recipes: Sequence[Path],
     calibration: Tensor,
     evaluation: Tensor,
     keep: Path | None = None,
 ) -> Iterator[Row]:
-    """Rows for dense, magnitude, Wanda, SparseGPT and the recipe, as they are measured.
+    """Rows for dense, magnitude, Wanda, SparseGPT and the recipes, as measured.
 
-    :param recipe: a recipe of ours for q and k; the peers take its sparsity and mask
-        structure
+    :param recipes: recipes of ours for q and k; the peers take the first one's sparsity
+        and mask structure
     :param calibration: int64 [samples, length]
     :param evaluation: int64 [windows, length]
-    :param keep: folder to create, in which the recipe's checkpoint stays; by default
-        it is measured and removed
+    :param keep: folder in which each recipe's checkpoint stays, under the recipe's
+        name; by default they are measured and removed
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     dense = load_model(model)
-    ours = _attention_modifier(recipe)
+    ours = _attention_modifier(recipes[0])
     structure = MaskStructure.parse(ours.mask_structure)
     sparsity = cast(float, ours.sparsity)
     shared = {
         "sparsity": sparsity,
         "mask_structure": ours.mask_structure,
-        "targets": _peer_targets(dense),
+        "targets": q_and_k_names(dense),
     }
 
-    def by_recipe(loaded: PreTrainedModel) -> None:
-        compress(loaded, tokenizer, load_recipe(recipe).modifiers, calibration)
+    def by_recipe(recipe: Path) -> Callable[[PreTrainedModel], None]:
+        def run(loaded: PreTrainedModel) -> None:
+            compress(loaded, tokenizer, load_recipe(recipe).modifiers, calibration)
+
+        return run
 
     def by_peer(peer: Callable) -> Callable[[PreTrainedModel], None]:
         def run(loaded: PreTrainedModel) -> None:
@@ -99,9 +101,9 @@ def compare(
             for weight in _weights(loaded):
                 weight.masked_fill_(~structure.mask(weight.abs(), sparsity), 0.0)
 
-    def through_disk(pruned: PreTrainedModel) -> PreTrainedModel:
+    def through_disk(pruned: PreTrainedModel, recipe: Path) -> PreTrainedModel:
         with tempfile.TemporaryDirectory() as folder:
-            saved = save(pruned, tokenizer, keep or Path(folder) / "pruned")
+            saved = save(pruned, tokenizer, (keep or Path(folder)) / recipe.stem)
             return AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
 
     methods: dict[str, Callable[[PreTrainedModel], None]] = {
@@ -109,14 +111,15 @@ def compare(
         "magnitude": by_magnitude,
         "Wanda": by_peer(WandaPruningModifier),
         "SparseGPT": by_peer(SparseGPTModifier),
-        "ours": by_recipe,
     }
+    by_name = {f"ours, {recipe.stem}": recipe for recipe in recipes}
+    methods |= {name: by_recipe(recipe) for name, recipe in by_name.items()}
     for name, method in methods.items():
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         start = time.perf_counter()
         method(loaded)
         seconds = time.perf_counter() - start
-        pruned = through_disk(loaded) if name == "ours" else loaded
+        pruned = through_disk(loaded, by_name[name]) if name in by_name else loaded
         weights = _weights(pruned)
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(
             map(Tensor.numel, weights)
@@ -133,8 +136,11 @@ def compare(
         )
 
 
-def _peer_targets(model: PreTrainedModel) -> list[str]:
-    """Names of the Linears that are q or k, for modifiers that prune whole Linears."""
+def q_and_k_names(model: PreTrainedModel) -> list[str]:
+    """Names of the Linears that are q or k, for modifiers that prune whole Linears.
+
+    :raises ValueError: if q and k are parts of one Linear
+    """
     targets = []
     for name, attention in attention_modules(model).items():
         projections = find_projections(attention)
@@ -198,14 +204,19 @@ def main() -> None:
     )
     parser.add_argument("--model", default=str(MODEL_DIR))
     parser.add_argument(
-        "--recipe", nargs="+", default=[Path("recipes/attention_2of4.yaml")], type=Path
+        "--recipe",
+        nargs="+",
+        default=[
+            Path("recipes/attention_2of4.yaml"),
+            Path("recipes/attention_2of4_updated.yaml"),
+        ],
+        type=Path,
     )
     parser.add_argument("--calibration", default=BUILTIN)
     parser.add_argument("--evaluation", default=BUILTIN)
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--keep", type=Path, help="folder for each recipe's checkpoint")
-    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--keep", type=Path, help="folder for the recipes' checkpoints")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -217,21 +228,15 @@ def main() -> None:
         load_texts(args.evaluation, split="evaluation"), tokenizer, args.max_length
     )
     console = Console()
-    results = {}
-    for recipe in args.recipe:
-        rows = []
-        keep = args.keep / recipe.stem if args.keep else None
-        for row in compare(args.model, recipe, calibration, evaluation, keep):
-            console.print(f"measured {row.method}", style="dim")
-            rows.append(row)
-        results[recipe.stem] = [asdict(row) for row in rows]
-        console.print(_table(f"q and k of {args.model}, {recipe.stem}", rows))
+    rows = []
+    for row in compare(args.model, args.recipe, calibration, evaluation, args.keep):
+        console.print(f"measured {row.method}", style="dim")
+        rows.append(row)
+    console.print(_table(f"q and k of {args.model}", rows))
     console.print(
         f"calibration {args.calibration}: {len(calibration)} x {args.max_length} "
         f"tokens; evaluation {args.evaluation}: {len(evaluation)} x {args.max_length}"
     )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
