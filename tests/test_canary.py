@@ -17,10 +17,11 @@ def test_versions_are_those_the_project_was_measured_with():
     assert version("transformers").startswith("5.17.")
 
 
-def test_importing_the_package_registers_the_modifier_with_llm_compressor():
-    name = "AttentionMatrixPruningModifier"
-    registered = ModifierFactory._registered_registry[name]
-    assert registered is llmc_attnmask.AttentionMatrixPruningModifier
+def test_importing_the_package_registers_its_modifiers_with_llm_compressor():
+    for name in llmc_attnmask.__all__:
+        if name.endswith("Modifier"):
+            registered = ModifierFactory._registered_registry[name]
+            assert registered is getattr(llmc_attnmask, name)
 
 
 def test_the_python_surface_is_what_the_design_names():

@@ -18,6 +18,7 @@ QUICK = {"num_samples": 8, "max_length": 64}
         ("attention_2of4_updated", "qk", True),
         ("attention_unstructured_50", "qk", False),
         ("block_2of4", "qkvogud", True),
+        ("block_2of4_recovered", "qkvogud", True),
     ],
 )
 def test_each_recipe_gives_a_checkpoint_that_plain_transformers_loads(

@@ -14,6 +14,8 @@ SAMPLES_AT_ONCE = 8
 class Block:
     """A private copy of a decoder block in float32, to be run and changed freely.
 
+    On a GPU it computes in bfloat16 where autocast does, with parameters in float32.
+
     :param block: module that maps hidden states [B, L, D] to hidden states
     :param inputs: what reached the block, sample by sample
     :param hidden: hidden states [1, L, D] of each sample, instead of the collected ones
@@ -33,6 +35,7 @@ class Block:
         if state is not None:
             self.module.load_state_dict(state)
         self.device = device
+        self.autocast = device.type == "cuda"
         self.inputs = inputs
         self.hidden = hidden
 
@@ -41,8 +44,9 @@ class Block:
         args, kwargs = self.inputs.batch(
             indices, self.device, torch.float32, self.hidden
         )
-        output: Any = self.module(*args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            output: Any = self.module(*args, **kwargs)
+        return (output[0] if isinstance(output, tuple) else output).float()
 
     def batches(self) -> Iterator[list[int]]:
         """All samples, a few of one length at a time."""

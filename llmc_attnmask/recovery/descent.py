@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
@@ -119,9 +120,18 @@ class _AttentionTerm:
             self.dense(batch)
         for name, replica in self.replicas.items():
             weights = self.pruned.module.get_submodule(name).named_parameters()
+            args, kwargs = _in_float32(self.then[name])
             with torch.no_grad():
-                reference = replica(*self.then[name])
-            call = replica(*self.now[name], dict(weights))
+                reference = replica(args, kwargs)
+            args, kwargs = _in_float32(self.now[name])
+            call = replica(args, kwargs, dict(weights))
             error = attention_error(reference, call.query, call.key)
             total = total + error / attention_norms(reference).matrix
         return total
+
+
+def _in_float32(arguments: Any) -> Any:
+    def to(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    return tree_map_only(Tensor, to, arguments)

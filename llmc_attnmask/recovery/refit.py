@@ -96,13 +96,13 @@ def _normal_equations(
         if group[0] not in now:
             continue  # an expert without tokens
         x = now[group[0]][0]
-        rows = x.flatten(0, -2)
+        rows = x.flatten(0, -2).float()
         product = rows.T @ rows
         hessian = hessian + product
         for name in group:
             linear = linears[name]
             if x.shape[:-1] == stream.shape[:-1] and name in then:
-                wanted = then[name][1]
+                wanted = then[name][1].float()
                 if linear.bias is not None:
                     wanted = wanted - linear.bias
                 if silent:

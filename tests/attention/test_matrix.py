@@ -11,9 +11,11 @@ from llmc_attnmask.attention.capture import (
     ModuleInputs,
 )
 from llmc_attnmask.attention.matrix import (
+    attention_context,
     attention_error,
     attention_norms,
     probabilities,
+    probe_gradients,
 )
 from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.evaluation import attention_inputs, load_model
@@ -141,6 +143,39 @@ def test_a_query_that_sees_no_key_is_counted_as_the_model_computes_it():
     expected = probabilities(replace(call, query=query)) - probabilities(call)
     error = attention_error(call, query, call.key)
     torch.testing.assert_close(error, expected.square().sum())
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("rows_at_once", [L, 3])
+def test_the_context_is_what_the_heads_read_and_its_gradient_autograds(
+    call, rows_at_once, monkeypatch
+):
+    monkeypatch.setitem(matrix._BLOCK_ELEMENTS, "cpu", B * H * L * rows_at_once)
+    value = call.value.clone().requires_grad_()
+    wide = value.repeat_interleave(H // G, dim=1)
+    expected = (probabilities(call) @ wide).transpose(1, 2).flatten(2)
+    found = attention_context(call, value)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    upstream = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, value, upstream)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_probe_gradients_have_the_errors_curvature(call):
+    """E[(g . u)^2] is what the error of a small change u is, whatever u."""
+    torch.manual_seed(3)
+    output_projection = torch.randn(D, H * DH, dtype=torch.float64)
+    weights = {"matrix_weight": 0.7, "output_weight": 0.3}
+    weights["output_projection"] = output_projection
+    generator = torch.Generator().manual_seed(0)
+    probes = [probe_gradients(call, generator, **weights) for _ in range(600)]
+    for i, name in enumerate(("query", "key")):
+        change = 1e-4 * torch.randn_like(getattr(call, name))
+        moved = replace(call, **{name: getattr(call, name) + change})
+        error = attention_error(call, moved.query, moved.key, **weights)
+        predicted = sum((p[i] * change).sum() ** 2 for p in probes) / len(probes)
+        assert predicted.item() == pytest.approx(error.item(), rel=0.25)
 
 
 def test_output_weight_needs_the_output_projection():

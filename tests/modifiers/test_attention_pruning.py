@@ -102,6 +102,21 @@ def test_accuracy_mode_updates_the_survivors_and_keeps_the_zeros(run, structure)
             assert not bits(after[name])[~kept].any()  # no -0.0
 
 
+@pytest.mark.parametrize("update", [False, True])
+def test_all_four_projections_can_be_pruned(run, update):
+    before = tiny().state_dict()
+    after = run(quick(projections=["q", "k", "v", "o"], update_weights=update))
+    expected = {f"{i}.{p}_proj" for i in range(LAYERS) for p in "qkvo"}
+    assert pruned_names(before, after) == expected
+    for name in after:
+        if re.search("[qkvo]_proj", name):
+            zeros = after[name] == 0
+            assert (zeros.view(-1, 4).sum(-1) >= 2).all()
+            assert not bits(after[name])[zeros & (before[name] != 0)].any()
+    if not update:
+        check_light_mode(before, after)
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(run):
     first, second, other = (run(quick(seed=s, steps=12), samples=20) for s in (1, 1, 2))
     assert all(torch.equal(bits(first[n]), bits(second[n])) for n in first)

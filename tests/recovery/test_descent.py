@@ -9,6 +9,7 @@ from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.evaluation import load_model
 from llmc_attnmask.recovery.block import block_error
 from llmc_attnmask.recovery.descent import DescentSettings, descend
+from llmc_attnmask.recovery.refit import refit
 from tests.recovery import Case, case_of
 
 SETTINGS = DescentSettings(
@@ -77,3 +78,14 @@ def test_the_same_seed_gives_the_same_bytes(calibration):
         weights.append(case.pruned.linears()["mlp.up_proj"].weight.clone())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_arithmetic_in_bfloat16_goes_the_same_way(calibration):
+    errors = []
+    for autocast in (False, True):  # as on a GPU
+        case = case_of(load_model(MODEL_DIR), calibration[:16])
+        case.dense.autocast = case.pruned.autocast = autocast
+        refit(case.dense, case.pruned, case.kept)
+        errors.append(run(case, attention_weight=0.1))
+        assert case.pruned.linears()["mlp.up_proj"].weight.dtype == torch.float32
+    assert errors[1] < 1.1 * errors[0]
