@@ -32,7 +32,7 @@ from llmc_attnmask.modifiers.fields import (
     listed,
 )
 
-_STEPS = {False: 200, True: 100}  # by update_weights, which starts from more
+_STEPS = {False: 200, True: 25}  # by update_weights, which starts from more
 
 
 class AttentionMatrixPruningModifier(Modifier):
@@ -81,7 +81,7 @@ class AttentionMatrixPruningModifier(Modifier):
     :param l2_penalty: the paper's lambda, on the mean square of the relaxed mask
     :param steps: optimisation steps per attention module; 0 keeps the start: Wanda's
         mask, or the second-order solution if survivors are updated. Defaults to 200,
-        or 100 if survivors are updated
+        or 25 if survivors are updated
     :param learning_rate: Adam's, of the mask's scores, whose mean starts at 1; light
         mode only
     :param batch_size: calibration samples per step, of one length: samples of many

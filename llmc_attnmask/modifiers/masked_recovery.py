@@ -74,7 +74,7 @@ class MaskedRecoveryModifier(Modifier):
 
     requires_calibration_data: bool = True
 
-    steps: int = Field(default=100, ge=0)
+    steps: int = Field(default=60, ge=0)
     learning_rate: float = Field(default=0.03, gt=0)
     batch_size: int = Field(default=8, ge=1)
     attention_weight: float = Field(default=0.0, ge=0)
@@ -172,12 +172,14 @@ class MaskedRecoveryModifier(Modifier):
             return
         self._recovered += 1
         energy = changed_energy(stream, wanted)
-        errors = [block_error(pruned, wanted) / energy]
+        errors = [block_error(pruned, wanted)]
         refit(dense, pruned, kept)
-        errors.append(block_error(pruned, wanted) / energy)
+        errors.append(block_error(pruned, wanted))
         if self.steps:
-            descend(dense, pruned, wanted, energy, kept, self._settings())
-            errors.append(block_error(pruned, wanted) / energy)
+            settings = self._settings()
+            errors.append(
+                descend(dense, pruned, wanted, errors[-1], energy, kept, settings)
+            )
         for child, mask in kept.items():
             linear = block.get_submodule(child)
             dtype = dense_state[f"{child}.weight"].dtype
@@ -185,7 +187,7 @@ class MaskedRecoveryModifier(Modifier):
             update_offload_parameter(linear, "weight", weight)
         logger.log(
             "METRIC",
-            f"{name}: error {' -> '.join(f'{e:.5f}' for e in errors)}, "
+            f"{name}: error {' -> '.join(f'{e / energy:.5f}' for e in errors)}, "
             f"{time.perf_counter() - started:.1f}s",
         )
 

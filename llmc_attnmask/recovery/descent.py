@@ -39,19 +39,21 @@ def descend(
     dense: Block,
     pruned: Block,
     wanted: Sequence[Tensor],
+    start_error: float,
     energy: float,
     kept: dict[str, Tensor],
     settings: DescentSettings,
-) -> None:
+) -> float:
     """Move the survivors of ``pruned``; unless that lowers the error, put them back.
 
+    :param start_error: ||Y~ - Y||_F^2 over all samples as it is
     :param wanted: Y of every sample, [1, L, D]
     :param energy: ||Y - X||_F^2 over all samples
     :param kept: name of a Linear of the block -> bool [rows, columns]
+    :return: ||Y~ - Y||_F^2 over all samples as it is now
     """
     linears = {name: pruned.linears()[name] for name in kept}
     before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-    start_error = block_error(pruned, wanted)
     groups = []
     for name, linear in linears.items():
         linear.weight.requires_grad_(True)
@@ -69,8 +71,8 @@ def descend(
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * share))
         target = torch.cat([wanted[i] for i in batch]).to(pruned.device)
         with torch.enable_grad():
-            error = (pruned(batch) - target).square().sum()
-            loss = error / len(batch) * (len(samples) / energy)
+            lost = (pruned(batch) - target).square().sum()
+            loss = lost / len(batch) * (len(samples) / energy)
             if attention is not None:
                 loss = loss + settings.attention_weight * attention(batch)
             optimizer.zero_grad()
@@ -79,12 +81,14 @@ def descend(
             assert linear.weight.grad is not None
             linear.weight.grad.masked_fill_(~kept[name], 0.0)
         optimizer.step()
-    better = block_error(pruned, wanted) <= start_error  # False for NaN
+    error = block_error(pruned, wanted)
+    better = error <= start_error  # False for NaN
     with torch.no_grad():
         for name, linear in linears.items():
             linear.weight.requires_grad_(False)
             if not better:
                 linear.weight.copy_(before[name])
+    return error if better else start_error
 
 
 class _AttentionTerm:

@@ -89,29 +89,59 @@ def _normal_equations(
     targets: dict[str, Tensor] = {}
     linears = dense.linears()
     for indices in pruned.batches():
-        with _watched(dense, group, silent) as then:
-            stream = dense(indices)
-        with _watched(pruned, group, silent) as now:
-            stream = stream - pruned(indices)
+        then, dense_output = _run(dense, indices, group, silent)
+        now, output = _run(pruned, indices, group, silent)
         if group[0] not in now:
             continue  # an expert without tokens
         x = now[group[0]][0]
+        everything = (len(indices), pruned.inputs.hidden[indices[0]].shape[1])
         rows = x.flatten(0, -2).float()
         product = rows.T @ rows
         hessian = hessian + product
         for name in group:
             linear = linears[name]
-            if x.shape[:-1] == stream.shape[:-1] and name in then:
+            if x.shape[:-1] == everything and name in then:
                 wanted = then[name][1].float()
                 if linear.bias is not None:
                     wanted = wanted - linear.bias
-                if silent:
-                    wanted = wanted + stream
+                if dense_output is not None and output is not None:
+                    wanted = wanted + dense_output - output
                 target = wanted.flatten(0, -2).T @ rows
             else:  # an expert's share of the tokens may not be the same in both
                 target = linear.weight @ product
             targets[name] = targets[name] + target if name in targets else target
     return hessian, targets
+
+
+class _Reached(BaseException):
+    """Ends a run: what follows is not needed."""
+
+
+def _run(
+    block: Block, indices: list[int], group: list[str], silent: list[str]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor | None]:
+    """(input, output) of a group's Linears, and the block's output if some are silent.
+
+    Otherwise the block stops after the group.
+    """
+    with _watched(block, group, silent) as seen:
+        if silent:
+            return seen, block(indices)
+
+        def stop(*_: Any) -> None:
+            if seen.keys() >= set(group):
+                raise _Reached
+
+        # registered after the recording ones, and called after them
+        handles = [block.linears()[n].register_forward_hook(stop) for n in group]
+        try:
+            block(indices)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen, None
 
 
 @contextmanager

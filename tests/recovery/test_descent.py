@@ -24,8 +24,18 @@ def case(calibration) -> Case:
 
 def run(case: Case, **changes) -> float:
     settings = replace(SETTINGS, **changes)
-    descend(case.dense, case.pruned, case.wanted, case.energy, case.kept, settings)
-    return block_error(case.pruned, case.wanted)
+    start_error = block_error(case.pruned, case.wanted)
+    found = descend(
+        case.dense,
+        case.pruned,
+        case.wanted,
+        start_error,
+        case.energy,
+        case.kept,
+        settings,
+    )
+    assert found == block_error(case.pruned, case.wanted)
+    return found
 
 
 def matrix_error(case: Case) -> float:
