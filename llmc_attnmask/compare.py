@@ -139,15 +139,16 @@ def compare(
 def q_and_k_names(model: PreTrainedModel) -> list[str]:
     """Names of the Linears that are q or k, for modifiers that prune whole Linears.
 
-    :raises ValueError: if q and k are parts of one Linear
+    :raises ValueError: if q or k is a part of a Linear
     """
     targets = []
     for name, attention in attention_modules(model).items():
         projections = find_projections(attention)
-        if projections["q"].child == projections["k"].child:
+        if not all(projections[role].whole for role in _ROLES):
             raise ValueError(
-                f"{name} has q and k in one Linear, of which the peers cannot prune a "
-                "part: choose a model with separate projections to compare them"
+                f"{name} has q or k in one Linear with others, of which the peers "
+                "cannot prune a part: choose a model with separate projections to "
+                "compare them"
             )
         targets += [f"{name}.{projections[role].child}" for role in _ROLES]
     return targets

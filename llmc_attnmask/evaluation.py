@@ -141,6 +141,8 @@ def attention_errors(
     inputs = attention_inputs(dense, windows)
     errors = {}
     for name, collected in inputs.items():
+        if not len(collected):  # text does not reach a vision tower
+            continue
         replicas = [AttentionReplica(m.get_submodule(name)) for m in (dense, pruned)]
         error = norm = 0.0
         for batch in collected.batches(range(len(collected)), 8):

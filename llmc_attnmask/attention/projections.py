@@ -4,6 +4,7 @@ Query heads share key-value heads in groups (GQA): with H query heads on G key-v
 heads of dimension dh, q has H * dh rows and k has G * dh, head by head.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,25 +18,37 @@ from llmc_attnmask.attention.capture import (
 
 Role = Literal["q", "k", "v", "o"]
 
-# Names of the Linear children, architecture by architecture.
+# Names of the children of an attention module, layout by layout.
 _SEPARATE: tuple[dict[Role, str], ...] = (
     {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},  # Llama, Qwen, Gemma
     {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"},  # OPT
     {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense"},  # Phi
+    {"q": "query", "k": "key", "v": "value"},  # BERT, whose o is outside of the module
 )
-_FUSED: tuple[dict[str, str], ...] = (
-    {"qkv": "qkv_proj", "o": "o_proj"},  # Phi3
+# q, k and v one below the other in one Linear
+_STACKED: tuple[dict[str, str], ...] = (
+    {"qkv": "qkv_proj", "o": "o_proj"},  # Phi-3
+    {"qkv": "Wqkv", "o": "Wo"},  # ModernBERT
+    {"qkv": "c_attn", "o": "c_proj"},  # GPT-2
+)
+# Multi-head latent attention: k (without its rotary part) and v share a Linear, head by
+# head; q has one of its own, with or without a latent space before it.
+_LATENT: tuple[dict[str, str], ...] = (
+    {"q": "q_b_proj", "kv": "kv_b_proj", "o": "o_proj"},  # DeepSeek-V3
+    {"q": "q_proj", "kv": "kv_b_proj", "o": "o_proj"},  # DeepSeek-V2-Lite
 )
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One of q, k, v, o: ``rows`` of the weight [out, in] of the Linear ``child``."""
+    """One of q, k, v, o: some rows of the weight [out, in] of the Linear ``child``."""
 
     role: Role
     child: str  # name of the Linear within the attention module
-    rows: slice
+    rows: slice | list[int]
     columns: int  # in-features
+    whole: bool = True  # whether these are all rows
+    transposed: bool = False  # a Conv1D, whose weight is [in, out]
 
     @property
     def parameter(self) -> str:
@@ -43,8 +56,12 @@ class Projection:
         return f"{self.child}.weight"
 
     def of(self, weight: Tensor) -> Tensor:
-        """This projection's rows of its Linear's weight, a view [rows, columns]."""
-        return weight[self.rows]
+        """This projection's rows [rows, columns] of its Linear's weight."""
+        return (weight.T.contiguous() if self.transposed else weight)[self.rows]
+
+    def put(self, weight: Tensor, values: Tensor) -> None:
+        """Write this projection's rows [rows, columns] into its Linear's weight."""
+        (weight.T if self.transposed else weight)[self.rows] = values
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -58,7 +75,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_projections(attention: nn.Module) -> dict[Role, Projection]:
-    """q, k, v and o of an attention module.
+    """q, k, v and, if it is within, o of an attention module.
 
     :raises UnsupportedAttentionError: if its softmax cannot be seen or its Linears are
         not of a known layout; the message says what was found
@@ -72,56 +89,98 @@ def find_projections(attention: nn.Module) -> dict[Role, Projection]:
     linears = {
         name: child
         for name, child in attention.named_children()
-        if isinstance(child, nn.Linear)
+        if isinstance(child, nn.Linear | Conv1D)
     }
     for separate in _SEPARATE:
         if set(separate.values()) <= linears.keys():
             _check_query_rows(attention, linears[separate["q"]])
             return {
-                role: _whole(role, name, linears[name])
+                role: _rows(role, name, linears[name])
                 for role, name in separate.items()
             }
-    for fused in _FUSED:
-        if set(fused.values()) <= linears.keys():
-            return _sliced(attention, fused["qkv"], fused["o"], linears)
+    for stacked in _STACKED:
+        if set(stacked.values()) <= linears.keys():
+            return _stacked(attention, stacked["qkv"], stacked["o"], linears)
+    for latent in _LATENT:
+        if set(latent.values()) <= linears.keys():
+            return _latent(attention, latent, linears)
     known = [" ".join(names.values()) for names in _SEPARATE]
-    known += [" ".join(names.values()) for names in _FUSED]
+    known += [" ".join(names.values()) for names in (*_STACKED, *_LATENT)]
     raise UnsupportedAttentionError(
         f"{kind} has the Linear layers {sorted(linears)}, which are none of the known "
-        f"layouts: {'; '.join(known)} (Conv1D layers, as in GPT-2, are not supported)"
+        f"layouts: {'; '.join(known)}"
     )
 
 
-def _check_query_rows(attention: nn.Module, query: nn.Linear) -> None:
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    """Rows and columns of a weight as [out, in]."""
+    if isinstance(linear, Conv1D):
+        return linear.nf, linear.nx
+    assert isinstance(linear, nn.Linear)
+    return linear.out_features, linear.in_features
+
+
+def _check_query_rows(attention: nn.Module, query: nn.Module) -> None:
     """Refuse rows of q that are no query, such as the gate of Qwen3-Next."""
     config: Any = getattr(attention, "config", None)
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(attention, "head_dim", None)
-    if heads and head_dim and query.out_features != heads * head_dim:
+    rows, _ = _shape(query)
+    if heads and head_dim and rows != heads * head_dim:
         raise UnsupportedAttentionError(
-            f"{type(attention).__name__} has {query.out_features} rows of q where its "
+            f"{type(attention).__name__} has {rows} rows of q where its "
             f"{heads} heads of {head_dim} would have {heads * head_dim}: part of them "
             "(an output gate?) does not enter the attention matrix"
         )
 
 
-def _whole(role: Role, name: str, linear: nn.Linear) -> Projection:
-    return Projection(role, name, slice(0, linear.out_features), linear.in_features)
+def _rows(
+    role: Role, child: str, linear: nn.Module, rows: slice | list[int] | None = None
+) -> Projection:
+    """Some rows of a Linear, by default all."""
+    out, columns = _shape(linear)
+    return Projection(
+        role,
+        child,
+        slice(0, out) if rows is None else rows,
+        columns,
+        whole=rows is None,
+        transposed=isinstance(linear, Conv1D),
+    )
 
 
-def _sliced(
-    attention: nn.Module, qkv: str, o: str, linears: dict[str, nn.Linear]
+def _stacked(
+    attention: nn.Module, qkv: str, o: str, linears: Mapping[str, nn.Module]
 ) -> dict[Role, Projection]:
     """q, then k, then v, stacked along the rows of one Linear."""
     config: Any = attention.config
     query_rows = int(config.num_attention_heads * attention.head_dim)
-    rows, columns = linears[qkv].out_features, linears[qkv].in_features
+    rows, _ = _shape(linears[qkv])
     key_rows = (rows - query_rows) // 2
     ends = {"q": query_rows, "k": query_rows + key_rows, "v": rows}
     found: dict[Role, Projection] = {}
     start = 0
     for role in ("q", "k", "v"):
-        found[role] = Projection(role, qkv, slice(start, ends[role]), columns)
+        found[role] = _rows(role, qkv, linears[qkv], slice(start, ends[role]))
         start = ends[role]
-    found["o"] = _whole("o", o, linears[o])
+    found["o"] = _rows("o", o, linears[o])
     return found
+
+
+def _latent(
+    attention: nn.Module, names: Mapping[str, str], linears: Mapping[str, nn.Module]
+) -> dict[Role, Projection]:
+    """Of each head's rows of the shared Linear k comes first, then v."""
+    config: Any = attention.config
+    width = config.qk_nope_head_dim + config.v_head_dim
+    rows, _ = _shape(linears[names["kv"]])
+    shared = {
+        "k": [i for i in range(rows) if i % width < config.qk_nope_head_dim],
+        "v": [i for i in range(rows) if i % width >= config.qk_nope_head_dim],
+    }
+    return {
+        "q": _rows("q", names["q"], linears[names["q"]]),
+        "k": _rows("k", names["kv"], linears[names["kv"]], shared["k"]),
+        "v": _rows("v", names["kv"], linears[names["kv"]], shared["v"]),
+        "o": _rows("o", names["o"], linears[names["o"]]),
+    }

@@ -68,6 +68,13 @@ class Objective(ABC):
         weight = self.replica.module.get_parameter(projection.parameter)
         return projection.of(weight.detach())
 
+    def output_projection(self) -> Tensor:
+        """W_o [D, H * dv]; the identity where the module has none within."""
+        if "o" in self.projections:
+            return self.dense("o")
+        value = self.dense("v")
+        return torch.eye(len(value), dtype=value.dtype, device=value.device)
+
     @abstractmethod
     def error(self, batch: list[int], weights: Weights) -> Tensor:
         """Relative error per sample of a batch, differentiable in the weights."""
@@ -134,7 +141,7 @@ class Objective(ABC):
             if name not in parameters:
                 parameter = self.replica.module.get_parameter(name)
                 parameters[name] = parameter.detach().clone()
-            parameters[name][projection.rows] = weight
+            projection.put(parameters[name], weight)
         return parameters
 
 
@@ -155,7 +162,7 @@ class MatrixObjective(Objective):
         super().__init__(replica, inputs, projections, roles)
         matrix = output = 0.0
         for batch in self.batches(self.held_back):
-            norms = attention_norms(self.call(batch), self.dense("o"))
+            norms = attention_norms(self.call(batch), self.output_projection())
             matrix += norms.matrix
             output += norms.output
         self.matrix_weight = (1 - output_weight) * len(self.held_back) / matrix
@@ -173,7 +180,7 @@ class MatrixObjective(Objective):
             pruned.key,
             matrix_weight=self.matrix_weight,
             output_weight=self.output_weight,
-            output_projection=self.dense("o"),
+            output_projection=self.output_projection(),
         )
         return total / len(batch)
 
@@ -208,7 +215,7 @@ class MatrixObjective(Objective):
                 generator,
                 matrix_weight=self.matrix_weight,
                 output_weight=self.output_weight,
-                output_projection=self.dense("o"),
+                output_projection=self.output_projection(),
             )
         reached = [
             (tensor, gradient)
@@ -248,14 +255,14 @@ class OutputObjective(Objective):
 
     @torch.no_grad()
     def _output(self, call: AttentionCall) -> Tensor:
-        return attention_context(call, call.value) @ self.dense("o").T
+        return attention_context(call, call.value) @ self.output_projection().T
 
     def error(self, batch: list[int], weights: Weights) -> Tensor:
         with torch.no_grad():
             reference = self._output(super().call(batch))
         pruned = self.call(batch, {r: w for r, w in weights.items() if r != "o"})
         context = attention_context(pruned, pruned.value)
-        output = context @ weights.get("o", self.dense("o")).T
+        output = context @ weights.get("o", self.output_projection()).T
         return (output - reference).square().sum() * (self.weight / len(batch))
 
     def curvature(self) -> dict[Role, tuple[Tensor, Tensor | None]]:
@@ -282,7 +289,9 @@ class OutputObjective(Objective):
         for role in self.roles:
             found[role] = (hessians[role], None)
             if role == "v":
-                by_head = self.dense("o").unflatten(-1, (groups, heads // groups, -1))
+                by_head = self.output_projection().unflatten(
+                    -1, (groups, heads // groups, -1)
+                )
                 found[role] = (
                     hessians[role],
                     torch.einsum("dgha,dghb->gab", by_head, by_head),

@@ -219,10 +219,17 @@ class AttentionMatrixPruningModifier(Modifier):
                 f"{name}: {error}; put it under `ignore` or use SparseGPTModifier"
             ) from None
         for role in self.projections:
+            if role not in projections:
+                raise UnsupportedAttentionError(
+                    f"{name}: {type(attention).__name__} has no {role} within; prune "
+                    f"{list(projections)} here, and {role} with SparseGPTModifier"
+                )
+            projection = projections[role]
+            weight = attention.get_parameter(projection.parameter)
             try:
-                self._structure.groups(_linear(attention, projections[role]).weight)
+                self._structure.groups(projection.of(weight))
             except ValueError as error:
-                raise ValueError(f"{name}.{projections[role].child}: {error}") from None
+                raise ValueError(f"{name}.{projection.child}: {error}") from None
         return _Layer(attention, projections, sparsity)
 
     def _prune(self, name: str, layer: "_Layer") -> None:
@@ -269,9 +276,10 @@ class AttentionMatrixPruningModifier(Modifier):
             weight = linear.weight.detach().clone()
             kept = torch.ones_like(weight, dtype=torch.bool)
             for projection in projections:
-                projection.of(kept).copy_(masks[projection.role])
+                projection.put(kept, masks[projection.role])
                 if self.update_weights:
-                    projection.of(weight).copy_(weights[projection.role])
+                    values = weights[projection.role].to(weight.dtype)
+                    projection.put(weight, values)
             # masked_fill, not a product: a product leaves -0.0
             update_offload_parameter(linear, "weight", weight.masked_fill(~kept, 0.0))
             self._masks[f"{name}.{child}"] = (linear, kept.to("cpu"))

@@ -18,7 +18,11 @@ from llmc_attnmask.attention.capture import (
     ModuleInputs,
     UnsupportedAttentionError,
 )
-from llmc_attnmask.attention.projections import attention_modules, find_projections
+from llmc_attnmask.attention.projections import (
+    Role,
+    attention_modules,
+    find_projections,
+)
 from llmc_attnmask.masks.least_squares import solve
 from llmc_attnmask.masks.objectives import MatrixObjective
 from llmc_attnmask.recovery.block import Block
@@ -57,8 +61,9 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
             projections = find_projections(attention)
         except UnsupportedAttentionError:
             continue
-        if projections["q"].child == projections["k"].child:
-            continue  # rows of v in the same Linear
+        roles: list[Role] = [r for r in ("q", "k") if projections[r].whole]
+        if not roles:
+            continue  # rows of others in the same Linear
         inputs = ModuleInputs()
         handle = attention.register_forward_pre_hook(
             lambda _, args, kwargs, inputs=inputs: inputs.append(args, kwargs),
@@ -68,7 +73,7 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
             dense(indices)
         handle.remove()
         objective = MatrixObjective(
-            AttentionReplica(attention), inputs, projections, ["q", "k"], _OUTPUT_WEIGHT
+            AttentionReplica(attention), inputs, projections, roles, _OUTPUT_WEIGHT
         )
         for role, (_, sensitivity) in objective.curvature().items():
             name = f"{prefix}.{projections[role].child}".removeprefix(".")

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5EncoderModel
 
 from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
 from llmc_attnmask.attention.projections import attention_modules, find_projections
 from llmc_attnmask.evaluation import attention_inputs
-from tests.attention.test_capture import small_model
+from tests.architectures import small_model
 
 
 def test_separate_projections_are_whole_linears(random_llama):
@@ -20,8 +21,9 @@ def test_separate_projections_are_whole_linears(random_llama):
     ]
 
 
-def test_rows_of_a_fused_linear_are_the_projection_they_name():
-    model = small_model("phi3")
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "deepseek_v3"])
+def test_rows_of_a_shared_linear_are_the_projection_they_name(family):
+    model = small_model(family)
     inputs = attention_inputs(model, torch.randint(3, 64, (1, 9)))
     name, collected = next(iter(inputs.items()))
     replica = AttentionReplica(model.get_submodule(name))
@@ -29,9 +31,13 @@ def test_rows_of_a_fused_linear_are_the_projection_they_name():
     dense = replica(args, kwargs)
     found = find_projections(replica.module)
     for role, changed in (("q", "query"), ("k", "key"), ("v", "value")):
-        weight = replica.module.get_parameter("qkv_proj.weight").detach().clone()
-        found[role].of(weight).zero_()
-        call = replica(args, kwargs, {"qkv_proj.weight": weight})
+        parameter = found[role].parameter
+        weight = replica.module.get_parameter(parameter).detach().clone()
+        before = found[role].of(weight)
+        assert before.shape[-1] == found[role].columns
+        found[role].put(weight, torch.zeros_like(before))
+        assert not found[role].of(weight).any()
+        call = replica(args, kwargs, {parameter: weight})
         for part in ("query", "key", "value"):
             same = torch.equal(getattr(call, part), getattr(dense, part))
             assert same == (part != changed)
@@ -41,15 +47,6 @@ def test_a_gate_beside_the_query_is_refused(random_llama):
     attention = random_llama.model.layers[0].self_attn
     attention.q_proj = nn.Linear(32, 64, bias=False)  # query and gate, as in Qwen3-Next
     with pytest.raises(UnsupportedAttentionError, match=r"64 rows of q .* have 32"):
-        find_projections(attention)
-
-
-def test_conv1d_is_named():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
-    attention = next(iter(attention_modules(model).values()))
-    with pytest.raises(UnsupportedAttentionError, match="Conv1D layers"):
         find_projections(attention)
 
 
@@ -64,3 +61,12 @@ def test_an_unknown_layout_is_refused_with_what_was_found():
 
     with pytest.raises(UnsupportedAttentionError, match=r"\['both'\].*q_proj k_proj"):
         find_projections(StrangeAttention())
+
+
+def test_t5_is_refused_by_its_layout():
+    config = T5Config(
+        vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
+    )
+    attention = next(iter(attention_modules(T5EncoderModel(config)).values()))
+    with pytest.raises(UnsupportedAttentionError, match=r"\['k', 'o', 'q', 'v'\]"):
+        find_projections(attention)

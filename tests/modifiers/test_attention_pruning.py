@@ -184,7 +184,7 @@ def test_a_later_modifier_that_fills_pruned_entries_ends_the_run(run):
 
 
 def test_fused_qkv_is_pruned_in_the_rows_of_q_and_k_only(run, tmp_path):
-    from tests.attention.test_capture import SMALL
+    from tests.architectures import SMALL
 
     config = transformers.Phi3Config(
         **SMALL | {"vocab_size": 2048, "original_max_position_embeddings": 4096}

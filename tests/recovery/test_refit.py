@@ -5,7 +5,7 @@ from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.evaluation import load_model
 from llmc_attnmask.recovery.block import block_error
 from llmc_attnmask.recovery.refit import _by_input, _residual_writers, refit
-from tests.attention.test_capture import small_model
+from tests.architectures import small_model
 from tests.recovery import case_of
 
 LLAMA = [

@@ -1,0 +1,18 @@
+from pathlib import Path
+
+import pytest
+
+from tests.architectures import FAMILIES, measure, row
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_from_oneshot_to_reload(family):
+    found = measure(family)
+    assert found.deviation <= 1e-6
+    assert found.misplaced == 0
+    assert found.error < found.magnitude_error
+    assert not found.logits_differ
+    described = row(family, found).split("|")[1:4]  # figures vary between machines
+    assert "|".join(described) in DOCUMENT.read_text(encoding="utf-8")
