@@ -4,6 +4,7 @@ Zeros alone do not tell what was pruned: quantization rounds survivors to zero, 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def remember(linear: nn.Module, kept: Tensor) -> None:
     :param kept: bool, shape of the weight, True where an entry survives
     :raises ValueError: if it is no mask of that shape
     """
-    shape = tuple(linear.weight.shape)
+    shape = tuple(cast(Tensor, linear.weight).shape)
     if kept.dtype != torch.bool or tuple(kept.shape) != shape:
         raise ValueError(
             f"a {kept.dtype} tensor of shape {tuple(kept.shape)} is no mask for this "
