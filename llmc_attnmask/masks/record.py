@@ -20,8 +20,9 @@ class _Bits:
 
 
 def remember(linear: nn.Module, kept: Tensor) -> None:
-    """Keep the mask of a pruned module; a later one replaces an earlier one.
+    """Keep the mask of a pruned module.
 
+    What was pruned before stays pruned: of two masks the entries that both keep remain.
     It is a plain attribute: no buffer, so it neither moves with the module nor is
     saved with it, but copies of the module have it.
 
@@ -34,6 +35,8 @@ def remember(linear: nn.Module, kept: Tensor) -> None:
             f"a {kept.dtype} tensor of shape {tuple(kept.shape)} is no mask for this "
             f"weight; expected torch.bool and {shape}"
         )
+    if (earlier := recall(linear)) is not None:
+        kept = kept.cpu() & earlier
     packed = np.packbits(kept.detach().cpu().numpy().ravel(), bitorder="little")
     setattr(linear, _ATTRIBUTE, _Bits(packed, shape))
 

@@ -13,11 +13,17 @@ def test_a_mask_is_recalled_bit_for_bit(shape):
     assert recall(linear) is None
     remember(linear, kept)
     assert torch.equal(recall(linear), kept)
-    remember(linear, ~kept)
-    assert torch.equal(recall(linear), ~kept)
     forget(linear)
     forget(linear)
     assert recall(linear) is None
+
+
+def test_a_second_mask_leaves_pruned_what_the_first_one_pruned():
+    linear = torch.nn.Linear(8, 4)
+    first, second = torch.rand(2, 4, 8) < 0.5
+    remember(linear, first)
+    remember(linear, second)
+    assert torch.equal(recall(linear), first & second)
 
 
 def test_a_mask_is_no_part_of_the_state_but_goes_with_a_copy():
