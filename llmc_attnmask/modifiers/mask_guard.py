@@ -9,7 +9,9 @@ known to break them is refused before anything is calibrated.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -38,6 +40,9 @@ _WRITING_EVENTS = {
 }
 
 
+_active = ContextVar("mask_guard", default=True)
+
+
 class MaskBrokenError(ValueError):
     """A modifier has filled in, or would fill in, what an earlier one pruned."""
 
@@ -57,6 +62,16 @@ def install() -> None:
     _wrap("finalize", _finalize)
 
 
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Let modifiers break masks meanwhile, to measure what that gains."""
+    token = _active.set(False)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
 def _wrap(method: str, wrapper: Callable[..., Any]) -> None:
     original = getattr(Modifier, method)
     if hasattr(original, "guarded"):
@@ -64,6 +79,8 @@ def _wrap(method: str, wrapper: Callable[..., Any]) -> None:
 
     @functools.wraps(original)
     def guarded(self: Modifier, *args: Any, **kwargs: Any) -> Any:
+        if not _active.get():
+            return original(self, *args, **kwargs)
         return wrapper(original, self, *args, **kwargs)
 
     guarded.guarded = True  # type: ignore[attr-defined]
