@@ -60,7 +60,7 @@ METHODS = {
     "MaskedGPTQModifier": MaskedGPTQModifier,
     "round to nearest": QuantizationModifier,
 }
-DIVERGENCE_WINDOWS = 256
+DIVERGENCE_WINDOWS = 64
 
 
 @dataclass(frozen=True)
