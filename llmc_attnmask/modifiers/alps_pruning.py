@@ -82,7 +82,7 @@ class ALPSPruningModifier(Modifier):
         return True
 
     def linears_to_prune(self) -> list[nn.Module]:
-        return list(self._linears.values())
+        return list(self._linears.values()) if self.sparsity else []
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         for name, linear in self._linears.items():

@@ -140,6 +140,7 @@ class AttentionMatrixPruningModifier(Modifier):
             _linear(layer.attention, layer.projections[role])
             for layer in self._layers.values()
             for role in self.projections
+            if layer.sparsity
         ]
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -15,19 +15,19 @@ from contextvars import ContextVar
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from compressed_tensors.utils import match_named_modules, match_targets
+from compressed_tensors.utils import (
+    getattr_chain,
+    match_named_modules,
+    match_targets,
+)
 from llmcompressor.core import Event, EventType, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.pruning import (
-    ConstantPruningModifier,
-    MagnitudePruningModifier,
-)
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     PRUNABLE_LAYER_TYPES,
     SparsityModifierBase,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from llmc_attnmask.masks.record import forget, recall, remember
 from llmc_attnmask.masks.traces import filled, pruned_by_someone
@@ -135,16 +135,23 @@ def _earlier(modifier: Modifier) -> list[Modifier]:
 
 @torch.no_grad()
 def _find_masks(model: nn.Module) -> None:
-    """Masks that the model comes with; those that it no longer fits are dropped."""
-    for linear in model.modules():
-        if not isinstance(linear, nn.Linear) or linear.weight.element_size() == 1:
+    """Masks that the model comes with; those that its weights do not fit are dropped.
+
+    Quantized weights have none: their integers' zeros need not be zero.
+    """
+    for module in model.modules():
+        weight = cast(Tensor | None, getattr(module, "weight", None))
+        if weight is None or weight.element_size() == 1:
+            forget(module)
             continue
-        weight = linear.weight
-        if (kept := recall(linear)) is not None and filled(weight, kept):
-            forget(linear)  # other weights were loaded since
+        kept = recall(module)
+        if kept is not None and (weight.shape != kept.shape or filled(weight, kept)):
+            forget(module)  # other weights were loaded since
             kept = None
-        if kept is None and (kept := pruned_by_someone(weight)) is not None:
-            remember(linear, kept)
+        if kept is None and isinstance(module, nn.Linear):
+            kept = pruned_by_someone(weight)
+            if kept is not None:
+                remember(module, kept)
 
 
 def _refuse_breaker(
@@ -155,12 +162,16 @@ def _refuse_breaker(
         return
     pruners: dict[nn.Module, str] = {}
     for module in model.modules():
-        if recall(module) is not None:
+        if (kept := recall(module)) is not None and not kept.all():
             pruners[module] = "an earlier run"
     for pruner in earlier:
         for module in _linears_to_prune(pruner):
             pruners.setdefault(module, type(pruner).__name__)
-    broken = [m for m in modifier._module_names if m in pruners]
+    broken = [
+        module
+        for module in modifier._module_names
+        if module in pruners and getattr_chain(module, "quantization_scheme.weights", 0)
+    ]
     if broken:
         names = [modifier._module_names[module] for module in broken]
         by = listed(sorted({pruners[module] for module in broken}))
@@ -173,12 +184,13 @@ def _refuse_breaker(
 
 
 def _linears_to_prune(modifier: Modifier) -> Iterable[nn.Module]:
-    """What a modifier prunes; nothing if it is no pruning modifier."""
+    """What a modifier prunes; nothing if it is no pruning modifier.
+
+    Stock MagnitudePruningModifier and ConstantPruningModifier are for training: in a
+    oneshot they change nothing.
+    """
     if isinstance(modifier, Pruner):
         yield from modifier.linears_to_prune()
-    elif isinstance(modifier, MagnitudePruningModifier | ConstantPruningModifier):
-        for parameterized in (modifier.parameterized_layers_ or {}).values():
-            yield parameterized.layer
     elif isinstance(modifier, SparsityModifierBase) and modifier.sparsity:
         # as its on_calibration_start does, the odd names included
         for name, layer in modifier._target_layers.items():
@@ -212,8 +224,8 @@ def _note(modifier: Modifier, modules: list[nn.Module]) -> None:
             remember(module, kept)
 
 
-def _weight(module: nn.Module) -> torch.Tensor:
-    return cast(torch.Tensor, module.weight)
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)
 
 
 def _broken(
@@ -221,7 +233,7 @@ def _broken(
     model: nn.Module,
     module: nn.Module,
     count: int,
-    kept: torch.Tensor,
+    kept: Tensor,
 ) -> str:
     name = next(name for name, m in model.named_modules() if m is module)
     if isinstance(modifier, Pruner) or any(True for _ in _linears_to_prune(modifier)):

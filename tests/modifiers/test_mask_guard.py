@@ -5,7 +5,11 @@ import torch
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from llmcompressor.modifiers.pruning import (
+    MagnitudePruningModifier,
+    SparseGPTModifier,
+    WandaPruningModifier,
+)
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
@@ -37,6 +41,11 @@ def attention(**fields):
 
 def targets(projections: str) -> dict:
     return {"targets": [f"re:.*({projections})_proj$"]}
+
+
+def few(kind):
+    """Of some layers only: it is the time of most of these tests."""
+    return kind(**INT8 | targets("q|v"))
 
 
 @pytest.fixture
@@ -164,19 +173,25 @@ def test_a_second_pruning_of_a_layer_may_prune_more_but_not_less(run):
 @pytest.mark.parametrize(
     "recipe",
     [
-        lambda: [GPTQModifier(**INT8)],
+        lambda: [few(GPTQModifier)],
         lambda: [attention(), QuantizationModifier(**INT8)],
-        lambda: [attention(), MaskedGPTQModifier(**INT8 | targets("q|k|v"))],
-        lambda: [attention(), GPTQModifier(**INT8 | targets("gate|up"))],
-        lambda: [GPTQModifier(**INT8), SparseGPTModifier(**SHAPE, **targets("v"))],
+        lambda: [attention(), few(MaskedGPTQModifier)],
+        lambda: [attention(), GPTQModifier(**INT8 | targets("gate"))],
+        lambda: [few(GPTQModifier), SparseGPTModifier(**SHAPE, **targets("v"))],
         lambda: [attention(), SparseGPTModifier(**SHAPE, **targets("v|o|gate"))],
         lambda: [
             SmoothQuantModifier(),
             SparseGPTModifier(**SHAPE, **targets("q|k|v|o|gate|up|down")),
             SmoothQuantModifier(),
-            MaskedGPTQModifier(**INT8 | targets("q|k|up")),
+            few(MaskedGPTQModifier),
         ],
-        lambda: [SparseGPTModifier(sparsity=0.0), GPTQModifier(**INT8)],
+        lambda: [SparseGPTModifier(sparsity=0.0, **targets("v")), few(GPTQModifier)],
+        lambda: [
+            MagnitudePruningModifier(
+                targets=["re:.*v_proj.weight"], init_sparsity=0.5, final_sparsity=0.5
+            ),
+            few(GPTQModifier),
+        ],
     ],
     ids=[
         "GPTQ on a dense model",
@@ -187,6 +202,7 @@ def test_a_second_pruning_of_a_layer_may_prune_more_but_not_less(run):
         "two pruners",
         "scaling before and after",
         "nothing pruned",
+        "a pruner for training only",
     ],
 )
 def test_recipes_that_keep_their_masks_raise_no_alarm(run, recipe):
@@ -198,7 +214,7 @@ def test_weights_that_were_loaded_since_raise_no_alarm(run):
     dense = {k: v.clone() for k, v in model.state_dict().items()}
     run(attention(), model=model)
     model.load_state_dict(dense)
-    run(GPTQModifier(**INT8), model=model)
+    run(few(GPTQModifier), model=model)
 
 
 def test_a_checkpoint_of_rounded_weights_is_not_taken_for_a_pruned_one(run):
@@ -208,7 +224,7 @@ def test_a_checkpoint_of_rounded_weights_is_not_taken_for_a_pruned_one(run):
             step = weight.data.abs().amax(dim=1, keepdim=True) / 2
             weight.data = (weight.data / step).round() * step
     assert (model.model.layers[0].mlp.up_proj.weight == 0).float().mean() > 0.4
-    run(GPTQModifier(**INT8), model=model)
+    run(few(GPTQModifier), model=model)
 
 
 @pytest.mark.parametrize("pipeline", ["sequential", "independent"])
@@ -226,6 +242,6 @@ def test_masks_are_watched_in_every_pipeline(pipeline, calibration):
             max_seq_length=32,
         )
 
-    once(attention(), MaskedGPTQModifier(**INT8 | targets("q|k")))
+    once(attention(), few(MaskedGPTQModifier))
     with pytest.raises(MaskBrokenError, match=r"^FillsIn has filled in 1 of"):
         once(attention(), FillsIn(stage="calibration_end"))

@@ -2,7 +2,8 @@ import pytest
 import torch
 from llmcompressor.modifiers.gptq import base as stock
 from llmcompressor.modifiers.quantization import GPTQModifier
-from transformers import AutoModelForCausalLM
+from torch import distributed, multiprocessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_attnmask import MaskedGPTQModifier
 from llmc_attnmask.builtin import MODEL_DIR
@@ -98,3 +99,31 @@ def test_the_stock_function_is_back_after_a_run_and_after_a_failure(run, monkeyp
     with pytest.raises(MemoryError):
         run(MaskedGPTQModifier(**fields), pruned=True, samples=1)
     assert stock.quantize_weight is original
+
+
+def quantize_on_rank(rank: int, folder: str) -> None:
+    """One of two ranks, on its own half of the data."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    model = tiny(pruned=True)
+    torch.manual_seed(rank)
+    modifier = MaskedGPTQModifier(scheme="W8A8", targets=["re:.*[01].*[qv]_proj$"])
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    compress(model, tokenizer, [modifier], torch.randint(10, 2000, (4, 32)))
+    distributed.barrier()
+    torch.save(weights(model), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_and_both_keep_the_masks(tmp_path):
+    multiprocessing.spawn(quantize_on_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    before = weights(tiny(pruned=True))
+    changed = [name for name in before if not torch.equal(first[name], before[name])]
+    assert len([name for name in changed if "_proj" in name]) == 4
+    for name in before:
+        assert torch.equal(first[name], second[name])
+        assert not first[name][before[name] == 0].any()
