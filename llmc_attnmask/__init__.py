@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmc_attnmask.modifiers import (
         ALPSPruningModifier,
         AttentionMatrixPruningModifier,
+        MaskedGPTQModifier,
         MaskedRecoveryModifier,
     )
     from llmc_attnmask.pruning import prune
@@ -24,6 +25,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ALPSPruningModifier",
     "AttentionMatrixPruningModifier",
+    "MaskedGPTQModifier",
     "MaskedRecoveryModifier",
     "evaluate",
     "inspect",
@@ -33,6 +35,7 @@ __all__ = [
 _HOMES = {
     "ALPSPruningModifier": "llmc_attnmask.modifiers",
     "AttentionMatrixPruningModifier": "llmc_attnmask.modifiers",
+    "MaskedGPTQModifier": "llmc_attnmask.modifiers",
     "MaskedRecoveryModifier": "llmc_attnmask.modifiers",
     "evaluate": "llmc_attnmask.evaluation",
     "inspect": "llmc_attnmask.checkpoint.inspect",
