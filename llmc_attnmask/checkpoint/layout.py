@@ -8,7 +8,8 @@ becomes
   kept, and spare bits are zero;
 - ``shape`` int64 [2, 1]: R and C.
 
-Exactly two entries of every four are kept; a group with more zeros keeps some of them.
+Exactly two entries of every four are kept; a group with more zeros keeps some of them,
+the same as compressed-tensors on a CPU.
 Everything is done on bits, so that NaN payloads, -0.0 and the int8 -128 survive.
 """
 
@@ -24,8 +25,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per entry
 _BLOCK = 1 << 18  # entries at once on a CPU: what stays in its cache
 
 # The flags of a group of four are a code below 16, column j of the group its bit j.
-# By code: the code with exactly two set, the first free ones if fewer are; 0 if more.
-_FILLED = torch.tensor([3, 3, 3, 3, 5, 5, 6, 0, 9, 9, 10, 0, 12, 0, 0, 0])
+# By code: the code with exactly two set; 0 if more are. Fewer are filled up as torch's
+# topk(2) on a CPU breaks ties, by which compressed-tensors chose.
+_FILLED = torch.tensor([12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0])
 # By code with exactly two set: their columns.
 _COLUMNS = torch.zeros(16, 2, dtype=torch.int64)
 for _code in set(_FILLED.tolist()) - {0}:
@@ -51,8 +53,8 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
     :param weight: [R, C] of 1, 2 or 4 bytes per entry, on any device; a meta tensor
         gives meta tensors
     :param kept: bool [R, C], exactly two of every four consecutive columns; what it
-        leaves out is dropped, whatever its value. By default what is not +0.0 is kept,
-        filled up to two by the first zeros of a group
+        leaves out is dropped, whatever its value. By default what is not +0.0 is kept, and
+        of a group with more zeros as many as make it two
     :raises NotTwoOfFourError: if a group has more, or with a mask not exactly, two
     :raises ValueError: for other shapes and dtypes
     """

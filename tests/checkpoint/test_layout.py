@@ -86,10 +86,18 @@ def test_an_explicit_mask_decides_and_may_keep_zeros(weight, seed):
     assert (flags[:, : weight.shape[1]].astype(bool) == kept.numpy()).all()
 
 
-def test_a_group_with_more_zeros_keeps_the_first_of_them():
-    weight = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 5, 7, 0, 0, 0, 0, 1, 0, 2.0]])
-    columns = kept_entries(weight)[0].nonzero().flatten().tolist()
-    assert columns == [0, 1, 4, 7, 8, 9, 13, 15]
+def test_a_group_with_more_zeros_keeps_what_topk_would():
+    weight = torch.zeros(5, 4)
+    weight[1:] = torch.eye(4)
+    kept = kept_entries(weight)
+    assert [row.nonzero().flatten().tolist() for row in kept] == [
+        [2, 3],
+        [0, 2],
+        [1, 3],
+        [2, 3],
+        [2, 3],
+    ]
+    assert torch.equal(unpack(*pack(weight)), weight)
 
 
 def test_values_that_arithmetic_would_lose():
