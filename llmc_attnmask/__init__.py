@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmc_attnmask.checkpoint.convert import pack, unpack
     from llmc_attnmask.checkpoint.inspect import inspect
+    from llmc_attnmask.checkpoint.load import load
     from llmc_attnmask.evaluation import evaluate
     from llmc_attnmask.modifiers import (
         ALPSPruningModifier,
@@ -27,7 +29,10 @@ __all__ = [
     "MaskedRecoveryModifier",
     "evaluate",
     "inspect",
+    "load",
+    "pack",
     "prune",
+    "unpack",
 ]
 
 _HOMES = {
@@ -36,7 +41,10 @@ _HOMES = {
     "MaskedRecoveryModifier": "llmc_attnmask.modifiers",
     "evaluate": "llmc_attnmask.evaluation",
     "inspect": "llmc_attnmask.checkpoint.inspect",
+    "load": "llmc_attnmask.checkpoint.load",
+    "pack": "llmc_attnmask.checkpoint.convert",
     "prune": "llmc_attnmask.pruning",
+    "unpack": "llmc_attnmask.checkpoint.convert",
 }
 
 

@@ -14,6 +14,7 @@ Everything is done on bits, so that NaN payloads, -0.0 and the int8 -128 survive
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,7 @@ _BLOCK = 1 << 18  # entries at once on a CPU: what stays in its cache
 # The flags of a group of four are a code below 16, column j of the group its bit j.
 # By code: the code with exactly two set; 0 if more are. Fewer are filled up as torch's
 # topk(2) on a CPU breaks ties, by which compressed-tensors chose.
-_FILLED = torch.tensor([12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0])
-# By code with exactly two set: their columns.
-_COLUMNS = torch.zeros(16, 2, dtype=torch.int64)
-for _code in set(_FILLED.tolist()) - {0}:
-    _COLUMNS[_code] = torch.tensor([j for j in range(4) if _code >> j & 1])
+_FILLED = [12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0]
 
 
 class NotTwoOfFourError(ValueError):
@@ -53,8 +50,8 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
     :param weight: [R, C] of 1, 2 or 4 bytes per entry, on any device; a meta tensor
         gives meta tensors
     :param kept: bool [R, C], exactly two of every four consecutive columns; what it
-        leaves out is dropped, whatever its value. By default what is not +0.0 is kept, and
-        of a group with more zeros as many as make it two
+        leaves out is dropped, whatever its value. By default what is not +0.0 is kept,
+        and as many zeros as make it two
     :raises NotTwoOfFourError: if a group has more, or with a mask not exactly, two
     :raises ValueError: for other shapes and dtypes
     """
@@ -66,17 +63,20 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
         )
     compressed = weight.new_empty(rows, columns // 2)
     bitmask = weight.new_empty(rows, _mask_bytes(columns), dtype=torch.uint8)
+    unit = _unit_of(weight)
     for block in _row_blocks(weight):
+        bits = _bits(weight[block])
+        # on integers `bool` is what `!= 0` is, many times faster
+        codes = unit.codes(bits.bool() if kept is None else kept[block])
+        filled = unit.filled.index_select(0, codes)
         if kept is None:
-            codes = _filled(_codes(_bits(weight[block]) != 0))
-            _refuse(codes == 0, block, "more than two entries that are not +0.0")
+            _refuse(filled == 0, block, unit, "more than two that are not +0.0")
         else:
-            codes = _codes(kept[block])
-            _refuse(_filled(codes) != codes, block, "not exactly two entries kept")
-        groups = _bits(weight[block]).reshape(-1, 4)
-        values = groups.gather(1, _columns(codes))
+            _refuse(filled != codes, block, unit, "not exactly two kept")
+        columns_kept = unit.kept.index_select(0, codes)
+        values = bits.reshape(-1, unit.columns).gather(1, columns_kept)
         _bits(compressed[block]).copy_(values.view(-1, columns // 2))
-        bitmask[block] = _bytes(codes)
+        bitmask[block] = unit.bytes(filled, columns)
     return Packed(compressed, bitmask, torch.tensor([[rows], [columns]]))
 
 
@@ -96,11 +96,8 @@ def unpack(
     rows, columns = _agreed_shape(compressed, bitmask, shape)
     weight = compressed.new_empty(rows, columns)
     for block in _row_blocks(weight):
-        codes = _codes_of_bytes(bitmask[block], columns)
-        _refuse(_filled(codes) != codes, block, "not exactly two bits set")
-        groups = _bits(weight[block]).zero_().view(-1, 4)
-        values = _bits(compressed[block]).reshape(-1, 2)
-        groups.scatter_(1, _columns(codes), values)
+        values = _bits(compressed[block])
+        _scatter(bitmask[block], values, _bits(weight[block]), block)
     return weight
 
 
@@ -115,9 +112,8 @@ def kept_entries(weight: Tensor) -> Tensor:
     packed = pack(weight)
     kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for block in _row_blocks(weight):
-        codes = _codes_of_bytes(packed.bitmask[block], weight.shape[1])
-        columns = kept[block].zero_().view(-1, 4)
-        columns.scatter_(1, _columns(codes), True)
+        ones = torch.ones_like(packed.compressed[block], dtype=torch.bool)
+        _scatter(packed.bitmask[block], ones, kept[block], block)
     return kept
 
 
@@ -128,8 +124,9 @@ def crowded_groups(weight: Tensor) -> int:
     :param weight: as for ``pack``
     """
     _checked_shape(weight)
+    unit = _unit_of(weight)
     return sum(
-        int((_filled(_codes(_bits(weight[block]) != 0)) == 0).sum())
+        int(unit.crowded.index_select(0, unit.codes(_bits(weight[block]).bool())).sum())
         for block in _row_blocks(weight)
     )
 
@@ -188,52 +185,101 @@ def _row_blocks(matrix: Tensor) -> Iterator[slice]:
     yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _codes(flags: Tensor) -> Tensor:
-    """bool [r, C] -> int32 codes [r, C / 4]"""
-    # four bytes that are 0 or 1 as one integer; the product has bit j of the code at
-    # bit 24 + j, and no carries
-    words = flags.contiguous().view(torch.int32)
-    return (words * 0x01020408) >> 24 & 15
+@dataclass(frozen=True)
+class _Unit:
+    """One or two groups, whose flags are one code and looked up together."""
+
+    columns: int  # 4 or 8
+    filled: Tensor  # uint8 [codes]: with exactly two of each group; 0 if one has more
+    crowded: Tensor  # uint8 [codes]: how many groups have more than two
+    kept: Tensor  # int64 [codes, columns / 2]: the columns that the code keeps
+
+    @classmethod
+    def of(cls, columns: int) -> "_Unit":
+        filled, crowded, kept = [], [], []
+        for code in range(1 << columns):
+            groups = [_FILLED[code >> start & 15] for start in range(0, columns, 4)]
+            code = sum(group << 4 * i for i, group in enumerate(groups))
+            filled.append(code if all(groups) else 0)
+            crowded.append(groups.count(0))
+            set_bits = [j for j in range(columns) if filled[-1] >> j & 1]
+            kept.append(set_bits + [0] * (columns // 2 - len(set_bits)))
+        return cls(
+            columns,
+            torch.tensor(filled, dtype=torch.uint8),
+            torch.tensor(crowded, dtype=torch.uint8),
+            torch.tensor(kept),
+        )
+
+    def to(self, device: torch.device) -> "_Unit":
+        tables = (table.to(device) for table in (self.filled, self.crowded, self.kept))
+        return _Unit(self.columns, *tables)
+
+    def codes(self, flags: Tensor) -> Tensor:
+        """bool [r, C] -> integers [r * C / columns]"""
+        # Bytes that are 0 or 1 as one integer: the product has flag j at bit j of its
+        # highest byte, and no carries.
+        bits = 8 * self.columns
+        spread = sum(1 << (bits - 8 - 7 * j) for j in range(self.columns))
+        words = flags.contiguous().view({4: torch.int32, 8: torch.int64}[self.columns])
+        return (words.flatten() * spread >> (bits - 8)) & (1 << self.columns) - 1
+
+    def bytes(self, codes: Tensor, columns: int) -> Tensor:
+        """uint8 codes [r * C / columns] -> uint8 [r, ceil(C / 8)]"""
+        codes = codes.view(-1, columns // self.columns)
+        if self.columns == 8:
+            return codes
+        codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+        return codes[:, ::2] | codes[:, 1::2] << 4
+
+    def codes_of_bytes(self, mask: Tensor, columns: int) -> Tensor:
+        """uint8 [r, ceil(C / 8)] -> uint8 codes [r * C / columns]
+
+        :raises NotTwoOfFourError: if a spare bit is set
+        """
+        if self.columns == 8:
+            return mask.flatten()
+        codes = torch.stack((mask & 15, mask >> 4), -1).flatten(1)
+        if bool(codes[:, columns // 4 :].any()):
+            raise NotTwoOfFourError(f"the bitmask has bits set beyond column {columns}")
+        return codes[:, : columns // 4].flatten()
 
 
-def _bytes(codes: Tensor) -> Tensor:
-    """codes [r, C / 4] -> uint8 [r, ceil(C / 8)]"""
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+_UNITS = {columns: _Unit.of(columns) for columns in (4, 8)}
 
 
-def _codes_of_bytes(mask: Tensor, columns: int) -> Tensor:
-    """uint8 [r, ceil(C / 8)] -> int32 codes [r, C / 4]
+def _unit_of(matrix: Tensor) -> _Unit:
+    unit = _UNITS[4 if matrix.shape[1] % 8 else 8]
+    return unit if matrix.device.type in ("cpu", "meta") else unit.to(matrix.device)
 
-    :raises NotTwoOfFourError: if a spare bit is set
+
+def _scatter(mask: Tensor, values: Tensor, out: Tensor, block: slice) -> None:
+    """Put values [r, C / 2] where the mask [r, ceil(C / 8)] has them, zero elsewhere.
+
+    :param out: [r, C], contiguous
     """
-    codes = torch.stack((mask & 15, mask >> 4), -1).flatten(1).int()
-    if bool(codes[:, columns // 4 :].any()):
-        raise NotTwoOfFourError(f"the bitmask has bits set beyond column {columns}")
-    return codes[:, : columns // 4]
-
-
-def _filled(codes: Tensor) -> Tensor:
-    table = _FILLED.to(codes)
-    return table.index_select(0, codes.flatten()).view(codes.shape)
-
-
-def _columns(codes: Tensor) -> Tensor:
-    """codes [r, C / 4] -> int64 [groups, 2]"""
-    return _COLUMNS.to(codes.device).index_select(0, codes.flatten())
+    unit = _unit_of(out)
+    codes = unit.codes_of_bytes(mask, out.shape[1]).int()
+    filled = unit.filled.index_select(0, codes)
+    _refuse(filled != codes, block, unit, "not exactly two bits set")
+    half = unit.columns // 2
+    out.zero_().view(-1, unit.columns).scatter_(
+        1, unit.kept.index_select(0, codes), values.reshape(-1, half)
+    )
 
 
 def _mask_bytes(columns: int) -> int:
     return -(-columns // 8)
 
 
-def _refuse(wrong: Tensor, block: slice, found: str) -> None:
-    """:param wrong: bool [r, C / 4], of the block of rows"""
+def _refuse(wrong: Tensor, block: slice, unit: _Unit, found: str) -> None:
+    """:param wrong: bool [r * C / unit.columns], of the block of rows"""
     if not bool(wrong.any()):
         return
-    row, group = wrong.nonzero()[0].tolist()
+    per_row = len(wrong) // (block.stop - block.start)
+    row, column = divmod(int(wrong.nonzero()[0]), per_row)
+    first = column * unit.columns
     raise NotTwoOfFourError(
-        f"not 2:4: row {block.start + row} has {found} in columns {4 * group} to "
-        f"{4 * group + 3}"
+        f"not 2:4: row {block.start + row} has {found} in a group of columns {first} "
+        f"to {first + unit.columns - 1}"
     )

@@ -110,7 +110,9 @@ def test_values_that_arithmetic_would_lose():
 def test_minus_zero_is_a_value():
     weight = torch.tensor([[1.0, -0.0, 2.0, 0.0]])
     assert crowded_groups(weight) == 1
-    with pytest.raises(NotTwoOfFourError, match=r"row 0 .* that are not \+0.0"):
+    with pytest.raises(
+        NotTwoOfFourError, match=r"row 0 has more than two that are not \+0.0"
+    ):
         pack(weight)
 
 
@@ -119,7 +121,7 @@ def test_rows_beyond_one_block_are_done_too(monkeypatch):
     weight = where(torch.arange(8).expand(11, 8) % 4 < 2, torch.randn(11, 8))
     assert raw(unpack(*pack(weight))) == raw(weight)
     weight[7, 6] = 1
-    with pytest.raises(NotTwoOfFourError, match=r"row 7 .* columns 4 to 7"):
+    with pytest.raises(NotTwoOfFourError, match=r"row 7 .* columns 0 to 7"):
         pack(weight)
 
 
@@ -145,7 +147,7 @@ def test_meta_tensors_give_shapes_and_dtypes(dtype):
     ("weight", "kept", "message"),
     [
         (torch.ones(2, 6), None, "6 inputs are not divisible by 4"),
-        (torch.ones(2, 8), None, "row 0 has more than two entries"),
+        (torch.ones(2, 8), None, "row 0 has more than two that"),
         (torch.ones(8), None, "expected two dimensions"),
         (torch.zeros(2, 8).double(), None, "8 bytes per entry"),
         (torch.ones(1, 4), torch.eye(4)[:1].bool(), "not exactly two"),
@@ -192,4 +194,4 @@ def test_the_module_needs_torch_alone():
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert imported == {"collections.abc", "typing", "torch"}
+    assert imported == {"collections.abc", "dataclasses", "typing", "torch"}
