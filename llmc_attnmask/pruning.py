@@ -8,7 +8,6 @@ from llmcompressor import oneshot
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,6 +15,7 @@ from transformers import (
 
 from llmc_attnmask.checkpoint.atomic import check_new, new_folder
 from llmc_attnmask.checkpoint.config import Storage
+from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.save import save_as
 from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
 from llmc_attnmask.evaluation import window_length
@@ -67,7 +67,7 @@ def prune(
     windows = calibration_windows(
         load_texts(dataset, text_column), tokenizer, num_samples, length
     )
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    loaded = load(model)
     torch.manual_seed(seed)
     compress(loaded, tokenizer, parsed.modifiers, windows)
     return save(loaded, tokenizer, output, storage)

@@ -67,9 +67,7 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"{directory} has no {missing[0]}, nor {len(missing) - 1} more of the "
             f"tensors that {kind.__name__} needs; the checkpoint is incomplete"
         )
-    # not on the config: llm-compressor saves anew the config.json of the folder named
-    # there, which says that layers are packed
-    loaded.name_or_path = str(model)
+    loaded.name_or_path = loaded.config.name_or_path = str(model)
     if (directory / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(directory)
     return loaded
