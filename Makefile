@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= out
 
-.PHONY: demo test test-fast lint bench-quality paper clean
+.PHONY: demo test test-fast lint bench-quality bench-quantization paper clean
 .DEFAULT_GOAL := demo
 
 # torch first: a plain resolve may fetch another build of it
@@ -37,6 +37,10 @@ SEEDS ?= 0 1 2
 bench-quality: $(INSTALLED)  ## every method, scope and structure: OUT/quality.md and .json
 	$(QUIET) $(BIN)/python integration/benchmarks/quality.py --model $(MODEL) \
 	    --calibration $(CALIB) --evaluation $(EVAL) --seeds $(SEEDS) --out $(OUT)
+
+bench-quantization: $(INSTALLED)  ## GPTQ with and without masks: OUT/quantization.md and .json
+	$(QUIET) $(BIN)/python integration/benchmarks/quantization.py --model $(MODEL) \
+	    --calibration $(CALIB) --evaluation $(EVAL) --out $(OUT)
 
 paper: $(INSTALLED)  ## the paper's synthetic experiment: CSV and plots in OUT/paper
 	$(QUIET) $(BIN)/python -m llmc_attnmask.paper.experiment $(OUT)/paper

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmc_attnmask.modifiers import (
         ALPSPruningModifier,
         AttentionMatrixPruningModifier,
+        MaskedGPTQModifier,
         MaskedRecoveryModifier,
     )
     from llmc_attnmask.pruning import prune
@@ -26,6 +27,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ALPSPruningModifier",
     "AttentionMatrixPruningModifier",
+    "MaskedGPTQModifier",
     "MaskedRecoveryModifier",
     "evaluate",
     "inspect",
@@ -38,6 +40,7 @@ __all__ = [
 _HOMES = {
     "ALPSPruningModifier": "llmc_attnmask.modifiers",
     "AttentionMatrixPruningModifier": "llmc_attnmask.modifiers",
+    "MaskedGPTQModifier": "llmc_attnmask.modifiers",
     "MaskedRecoveryModifier": "llmc_attnmask.modifiers",
     "evaluate": "llmc_attnmask.evaluation",
     "inspect": "llmc_attnmask.checkpoint.inspect",

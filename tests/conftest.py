@@ -6,6 +6,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU in tests
 
 import hypothesis
 import pytest

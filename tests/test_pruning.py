@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,6 +42,28 @@ def test_each_recipe_gives_a_checkpoint_that_plain_transformers_loads(
         else:
             assert zero.float().mean() < 0.01
     assert "recipe.yaml" in {path.name for path in saved.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "recipe", ["block_2of4_w8a8_int8", "block_2of4_fp8", "block_2of4_w4a16_gptq"]
+)
+def test_each_quantizing_recipe_gives_a_2of4_checkpoint_that_transformers_loads(
+    recipe, tmp_path
+):
+    saved = prune(MODEL_DIR, RECIPES / f"{recipe}.yaml", tmp_path / "out", **QUICK)
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
+    assert model.config.quantization_config.quant_method == "compressed-tensors"
+    ids = torch.arange(100, 132)[None]
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss  # some weights are unpacked on first use
+        dense = AutoModelForCausalLM.from_pretrained(MODEL_DIR)(ids, labels=ids).loss
+    assert loss == pytest.approx(float(dense), rel=0.2)
+    names = [n for n, _ in model.named_parameters() if n.endswith("_proj.weight")]
+    assert len(names) == 28
+    for name in names:
+        weight = model.get_parameter(name).float()
+        assert ((weight == 0).view(-1, 4).sum(-1) >= 2).all()
+        assert (weight != 0).float().mean() > 0.35  # survivors may round to zero
 
 
 def test_the_same_seed_twice_gives_byte_equal_safetensors(tmp_path):

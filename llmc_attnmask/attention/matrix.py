@@ -11,11 +11,13 @@ With G = dE/dA~ the gradient through the softmax is P = A~ o (G - rowsum(A~ o G)
 paper's P = F o C - diag((F o C) 1) F for G = C, and dE/dQ~ = scaling * P K~,
 dE/dK~ = scaling * P^T Q~ summed over the query heads that share a key head.
 
-Everything is computed in blocks of query rows, so memory does not grow with L^2.
+Everything is computed in blocks of query rows, so memory does not grow with L^2. On a
+GPU the error and its gradient come from the kernels in ``fused.py`` instead.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -23,15 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmc_attnmask.attention.capture import AttentionCall
+from llmc_attnmask.attention.visibility import key_ranges
 
 # Elements of A alive in one block. Small blocks stay in a CPU's cache and skip more of
 # the causally masked half; a GPU wants larger ones.
 _BLOCK_ELEMENTS = {"cpu": 2**20}
 _BLOCK_ELEMENTS_ACCELERATOR = 2**25
-
-# Masks hide a key with the lowest number of the model's dtype, -65504 for fp16; beside
-# a visible key the softmax of anything below this is exactly zero in fp32.
-_HIDDEN = -1e4
 
 
 class AttentionNorms(NamedTuple):
@@ -48,7 +47,7 @@ def probabilities(call: AttentionCall) -> Tensor:
     """
     blocks = [
         _softmax(_logits(call, call.query, call.key, rows, call.key.shape[2])[0], call)
-        for rows in _row_blocks(call)
+        for rows, _ in _blocks(call)
     ]
     return torch.cat([_per_head(block, call) for block in blocks], dim=2)
 
@@ -103,11 +102,25 @@ class _AttentionError(torch.autograd.Function):
     ) -> Tensor:
         matrix_weight, output_weight, output_projection = weights
         need_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if _fusible(query):
+            from llmc_attnmask.attention.fused import error_and_gradient
+
+            total, gradients = error_and_gradient(
+                reference,
+                query,
+                key,
+                matrix_weight,
+                output_weight,
+                output_projection,
+                need_gradient,
+            )
+            if gradients is not None:
+                ctx.save_for_backward(*(g.to(query.dtype) for g in gradients))
+            return total.to(query.dtype)
         error = query.new_zeros(())
         query_gradient = torch.zeros_like(query)
         key_gradient = torch.zeros_like(key)
-        for rows in _row_blocks(reference):
-            columns = _visible_columns(reference, rows)
+        for rows, columns in _blocks(reference):
             dense = _softmax(
                 _logits(reference, reference.query, reference.key, rows, columns)[0],
                 reference,
@@ -160,8 +173,7 @@ def probe_gradients(
     """
     query_gradient = torch.zeros_like(call.query)
     key_gradient = torch.zeros_like(call.key)
-    for rows in _row_blocks(call):
-        columns = _visible_columns(call, rows)
+    for rows, columns in _blocks(call):
         logits, slope = _logits(call, call.query, call.key, rows, columns)
         attention = _softmax(logits, call)
         gradient = math.sqrt(matrix_weight) * _signs(attention.shape, generator, call)
@@ -220,30 +232,24 @@ class _AttentionContext(torch.autograd.Function):
 
 def _attention_blocks(call: AttentionCall) -> Iterator[tuple[slice, Tensor]]:
     """A block by block: rows, [B, G, H/G, rows, columns]."""
-    for rows in _row_blocks(call):
-        columns = _visible_columns(call, rows)
+    for rows, columns in _blocks(call):
         logits, _ = _logits(call, call.query, call.key, rows, columns)
         yield rows, _softmax(logits, call)
 
 
-def _row_blocks(call: AttentionCall) -> Iterator[slice]:
+def _blocks(call: AttentionCall) -> Iterator[tuple[slice, int]]:
+    """Query rows and how many leading keys they can see; causal masks hide the rest."""
     batch, heads, rows, _ = call.query.shape
     budget = _BLOCK_ELEMENTS.get(call.query.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
     size = max(1, budget // (batch * heads * call.key.shape[2]))
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+    visible = key_ranges(call, size)[:, 1].tolist()
+    for start, columns in zip(range(0, rows, size), visible, strict=True):
+        yield slice(start, min(start + size, rows)), columns
 
 
-def _visible_columns(call: AttentionCall, rows: slice) -> int:
-    """How many leading keys the rows can see; causal masks hide the rest."""
-    if call.mask is None:
-        return call.key.shape[2]
-    mask = _mask_rows(call.mask, rows)
-    hidden = mask <= _HIDDEN
-    if hidden.all(-1).any():  # a row without any key attends to all of them evenly
-        return call.key.shape[2]
-    visible = (~hidden).reshape(-1, mask.shape[-1]).any(0)
-    return int(visible.nonzero().max()) + 1
+def _fusible(query: Tensor) -> bool:
+    # triton comes with torch's CUDA builds; float64 is for checking against
+    return query.is_cuda and query.dtype != torch.float64 and bool(find_spec("triton"))
 
 
 def _mask_rows(mask: Tensor, rows: slice) -> Tensor:

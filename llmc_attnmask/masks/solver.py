@@ -35,6 +35,7 @@ from llmc_attnmask.masks.relaxation import soft_top_k
 from llmc_attnmask.masks.structure import MaskStructure
 
 _CHECKS = 8  # how often the result is measured on the held-back samples
+_PATIENCE = 4  # checks without a better result, masks being hard, that end the descent
 _ANNEALED = 0.8  # share of the steps in which the temperature falls
 _HOT, _COLD = 1.0, 0.05  # temperatures, in units of the mean score
 _SURVIVOR_STEP = 0.01  # Adam's step of surviving weights, in standard deviations of W
@@ -132,6 +133,7 @@ def _learn(
             lambda: masks,
             values,
             best,
+            settled=0.0,
         )
         return best
 
@@ -148,7 +150,9 @@ def _learn(
         return {r: structure.mask(s.detach(), sparsity) for r, s in scores.items()}
 
     learned = [(score, settings.learning_rate) for score in scores.values()]
-    _descend(objective, settings, learned, relaxed, found, values, best)
+    _descend(
+        objective, settings, learned, relaxed, found, values, best, settled=_ANNEALED
+    )
     return best
 
 
@@ -195,14 +199,19 @@ def _descend(
     found: Callable[[], Tensors],
     values: Tensors,
     best: MaskSolution,
+    settled: float,
 ) -> None:
     """Follow Adam and leave in ``best`` what is best on the held-back samples.
+
+    Ends early if that stalls.
 
     :param learned: tensors to move, each with Adam's first step size
     :param relaxed: progress in [0, 1) -> masks to take the error of
     :param found: the hard masks of the moment
     :param values: what the masks are laid on
+    :param settled: progress from which on the masks are hard
     """
+    stalled = 0
     optimizer = torch.optim.Adam(
         {"params": [tensor.requires_grad_()], "peak": peak} for tensor, peak in learned
     )
@@ -236,3 +245,8 @@ def _descend(
             error = objective.held_back_error(weights)
             if error < best.error:
                 best.masks, best.weights, best.error = hard, weights, error
+                stalled = 0
+            elif progress >= settled:
+                stalled += 1
+            if stalled == _PATIENCE:
+                break

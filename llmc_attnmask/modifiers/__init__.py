@@ -1,20 +1,29 @@
-"""The modifiers, registered with llm-compressor so that recipes can name them."""
+"""The modifiers, registered with llm-compressor so that recipes can name them.
+
+Importing this also installs the mask guard, which watches every modifier of a run.
+"""
 
 from llmcompressor.modifiers.factory import ModifierFactory
 
 from llmc_attnmask.modifiers.alps_pruning import ALPSPruningModifier
 from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModifier
+from llmc_attnmask.modifiers.mask_guard import install
+from llmc_attnmask.modifiers.masked_gptq import MaskedGPTQModifier
 from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
 
 __all__ = [
     "ALPSPruningModifier",
     "AttentionMatrixPruningModifier",
+    "MaskedGPTQModifier",
     "MaskedRecoveryModifier",
 ]
 
 for _modifier in (
     ALPSPruningModifier,
     AttentionMatrixPruningModifier,
+    MaskedGPTQModifier,
     MaskedRecoveryModifier,
 ):
     ModifierFactory.register(_modifier.__name__, _modifier)
+
+install()

@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmc_attnmask.masks.least_squares import choose_mask, solve
+from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.fields import MaskStructureField, Names, check_finite
 from llmc_attnmask.modifiers.storage import StoredModifier
@@ -82,6 +83,9 @@ class ALPSPruningModifier(StoredModifier):
                 raise ValueError(f"{name}: {error}") from None
         return True
 
+    def linears_to_prune(self) -> list[nn.Module]:
+        return list(self._linears.values())
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         for name, linear in self._linears.items():
             self.register_hook(linear, self._accumulate(name), "forward_pre")
@@ -124,6 +128,7 @@ class ALPSPruningModifier(StoredModifier):
         logger.log("METRIC", f"{name}: relative output error {error:.5f}")
         pruned = pruned.to(linear.weight.dtype).masked_fill(~kept, 0.0)
         update_offload_parameter(linear, "weight", pruned)
+        remember(linear, kept)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.remove_hooks()

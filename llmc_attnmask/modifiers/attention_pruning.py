@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from llmc_attnmask.attention.projections import (
     attention_modules,
     find_projections,
 )
+from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.solver import SolverSettings, learn_masks
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.fields import (
@@ -61,8 +62,6 @@ class AttentionMatrixPruningModifier(StoredModifier):
         - learn_masks, write the pruned weights
     - on_calibration_end
         - remove_hooks()
-    - on_finalize
-        - check that no later modifier has filled a pruned entry
 
     :param sparsity: share of each projection's entries to prune, in [0, 1); or a list
         with one share per targeted attention module, in the model's order
@@ -108,7 +107,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
 
     _structure: MaskStructure = PrivateAttr()
     _layers: dict[str, "_Layer"] = PrivateAttr(default_factory=dict)
-    _masks: dict[str, tuple[nn.Linear, Tensor]] = PrivateAttr(default_factory=dict)
+    _pruned: set[str] = PrivateAttr(default_factory=set)
 
     @model_validator(mode="after")
     def _check_fields(self) -> "AttentionMatrixPruningModifier":
@@ -138,6 +137,13 @@ class AttentionMatrixPruningModifier(StoredModifier):
             self._layers[name] = self._checked_layer(name, found[name], sparsity)
         return True
 
+    def linears_to_prune(self) -> list[nn.Module]:
+        return [
+            _linear(layer.attention, layer.projections[role])
+            for layer in self._layers.values()
+            for role in self.projections
+        ]
+
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         for layer in self._layers.values():
             self.register_hook(
@@ -162,31 +168,12 @@ class AttentionMatrixPruningModifier(StoredModifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.remove_hooks()
-        pruned_modules = {name.rpartition(".")[0] for name in self._masks}
-        if missed := [name for name in self._layers if name not in pruned_modules]:
+        if missed := [name for name in self._layers if name not in self._pruned]:
             raise ValueError(
                 f"no calibration sample reached {listed(missed)}; put these modules "
                 "under `ignore` or calibrate with data that uses them"
             )
         self._layers = {}
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        masks, self._masks = self._masks, {}
-        for name, (linear, kept) in masks.items():
-            pruned = linear.weight.detach()[~kept.to(linear.weight.device)]
-            if filled := int((pruned != 0).sum()):
-                raise ValueError(
-                    f"{filled} of the {pruned.numel()} pruned entries of {name} are no "
-                    f"longer zero: {listed(self._later_modifiers())} ran after "
-                    f"{type(self).__name__} and filled them in. Prune after updating "
-                    "weights, and quantize with QuantizationModifier, which keeps zeros"
-                )
-        return True
-
-    def _later_modifiers(self) -> list[str]:
-        recipe = active_session().lifecycle.recipe.modifiers
-        position = next((i for i, m in enumerate(recipe) if m is self), -1)
-        return [type(m).__name__ for m in recipe[position + 1 :]]
 
     def _select(self, model: nn.Module, found: dict[str, nn.Module]) -> list[str]:
         """Names of the attention modules that targets and ignore leave."""
@@ -251,13 +238,13 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 f"{name} {', '.join(solution.masks)}: error {solution.start_error:.5f} "
                 f"-> {solution.error:.5f} on held-back samples",
             )
-        self._write(name, layer, masks, weights)
+        self._write(layer, masks, weights)
+        self._pruned.add(name)
         logger.log("METRIC", f"{name}: {time.perf_counter() - start:.1f}s")
 
     @torch.no_grad()
     def _write(
         self,
-        name: str,
         layer: "_Layer",
         masks: dict[Role, Tensor],
         weights: dict[Role, Tensor],
@@ -266,7 +253,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
         for role in self.projections:
             projection = layer.projections[role]
             by_child.setdefault(projection.child, []).append(projection)
-        for child, projections in by_child.items():
+        for projections in by_child.values():
             linear = _linear(layer.attention, projections[0])
             weight = linear.weight.detach().clone()
             kept = torch.ones_like(weight, dtype=torch.bool)
@@ -276,7 +263,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
                     projection.of(weight).copy_(weights[projection.role])
             # masked_fill, not a product: a product leaves -0.0
             update_offload_parameter(linear, "weight", weight.masked_fill(~kept, 0.0))
-            self._masks[f"{name}.{child}"] = (linear, kept.to("cpu"))
+            remember(linear, kept)
 
     def _settings(self) -> SolverSettings:
         return SolverSettings(

@@ -81,6 +81,13 @@ def test_the_result_is_never_worse_than_the_start(layer):
     assert solution.error <= solution.start_error
 
 
+def test_a_descent_that_stalls_ends_early(layer, monkeypatch):
+    monkeypatch.setattr("llmc_attnmask.masks.solver._SURVIVOR_STEP", 1e3)
+    solution = solve(layer, steps=80, update_weights=True)
+    assert solution.error == solution.start_error
+    assert len(solution.curve) == 40  # half of its eight checks
+
+
 def test_no_steps_give_the_start_wandas_mask(layer):
     solution = solve(layer, steps=0)
     assert solution.error == solution.start_error

@@ -1,0 +1,57 @@
+"""Remembers a Linear's pruning mask on the Linear itself, one bit an entry.
+
+Zeros alone do not tell what was pruned: quantization rounds survivors to zero, too.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_ATTRIBUTE = "_llmc_attnmask_kept"
+
+
+@dataclass(frozen=True)
+class _Bits:
+    packed: np.ndarray  # uint8 [ceil(rows * columns / 8)], row-major
+    shape: tuple[int, ...]
+
+
+def remember(linear: nn.Module, kept: Tensor) -> None:
+    """Keep the mask of a pruned module.
+
+    What was pruned before stays pruned: of two masks the entries that both keep remain.
+    It is a plain attribute: no buffer, so it neither moves with the module nor is
+    saved with it, but copies of the module have it.
+
+    :param kept: bool, shape of the weight, True where an entry survives
+    :raises ValueError: if it is no mask of that shape
+    """
+    shape = tuple(cast(Tensor, linear.weight).shape)
+    if kept.dtype != torch.bool or tuple(kept.shape) != shape:
+        raise ValueError(
+            f"a {kept.dtype} tensor of shape {tuple(kept.shape)} is no mask for this "
+            f"weight; expected torch.bool and {shape}"
+        )
+    if (earlier := recall(linear)) is not None:
+        kept = kept.cpu() & earlier
+    packed = np.packbits(kept.detach().cpu().numpy().ravel(), bitorder="little")
+    setattr(linear, _ATTRIBUTE, _Bits(packed, shape))
+
+
+def recall(linear: nn.Module) -> Tensor | None:
+    """The mask that was remembered: bool, shape of the weight, on CPU; None if none."""
+    bits = getattr(linear, _ATTRIBUTE, None)
+    if bits is None:
+        return None
+    count = int(np.prod(bits.shape))
+    kept = np.unpackbits(bits.packed, count=count, bitorder="little").astype(bool)
+    return torch.from_numpy(kept).view(bits.shape)
+
+
+def forget(linear: nn.Module) -> None:
+    """Drop the mask that was remembered, if any."""
+    if hasattr(linear, _ATTRIBUTE):
+        delattr(linear, _ATTRIBUTE)

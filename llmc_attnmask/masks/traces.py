@@ -1,0 +1,51 @@
+"""What a weight's exact zeros tell about its mask."""
+
+from torch import Tensor
+
+_SAMPLED_ROWS, _SAMPLED_COLUMNS = 64, 512
+_SHARE = 0.25  # of zeros; trained weights have next to none
+_DISTINCT = 0.25  # magnitudes a survivor; rounding to 2 to 4 bits leaves a few a group
+
+
+def filled(weight: Tensor, kept: Tensor) -> int:
+    """Pruned entries that are no longer zero.
+
+    :param kept: bool, shape of the weight, on any device
+    """
+    return int((weight.detach() != 0).logical_and_(~kept.to(weight.device)).sum())
+
+
+def pruned_by_someone(weight: Tensor) -> Tensor | None:
+    """The mask of a weight that comes pruned: its nonzero entries; None if it is dense.
+
+    Every group of four inputs with two zeros is 2:4. Without a pattern a weight counts
+    as pruned if a quarter of it is zero and its other values are not what rounding a
+    dense weight to a few levels would leave, which makes many zeros, too.
+
+    :param weight: [rows, columns], floating point
+    :return: bool [rows, columns], True where an entry survives
+    """
+    every = -(-weight.shape[0] // _SAMPLED_ROWS)
+    sample = weight.detach()[::every]
+    if _is_2of4(sample):
+        found = _is_2of4(weight.detach())
+    else:
+        found = _unrounded_zeros(sample[:, :_SAMPLED_COLUMNS])
+    return weight.detach() != 0 if found else None
+
+
+def _is_2of4(weight: Tensor) -> bool:
+    if weight.shape[1] % 4:
+        return False
+    zeros = (weight == 0).view(len(weight), -1, 4).sum(-1)
+    # a weight that is zero throughout was initialised so, not pruned
+    return bool((zeros >= 2).all()) and not bool((zeros == 4).all())
+
+
+def _unrounded_zeros(rows: Tensor) -> bool:
+    nonzero = int((rows != 0).sum())
+    if not nonzero or nonzero > (1 - _SHARE) * rows.numel():
+        return False
+    magnitudes = rows.abs().float().sort(dim=1).values
+    distinct = int((magnitudes.diff(dim=1) > 0).sum())
+    return distinct > _DISTINCT * nonzero

@@ -1,0 +1,239 @@
+"""What a modifier of a run has pruned, no later one fills in again.
+
+llm-compressor knows no masks: a modifier after the pruning one may write whatever it
+likes, and since 0.13 its GPTQ does. Whatever modifiers do to a model they do within
+``Modifier.initialize``, ``update_event`` and ``finalize``; importing this package
+wraps these three. Masks are noted after whoever prunes, stock modifiers too, and
+checked after everybody, so that the one who broke one is known. A modifier that is
+known to break them is refused before anything is calibrated.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from compressed_tensors.utils import match_named_modules, match_targets
+from llmcompressor.core import Event, EventType, State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import (
+    ConstantPruningModifier,
+    MagnitudePruningModifier,
+)
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
+    PRUNABLE_LAYER_TYPES,
+    SparsityModifierBase,
+)
+from torch import nn
+
+from llmc_attnmask.masks.record import forget, recall, remember
+from llmc_attnmask.masks.traces import filled, pruned_by_someone
+from llmc_attnmask.modifiers.fields import listed
+
+_WRITING_EVENTS = {
+    EventType.CALIBRATION_START,  # rotations are applied here
+    EventType.SEQUENTIAL_EPOCH_END,
+    EventType.CALIBRATION_END,
+}
+
+
+_active = ContextVar("mask_guard", default=True)
+
+
+class MaskBrokenError(ValueError):
+    """A modifier has filled in, or would fill in, what an earlier one pruned."""
+
+
+@runtime_checkable
+class Pruner(Protocol):
+    """One of our pruning modifiers; it notes its masks itself, with ``remember``."""
+
+    def linears_to_prune(self) -> Iterable[nn.Module]:
+        """What it will prune, known once it is initialized."""
+
+
+def install() -> None:
+    """Wrap the life cycle of every modifier; once, however often it is called."""
+    _wrap("initialize", _initialize)
+    _wrap("update_event", _update_event)
+    _wrap("finalize", _finalize)
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Let modifiers break masks meanwhile, to measure what that gains."""
+    token = _active.set(False)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def _wrap(method: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(Modifier, method)
+    if hasattr(original, "guarded"):
+        return
+
+    @functools.wraps(original)
+    def guarded(self: Modifier, *args: Any, **kwargs: Any) -> Any:
+        if not _active.get():
+            return original(self, *args, **kwargs)
+        return wrapper(original, self, *args, **kwargs)
+
+    guarded.guarded = True  # type: ignore[attr-defined]
+    setattr(Modifier, method, guarded)
+
+
+def _initialize(
+    original: Callable[..., Any], modifier: Modifier, state: State, **kwargs: Any
+) -> Any:
+    earlier = _earlier(modifier)
+    if not earlier:
+        _find_masks(state.model)
+    result = original(modifier, state=state, **kwargs)
+    _refuse_breaker(modifier, state.model, earlier)
+    _check(modifier, state.model)
+    return result
+
+
+def _update_event(
+    original: Callable[..., Any],
+    modifier: Modifier,
+    state: State,
+    event: Event,
+    **kwargs: Any,
+) -> Any:
+    result = original(modifier, state=state, event=event, **kwargs)
+    if event.type_ in _WRITING_EVENTS:
+        _check(modifier, state.model, kwargs.get("modules"))
+    if event.type_ == EventType.SEQUENTIAL_EPOCH_END:
+        _note(modifier, kwargs.get("modules") or list(state.model.modules()))
+    return result
+
+
+def _finalize(
+    original: Callable[..., Any], modifier: Modifier, state: State, **kwargs: Any
+) -> Any:
+    result = original(modifier, state=state, **kwargs)
+    _check(modifier, state.model)
+    return result
+
+
+def _recipe() -> list[Modifier]:
+    return active_session().lifecycle.recipe.modifiers or []
+
+
+def _earlier(modifier: Modifier) -> list[Modifier]:
+    """The modifiers before this one in the recipe that is running."""
+    recipe = _recipe()
+    position = next((i for i, m in enumerate(recipe) if m is modifier), 0)
+    return recipe[:position]
+
+
+@torch.no_grad()
+def _find_masks(model: nn.Module) -> None:
+    """Masks that the model comes with; those that it no longer fits are dropped."""
+    for linear in model.modules():
+        if not isinstance(linear, nn.Linear) or linear.weight.element_size() == 1:
+            continue
+        weight = linear.weight
+        if (kept := recall(linear)) is not None and filled(weight, kept):
+            forget(linear)  # other weights were loaded since
+            kept = None
+        if kept is None and (kept := pruned_by_someone(weight)) is not None:
+            remember(linear, kept)
+
+
+def _refuse_breaker(
+    modifier: Modifier, model: nn.Module, earlier: list[Modifier]
+) -> None:
+    """GPTQ would fill in pruned entries: say so before it calibrates."""
+    if not isinstance(modifier, GPTQModifier) or getattr(modifier, "keeps_masks", None):
+        return
+    pruners: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if recall(module) is not None:
+            pruners[module] = "an earlier run"
+    for pruner in earlier:
+        for module in _linears_to_prune(pruner):
+            pruners.setdefault(module, type(pruner).__name__)
+    broken = [m for m in modifier._module_names if m in pruners]
+    if broken:
+        names = [modifier._module_names[module] for module in broken]
+        by = listed(sorted({pruners[module] for module in broken}))
+        raise MaskBrokenError(
+            f"{type(modifier).__name__} would fill in the pruned entries of "
+            f"{len(broken)} layers ({listed(names, most=3)}), pruned by {by}; use "
+            "MaskedGPTQModifier, which has the same fields, or QuantizationModifier "
+            "(round to nearest): both keep zeros"
+        )
+
+
+def _linears_to_prune(modifier: Modifier) -> Iterable[nn.Module]:
+    """What a modifier prunes; nothing if it is no pruning modifier."""
+    if isinstance(modifier, Pruner):
+        yield from modifier.linears_to_prune()
+    elif isinstance(modifier, MagnitudePruningModifier | ConstantPruningModifier):
+        for parameterized in (modifier.parameterized_layers_ or {}).values():
+            yield parameterized.layer
+    elif isinstance(modifier, SparsityModifierBase) and modifier.sparsity:
+        # as its on_calibration_start does, the odd names included
+        for name, layer in modifier._target_layers.items():
+            for child, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES):
+                if not match_targets(f"{name}.{child}", module, modifier.ignore):
+                    yield module
+
+
+@torch.no_grad()
+def _check(
+    modifier: Modifier, model: nn.Module, modules: list[nn.Module] | None = None
+) -> None:
+    """Hold the model, or some modules of it, against the masks."""
+    for module in model.modules() if modules is None else modules:
+        if (kept := recall(module)) is None:
+            continue
+        if count := filled(_weight(module), kept):
+            for member in [modifier, *_recipe()]:
+                member.remove_hooks()  # the model outlives a run that failed
+            raise MaskBrokenError(_broken(modifier, model, module, count, kept))
+
+
+@torch.no_grad()
+def _note(modifier: Modifier, modules: list[nn.Module]) -> None:
+    """Remember what a stock modifier has just pruned; ours do so themselves."""
+    if isinstance(modifier, Pruner):
+        return
+    pruned = set(_linears_to_prune(modifier))
+    for module in modules:
+        if module in pruned and not (kept := _weight(module) != 0).all():
+            remember(module, kept)
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    return cast(torch.Tensor, module.weight)
+
+
+def _broken(
+    modifier: Modifier,
+    model: nn.Module,
+    module: nn.Module,
+    count: int,
+    kept: torch.Tensor,
+) -> str:
+    name = next(name for name, m in model.named_modules() if m is module)
+    if isinstance(modifier, Pruner) or any(True for _ in _linears_to_prune(modifier)):
+        advice = "prune each layer once"
+        if hasattr(modifier, "preserve_sparsity_mask"):
+            advice += ", or set its preserve_sparsity_mask"
+    else:
+        advice = (
+            f"put {type(modifier).__name__} before the pruning, and quantize with "
+            "MaskedGPTQModifier or QuantizationModifier, which keep zeros"
+        )
+    return (
+        f"{type(modifier).__name__} has filled in {count} of the "
+        f"{int((~kept).sum())} pruned entries of {name}; {advice}"
+    )

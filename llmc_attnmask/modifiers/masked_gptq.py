@@ -1,0 +1,59 @@
+"""``MaskedGPTQModifier``: llm-compressor's GPTQ, with zeros that stay."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.gptq import base as stock
+from torch import nn
+
+from llmc_attnmask.modifiers.storage import StoredModifier
+from llmc_attnmask.quantization.gptq import quantize_weight
+
+
+class MaskedGPTQModifier(StoredModifier, GPTQModifier):
+    """
+    GPTQ for pruned weights: exact zeros of the incoming weights stay zero, and what
+    the survivors' rounding costs is made up for by survivors only.
+
+    Fields, schemes and life cycle are ``GPTQModifier``'s. A weight without zeros is
+    quantized by ``GPTQModifier``'s own code, bit for bit.
+
+    Sample yaml:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        MaskedGPTQModifier:
+          scheme: W8A8
+          targets: [Linear]
+          ignore: ["re:.*lm_head"]
+    ```
+
+    Lifecycle:
+
+    - as ``GPTQModifier``, but
+    - on_sequential_epoch_end
+        - quantize_weight of ``llmc_attnmask.quantization.gptq``
+
+    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
+        to what another modifier of the recipe asks for, or dense
+    """
+
+    keeps_masks: ClassVar[bool] = True
+
+    def compress_module_list(self, module_list: list[nn.Module]) -> None:
+        with _masked_quantize_weight():
+            super().compress_module_list(module_list)
+
+
+@contextmanager
+def _masked_quantize_weight() -> Iterator[None]:
+    """``GPTQModifier`` looks its function up in its module; ours is there meanwhile."""
+    original = stock.quantize_weight
+    stock.quantize_weight = quantize_weight  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        stock.quantize_weight = original
