@@ -12,7 +12,7 @@ from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.quantization.gptq import quantize_weight
 
 
-class MaskedGPTQModifier(StoredModifier, GPTQModifier):
+class MaskedGPTQModifier(GPTQModifier, StoredModifier):
     """
     GPTQ for pruned weights: exact zeros of the incoming weights stay zero, and what
     the survivors' rounding costs is made up for by survivors only.
