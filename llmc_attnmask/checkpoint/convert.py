@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from math import prod
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from llmc_attnmask.checkpoint.atomic import check_new, new_folder
@@ -29,8 +29,8 @@ from llmc_attnmask.checkpoint.linears import (
     mixed_groups,
     packed_integers,
 )
+from llmc_attnmask.checkpoint.threads import in_threads
 from llmc_attnmask.checkpoint.transfer import (
-    BUFFER,
     Copy,
     Pack,
     Transfer,
@@ -89,7 +89,7 @@ def pack(
         sparse = set(linears)
         for tensor in linears.values():
             if tensor.shape[1] % 4:
-                raise not_two_of_four(tensor, torch.empty(BUFFER, dtype=torch.uint8))
+                raise not_two_of_four(tensor)
     chosen = _uniform(sparse, checkpoint)
     layers = [module for module in linears if module in chosen]
     if not layers:
@@ -135,11 +135,10 @@ def unpack(directory: str | Path, output: str | Path) -> Conversion:
 
 def two_of_four_layers(checkpoint: Checkpoint) -> list[str]:
     """Names of the dense-stored Linears of the decoder layers that are 2:4."""
-    buffer = torch.empty(BUFFER, dtype=torch.uint8)
-    linears = tqdm(
-        decoder_linears(checkpoint).items(), desc="looking for 2:4", leave=False
-    )
-    return [module for module, t in linears if is_two_of_four(t, buffer)]
+    linears = decoder_linears(checkpoint)
+    answers = in_threads(is_two_of_four, linears.values())
+    progress = tqdm(answers, "looking for 2:4", total=len(linears), leave=False)
+    return [module for module, yes in zip(linears, progress, strict=True) if yes]
 
 
 def packed_layers(checkpoint: Checkpoint) -> list[Unpack]:
@@ -233,7 +232,6 @@ def _convert(
         for shard, jobs in transfers.items()
     }
     size = sum(spec.bytes for specs in outputs.values() for spec in specs)
-    buffer = torch.empty(BUFFER, dtype=torch.uint8)
     with new_folder(output) as partial:
         for path in checkpoint.other_files():
             if path.is_dir():
@@ -247,8 +245,7 @@ def _convert(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 metadata = checkpoint.metadata[shard]
                 with ShardWriter(target, outputs[shard], metadata) as writer:
-                    for job in jobs:
-                        job.write(writer, buffer)
+                    for _ in in_threads(methodcaller("write", writer), jobs):
                         progress.update()
         if checkpoint.index is not None:
             index = dict(checkpoint.index)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+BLOCK = 4 << 20  # bytes read at once
 
 _DTYPES = {
     "F64": torch.float64,
@@ -86,18 +87,17 @@ class StoredTensor(TensorSpec):
             self.read(source, 0, content)
         return content.view(self.torch_dtype).view(self.shape)
 
-    def blocks(self, buffer: Tensor, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """Pairs of the first byte's position and the bytes, as many as fit a buffer.
+    def blocks(self, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Pairs of the first byte's position and the bytes, a few megabytes each.
 
-        :param buffer: uint8 [bytes], overwritten by each block; grows if one unit is
-            larger
+        The bytes are overwritten by the next block.
+
         :param unit: bytes that stay together, such as a row
         """
         if not self.bytes:
             return
-        if len(buffer) < unit:
-            buffer = torch.empty(unit, dtype=torch.uint8)
-        step = len(buffer) // unit * unit
+        step = max(1, BLOCK // unit) * unit
+        buffer = torch.empty(min(step, self.bytes), dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as source:
             for start in range(0, self.bytes, step):
                 block = buffer[: min(step, self.bytes - start)]

@@ -11,8 +11,6 @@ from torch import Tensor
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.files import ShardWriter, StoredTensor, TensorSpec
 
-BUFFER = 4 << 20  # bytes read at once
-
 # The layout is about bits, not about values: any dtype of that many bytes will do.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
@@ -23,8 +21,8 @@ class Transfer(Protocol):
     @property
     def outputs(self) -> list[TensorSpec]: ...
 
-    def write(self, writer: ShardWriter, buffer: Tensor) -> None:
-        """:param buffer: uint8 [BUFFER], free to be overwritten"""
+    def write(self, writer: ShardWriter) -> None:
+        """Called once, in a thread of its own."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Copy:
         t = self.tensor
         return [TensorSpec(t.name, t.dtype, t.shape, t.bytes)]
 
-    def write(self, writer: ShardWriter, buffer: Tensor) -> None:
-        for start, block in self.tensor.blocks(buffer):
+    def write(self, writer: ShardWriter) -> None:
+        for start, block in self.tensor.blocks():
             writer.write(self.tensor.name, start, block)
 
 
@@ -63,16 +61,16 @@ class Pack:
             TensorSpec(f"{self.module}.shape", "I64", (2, 1), 16),
         ]
 
-    def write(self, writer: ShardWriter, buffer: Tensor) -> None:
+    def write(self, writer: ShardWriter) -> None:
         """:raises NotTwoOfFourError: naming the tensor"""
         rows, columns = self.tensor.shape
         writer.write(f"{self.module}.shape", 0, torch.tensor([[rows], [columns]]))
         row = columns * self.tensor.itemsize
-        for start, block in self.tensor.blocks(buffer, row):
+        for start, block in self.tensor.blocks(row):
             try:
                 packed = layout.pack(_matrix(block, columns, self.tensor.itemsize))
             except layout.NotTwoOfFourError:
-                raise not_two_of_four(self.tensor, buffer) from None
+                raise not_two_of_four(self.tensor) from None
             writer.write(f"{self.module}.compressed", start // 2, packed.compressed)
             done = start // row * packed.bitmask.shape[1]
             writer.write(f"{self.module}.bitmask", done, packed.bitmask)
@@ -118,20 +116,20 @@ class Unpack:
         name, dtype = f"{self.module}.weight", self.compressed.dtype
         return [TensorSpec(name, dtype, (rows, 2 * half), 2 * self.compressed.bytes)]
 
-    def write(self, writer: ShardWriter, buffer: Tensor) -> None:
-        for start, weight in self.rows(buffer):
+    def write(self, writer: ShardWriter) -> None:
+        for start, weight in self.rows():
             writer.write(f"{self.module}.weight", start, weight)
 
     def load(self) -> Tensor:
         """The whole dense weight."""
         (spec,) = self.outputs
         content = torch.empty(spec.bytes, dtype=torch.uint8)
-        for start, rows in self.rows(torch.empty(BUFFER, dtype=torch.uint8)):
+        for start, rows in self.rows():
             block = rows.view(-1).view(torch.uint8)
             content[start : start + len(block)] = block
         return content.view(spec.torch_dtype).view(spec.shape)
 
-    def rows(self, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
         """The dense weight in blocks of rows.
 
         :return: pairs of the first byte's position in the weight and integers [r, C]
@@ -140,7 +138,7 @@ class Unpack:
         columns = 2 * self.compressed.shape[1]
         row, mask_row = columns // 2 * self.compressed.itemsize, self.bitmask.shape[1]
         with self.bitmask.file.open("rb", buffering=0) as masks:
-            for start, block in self.compressed.blocks(buffer, row):
+            for start, block in self.compressed.blocks(row):
                 values = _matrix(block, columns // 2, self.compressed.itemsize)
                 mask = torch.empty(len(values), mask_row, dtype=torch.uint8)
                 self.bitmask.read(masks, start // row * mask_row, mask.view(-1))
@@ -155,19 +153,16 @@ class Unpack:
                 yield 2 * start, weight
 
 
-def is_two_of_four(tensor: StoredTensor, buffer: Tensor) -> bool:
-    """Whether a stored weight [R, C] could be packed; stops at the first that forbids.
-
-    :param buffer: uint8 [BUFFER], overwritten
-    """
+def is_two_of_four(tensor: StoredTensor) -> bool:
+    """Whether a stored weight [R, C] could be packed; stops at what forbids it."""
     columns, size = tensor.shape[1], tensor.itemsize
     return columns % 4 == 0 and not any(
         layout.crowded_groups(_matrix(block, columns, size))
-        for _, block in tensor.blocks(buffer, columns * size)
+        for _, block in tensor.blocks(columns * size)
     )
 
 
-def not_two_of_four(tensor: StoredTensor, buffer: Tensor) -> layout.NotTwoOfFourError:
+def not_two_of_four(tensor: StoredTensor) -> layout.NotTwoOfFourError:
     """The error that says by how much a stored weight is not 2:4."""
     columns, size = tensor.shape[1], tensor.itemsize
     if columns % 4:
@@ -175,7 +170,7 @@ def not_two_of_four(tensor: StoredTensor, buffer: Tensor) -> layout.NotTwoOfFour
     else:
         crowded = sum(
             layout.crowded_groups(_matrix(block, columns, size))
-            for _, block in tensor.blocks(buffer, columns * size)
+            for _, block in tensor.blocks(columns * size)
         )
         found = (
             f"{crowded} of its {prod(tensor.shape) // 4} groups of four inputs have "

@@ -33,8 +33,7 @@ Q = "model.layers.0.self_attn.q_proj"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Tensors take several blocks, as large ones do."""
-    monkeypatch.setattr(transfer, "BUFFER", 100)
-    monkeypatch.setattr("llmc_attnmask.checkpoint.convert.BUFFER", 100)
+    monkeypatch.setattr("llmc_attnmask.checkpoint.files.BLOCK", 100)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
