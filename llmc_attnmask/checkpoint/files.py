@@ -17,7 +17,7 @@ from torch import Tensor
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-BLOCK = 4 << 20  # bytes read at once
+BLOCK = 1 << 20  # bytes read at once: what a processor's cache holds
 
 _DTYPES = {
     "F64": torch.float64,
@@ -88,7 +88,7 @@ class StoredTensor(TensorSpec):
         return content.view(self.torch_dtype).view(self.shape)
 
     def blocks(self, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """Pairs of the first byte's position and the bytes, a few megabytes each.
+        """Pairs of the first byte's position and the bytes, a megabyte or so each.
 
         The bytes are overwritten by the next block.
 

@@ -89,7 +89,7 @@ def test_the_peak_is_the_dense_model_and_one_shard(tmp_path):
         vocab_size=64,
         hidden_size=512,
         intermediate_size=4096,
-        num_hidden_layers=16,
+        num_hidden_layers=8,
         num_attention_heads=4,
     )
     model = LlamaForCausalLM(config).bfloat16()
