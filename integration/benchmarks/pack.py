@@ -4,7 +4,7 @@ Writes a synthetic sharded 2:4 checkpoint in bfloat16, copies its files with shu
 packs it and unpacks it again; each in a process of its own and ``--repeats`` times in
 turn, of which the fastest counts. What is written stays in the page cache: none of the
 three calls fsync. With ``--sync`` the time until ``sync`` returns is part of each.
-Ratios mean little on a machine that is busy otherwise: copying hardly needs a processor.
+On a busy machine the ratios mean little: copying hardly needs a processor.
 """
 
 import argparse
