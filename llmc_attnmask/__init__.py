@@ -1,17 +1,18 @@
 """Prune a language model's attention by learning the masks that keep softmax(QK^T).
 
-Importing the package registers its modifiers with llm-compressor, where that is
-installed; a serving environment does without it.
+Importing the package registers its modifiers with llm-compressor, as soon as that is
+imported; a serving environment does without it.
 """
 
-import contextlib
-import sys
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from llmc_attnmask.registration import register
+
 if TYPE_CHECKING:
+    from llmc_attnmask.checkpoint.convert import pack, unpack
     from llmc_attnmask.checkpoint.inspect import inspect
+    from llmc_attnmask.checkpoint.load import load
     from llmc_attnmask.evaluation import evaluate
     from llmc_attnmask.modifiers import (
         ALPSPruningModifier,
@@ -29,7 +30,10 @@ __all__ = [
     "MaskedRecoveryModifier",
     "evaluate",
     "inspect",
+    "load",
+    "pack",
     "prune",
+    "unpack",
 ]
 
 _HOMES = {
@@ -39,7 +43,10 @@ _HOMES = {
     "MaskedRecoveryModifier": "llmc_attnmask.modifiers",
     "evaluate": "llmc_attnmask.evaluation",
     "inspect": "llmc_attnmask.checkpoint.inspect",
+    "load": "llmc_attnmask.checkpoint.load",
+    "pack": "llmc_attnmask.checkpoint.convert",
     "prune": "llmc_attnmask.pruning",
+    "unpack": "llmc_attnmask.checkpoint.convert",
 }
 
 
@@ -49,16 +56,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-def _register() -> None:
-    if "llmcompressor" not in sys.modules:
-        # it warns on stdout while it is imported, which would spoil `--json`
-        with contextlib.redirect_stdout(sys.stderr):
-            from llmcompressor.logger import configure_logger
-
-            import_module("llmc_attnmask.modifiers")
-        configure_logger()
-    import_module("llmc_attnmask.modifiers")
-
-
-if find_spec("llmcompressor"):
-    _register()
+register()

@@ -3,14 +3,18 @@
 import json
 import os
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from llmc_attnmask.checkpoint.convert import Conversion
 
 app = typer.Typer(
     add_completion=False,
@@ -46,6 +50,10 @@ def prune(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Where the recipe sets none.")] = 0,
+    storage: Annotated[
+        Literal["dense", "sparse-24-bitmask"] | None,
+        typer.Option(help="Of 2:4 layers. [default: the recipe's, or dense]"),
+    ] = None,
 ) -> None:
     """Apply a recipe to a model and write the checkpoint."""
     from llmc_attnmask.pruning import prune as run
@@ -59,6 +67,7 @@ def prune(
         num_samples=num_samples,
         max_length=max_length,
         seed=seed,
+        storage=storage,
     )
     _out.print(f"saved {saved}", soft_wrap=True)
 
@@ -134,9 +143,60 @@ def inspect(
     _out.print(table)
 
 
+OutputArgument = Annotated[Path, typer.Argument(help="Folder to create.")]
+
+
+@app.command()
+def pack(
+    directory: Annotated[Path, typer.Argument(help="Dense-stored checkpoint folder.")],
+    output: OutputArgument,
+    only_2of4: Annotated[
+        bool,
+        typer.Option(
+            "--only-2of4", help="Pack what is 2:4 and leave the other layers dense."
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Store 2:4 layers as sparse-24-bitmask, byte-exact."""
+    from llmc_attnmask.checkpoint.convert import pack as run
+
+    _show_conversion(run(directory, output, only_2of4=only_2of4), as_json)
+
+
+@app.command()
+def unpack(
+    directory: Annotated[Path, typer.Argument(help="Packed checkpoint folder.")],
+    output: OutputArgument,
+    as_json: JsonOption = False,
+) -> None:
+    """Store sparse-24-bitmask layers dense, byte-exact."""
+    from llmc_attnmask.checkpoint.convert import unpack as run
+
+    _show_conversion(run(directory, output), as_json)
+
+
+def _show_conversion(conversion: "Conversion", as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(conversion), indent=2))
+        return
+    before, after = conversion.bytes_before / 1e6, conversion.bytes_after / 1e6
+    _out.print(
+        f"saved {conversion.output}: {len(conversion.layers)} layers, "
+        f"{before:.1f} MB -> {after:.1f} MB",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _one_line(message: Warning | str, category: type[Warning], *_: Any) -> str:
+    return f"{category.__name__}: {message}\n"
+
+
 def main() -> None:
     """Exit code 0, 1 with one line on stderr, or 2 (click's) for wrong usage."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = _one_line  # type: ignore[assignment]
     try:
         app()
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ from llmc_attnmask.attention.projections import (
     find_projections,
 )
 from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.data import (
     BUILTIN,
     calibration_windows,
@@ -104,7 +105,7 @@ def compare(
     def through_disk(pruned: PreTrainedModel, recipe: Path) -> PreTrainedModel:
         with tempfile.TemporaryDirectory() as folder:
             saved = save(pruned, tokenizer, (keep or Path(folder)) / recipe.stem)
-            return AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
+            return load(saved)
 
     methods: dict[str, Callable[[PreTrainedModel], None]] = {
         "dense": lambda loaded: None,

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from llmc_attnmask.attention.capture import AttentionReplica, ModuleInputs
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
+from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.data import BUILTIN, evaluation_windows, load_texts
 
 DEFAULT_LENGTH = 2048
@@ -74,9 +75,7 @@ def evaluate(
 def load_model(name: str | Path) -> PreTrainedModel:
     """A checkpoint in float32, with eager attention, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = load(name, dtype=torch.float32, attn_implementation="eager")
     return model.eval().to(torch.device(device))
 
 

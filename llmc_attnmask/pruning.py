@@ -1,8 +1,5 @@
 """Run a recipe on a model and save the result: ``oneshot`` with the checks up front."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -11,14 +8,18 @@ from llmcompressor import oneshot
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from llmc_attnmask.checkpoint.atomic import check_new, new_folder
+from llmc_attnmask.checkpoint.config import Storage
+from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.checkpoint.save import save_as
 from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
 from llmc_attnmask.evaluation import window_length
+from llmc_attnmask.modifiers.storage import recipe_storage
 from llmc_attnmask.recipe import load_recipe
 
 
@@ -32,6 +33,7 @@ def prune(
     num_samples: int = 128,
     max_length: int | None = None,
     seed: int = 0,
+    storage: Storage | None = None,
 ) -> Path:
     """Apply a recipe to a model and write the checkpoint.
 
@@ -44,20 +46,19 @@ def prune(
     :param num_samples: calibration windows, at equal spacing over the text
     :param max_length: tokens per window; by default 2048 or the model's positions
     :param seed: of torch's generator, and of every modifier whose recipe sets none
+    :param storage: of the 2:4 layers; by default what the recipe's modifiers ask for,
+        or dense
     :return: the output folder
     :raises FileExistsError: if the output folder exists and is not empty
     :raises RecipeError, DatasetError, ValueError: for bad input, before anything is
         written
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(
-            f"output {output} exists and is not empty; name a new folder or remove it"
-        )
+    check_new(output)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
-    _check_writable(output)
     parsed = load_recipe(recipe)
+    storage = storage or recipe_storage(parsed.modifiers)
     for modifier in parsed.modifiers:
         if hasattr(modifier, "seed") and "seed" not in modifier.model_fields_set:
             modifier.seed = seed
@@ -66,20 +67,10 @@ def prune(
     windows = calibration_windows(
         load_texts(dataset, text_column), tokenizer, num_samples, length
     )
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    loaded = load(model)
     torch.manual_seed(seed)
     compress(loaded, tokenizer, parsed.modifiers, windows)
-    return save(loaded, tokenizer, output)
-
-
-def _check_writable(output: Path) -> None:
-    """Refuse, before hours of work, a folder that could not be created in the end."""
-    parent = next(p for p in output.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"output {output} cannot be created: {parent} is no folder that can be "
-            "written to"
-        )
+    return save(loaded, tokenizer, output, storage)
 
 
 def compress(
@@ -110,19 +101,14 @@ def compress(
 
 
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    storage: Storage = "dense",
 ) -> Path:
     """Write a checkpoint beside its destination, then rename it into place."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    save_as(model, storage)
+    with new_folder(output) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.cli import main
+from tests.checkpoint.checkpoints import digests, prune_2of4
 
 # what conftest.py sets for quiet would hide what a user sees
 TEST_SETTINGS = {"LLM_COMPRESSOR_LOG_LEVEL", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM"}
@@ -85,6 +87,50 @@ def test_an_unexpected_error_is_one_line_too(tmp_path):
 def test_wrong_usage_is_exit_code_2():
     assert run("prune", MODEL_DIR).returncode == 2
     assert run("nonsense").returncode == 2
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """``run`` within this process, for commands that need no fresh one."""
+
+    def in_process(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llmc-attnmask", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return in_process
+
+
+def test_pack_and_unpack(call, tmp_path):
+    dense = prune_2of4(MODEL_DIR, tmp_path / "dense")
+    code, out, err = call("pack", dense, tmp_path / "packed", "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert len(figures["layers"]) == 28
+    assert figures["bytes_after"] < figures["bytes_before"]
+    code, out, err = call("unpack", tmp_path / "packed", tmp_path / "restored")
+    assert code == 0, err
+    assert f"saved {tmp_path / 'restored'}: 28 layers" in out.replace("\n", "")
+    assert digests(tmp_path / "restored") == digests(dense)
+
+
+def test_what_cannot_be_packed_is_one_line(call, tmp_path):
+    code, out, err = call("pack", MODEL_DIR, tmp_path / "out")
+    assert code == 1 and not out
+    (error,) = [line for line in err.splitlines() if "error:" in line]
+    assert "is not 2:4" in error and "--only-2of4" in error
+    assert not (tmp_path / "out").exists()
+    code, _, err = call("pack", MODEL_DIR, tmp_path / "out", "--only-2of4")
+    assert code == 1 and "nothing in" in err
+
+
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_help_and_usage_of_pack_and_unpack(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0 and "Usage" in out
+    assert call(command)[0] == 2
 
 
 @pytest.mark.parametrize("command", ["prune", "eval", "inspect"])

@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.convert import packed_parts
+from llmc_attnmask.checkpoint.files import StoredTensor, open_checkpoint
+from llmc_attnmask.checkpoint.transfer import Unpack
 
 
 @dataclass(frozen=True)
@@ -12,8 +16,10 @@ class LayerInfo:
     """One weight matrix on disk."""
 
     name: str  # module path
-    format: str  # dtype of a dense weight; "packed" for integers packed in words
-    shape: tuple[int, ...]
+    # dtype of a dense weight, after it "sparse-24-bitmask" if stored so; "packed" for
+    # integers packed in words
+    format: str
+    shape: tuple[int, ...]  # of the dense matrix, but of the words if "packed"
     sparsity: float | None  # share of entries that are zero; None if packed
     two_of_four: bool | None  # at most two non-zeros in every four inputs of a row
     bytes: int
@@ -23,46 +29,57 @@ def inspect(directory: str | Path) -> list[LayerInfo]:
     """Every weight matrix of a checkpoint, one tensor in memory at a time.
 
     :param directory: folder with .safetensors files
-    :raises FileNotFoundError: if there are none
-    :raises ValueError: if one cannot be read
+    :raises FileNotFoundError: if there are none, or the index names one that is missing
+    :raises ValueError: if one cannot be read or its tensors do not fit together
     """
-    directory = Path(directory)
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{directory} has no .safetensors file, so it is not a checkpoint"
-        )
+    checkpoint = open_checkpoint(directory)
+    packed = {layer.compressed.name: layer for layer in packed_parts(checkpoint)}
     layers: list[LayerInfo] = []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                layers.extend(
-                    info
-                    for name in sorted(tensors.keys())
-                    if (info := _layer(name, tensors.get_tensor(name))) is not None
-                )
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is not a readable safetensors file: {error}"
-            ) from None
+    for tensors in checkpoint.shards.values():
+        for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+            if tensor.name in packed:
+                layers.append(_packed(packed[tensor.name]))
+            elif (info := _dense(tensor)) is not None:
+                layers.append(info)
     return layers
 
 
-def _layer(name: str, tensor: Tensor) -> LayerInfo | None:
-    module, _, kind = name.rpartition(".")
-    if tensor.ndim != 2 or kind not in ("weight", "weight_packed"):
-        return None
-    size = tensor.numel() * tensor.element_size()
-    shape = tuple(tensor.shape)
-    if kind == "weight_packed":
-        return LayerInfo(module, "packed", shape, None, None, size)
-    zero = _is_zero(tensor)
-    sparsity = zero.sum().item() / zero.numel()
-    two_of_four = shape[1] % 4 == 0 and bool(
-        (zero.view(shape[0], -1, 4).sum(-1) >= 2).all()
+def _packed(layer: Unpack) -> LayerInfo:
+    parts = (layer.compressed, layer.bitmask, layer.shape)
+    (spec,) = layer.outputs
+    weight = layer.load()
+    return LayerInfo(
+        name=layer.module,
+        format=f"{_dtype(weight)} {layout.NAME}",
+        shape=spec.shape,
+        sparsity=_sparsity(_is_zero(weight)),
+        two_of_four=True,
+        bytes=sum(part.bytes for part in parts),
     )
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return LayerInfo(module, dtype, shape, sparsity, two_of_four, size)
+
+
+def _dense(tensor: StoredTensor) -> LayerInfo | None:
+    module, _, kind = tensor.name.rpartition(".")
+    if len(tensor.shape) != 2 or kind not in ("weight", "weight_packed"):
+        return None
+    if kind == "weight_packed":
+        return LayerInfo(module, "packed", tensor.shape, None, None, tensor.bytes)
+    weight = tensor.load()
+    zero = _is_zero(weight)
+    two_of_four = weight.shape[1] % 4 == 0 and bool(
+        (zero.view(-1, 4).sum(-1) >= 2).all()
+    )
+    return LayerInfo(
+        module, _dtype(weight), tensor.shape, _sparsity(zero), two_of_four, tensor.bytes
+    )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _sparsity(zero: Tensor) -> float:
+    return zero.sum().item() / max(1, zero.numel())
 
 
 def _is_zero(tensor: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
-from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
@@ -15,9 +14,10 @@ from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.fields import MaskStructureField, Names, check_finite
+from llmc_attnmask.modifiers.storage import StoredModifier
 
 
-class ALPSPruningModifier(Modifier):
+class ALPSPruningModifier(StoredModifier):
     """
     Prunes Linear layers on the error of their own output, as SparseGPT does, with masks
     from ADMM and survivors solved to the optimum (https://arxiv.org/abs/2406.07831).
@@ -47,6 +47,8 @@ class ALPSPruningModifier(Modifier):
         prunes a share of the whole matrix. Defaults to "0:0"
     :param targets: Linears to prune, by name, "re:" pattern or class
     :param ignore: Linears to leave alone, likewise. Defaults to the output layer
+    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
+        to what another modifier of the recipe asks for, or dense
     """
 
     requires_calibration_data: bool = True

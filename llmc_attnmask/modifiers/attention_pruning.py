@@ -7,7 +7,6 @@ import torch
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
-from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
@@ -32,11 +31,12 @@ from llmc_attnmask.modifiers.fields import (
     check_finite,
     listed,
 )
+from llmc_attnmask.modifiers.storage import StoredModifier
 
 _STEPS = {False: 200, True: 25}  # by update_weights, which starts from more
 
 
-class AttentionMatrixPruningModifier(Modifier):
+class AttentionMatrixPruningModifier(StoredModifier):
     """
     Prunes the projections of attention modules with masks that are learned on the error
     of the attention matrix itself (https://arxiv.org/abs/2410.11261), not on a linear
@@ -86,6 +86,8 @@ class AttentionMatrixPruningModifier(Modifier):
     :param batch_size: calibration samples per step, of one length: samples of many
         lengths make smaller batches. Padding counts as text
     :param seed: order of the calibration samples; same seed and machine, same bytes
+    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
+        to what another modifier of the recipe asks for, or dense
     """
 
     requires_calibration_data: bool = True

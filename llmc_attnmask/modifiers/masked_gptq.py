@@ -8,10 +8,11 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq import base as stock
 from torch import nn
 
+from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.quantization.gptq import quantize_weight
 
 
-class MaskedGPTQModifier(GPTQModifier):
+class MaskedGPTQModifier(GPTQModifier, StoredModifier):
     """
     GPTQ for pruned weights: exact zeros of the incoming weights stay zero, and what
     the survivors' rounding costs is made up for by survivors only.
@@ -35,6 +36,9 @@ class MaskedGPTQModifier(GPTQModifier):
     - as ``GPTQModifier``, but
     - on_sequential_epoch_end
         - quantize_weight of ``llmc_attnmask.quantization.gptq``
+
+    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
+        to what another modifier of the recipe asks for, or dense
     """
 
     keeps_masks: ClassVar[bool] = True

@@ -13,7 +13,6 @@ from compressed_tensors.offload import (
 )
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
-from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from safetensors.torch import load_file, save_file
@@ -22,12 +21,13 @@ from torch import Tensor, nn
 from llmc_attnmask.attention.capture import ModuleInputs
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.modifiers.fields import Names, check_finite, listed
+from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.recovery.block import Block, block_error, changed_energy
 from llmc_attnmask.recovery.descent import DescentSettings, descend
 from llmc_attnmask.recovery.refit import refit
 
 
-class MaskedRecoveryModifier(Modifier):
+class MaskedRecoveryModifier(StoredModifier):
     """
     Recovers what pruning lost: refines the surviving weights of each decoder block so
     that its output comes close to the dense block's in the dense model. Masks stay as
@@ -70,6 +70,8 @@ class MaskedRecoveryModifier(Modifier):
         to all blocks with attention
     :param ignore: blocks to leave alone, likewise
     :param seed: order of the calibration samples; same seed and machine, same bytes
+    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
+        to what another modifier of the recipe asks for, or dense
     """
 
     requires_calibration_data: bool = True

@@ -3,7 +3,8 @@ import torch
 from safetensors.torch import save_file
 
 from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.checkpoint.inspect import inspect
+from llmc_attnmask.checkpoint.inspect import LayerInfo, inspect
+from llmc_attnmask.checkpoint.layout import pack
 
 
 def test_a_checkpoint_is_described_layer_by_layer(tmp_path):
@@ -26,6 +27,25 @@ def test_a_checkpoint_is_described_layer_by_layer(tmp_path):
     assert (k.format, k.sparsity, k.two_of_four) == ("float8_e4m3fn", 0.625, False)
     assert (v.format, v.sparsity, v.two_of_four) == ("packed", None, None)
     assert found["a.odd"].two_of_four is False  # three columns are no groups of four
+
+
+def test_a_packed_layer_is_described_as_what_it_holds(tmp_path):
+    weight = torch.tensor([[1.0, 0, 0, 2, 3, 0, 0, 0]], dtype=torch.bfloat16)
+    tensors = {f"a.q_proj.{k}": v for k, v in pack(weight)._asdict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (layer,) = inspect(tmp_path)
+    assert layer == LayerInfo(
+        name="a.q_proj",
+        format="bfloat16 sparse-24-bitmask",
+        shape=(1, 8),
+        sparsity=0.625,
+        two_of_four=True,
+        bytes=8 + 1 + 16,
+    )
+    tensors["a.q_proj.bitmask"].fill_(7)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"a\.q_proj in .* exactly two bits"):
+        inspect(tmp_path)
 
 
 def test_the_shipped_model_is_dense():

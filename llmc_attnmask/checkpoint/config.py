@@ -1,0 +1,90 @@
+"""The part of config.json that says how weights are stored."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+from llmc_attnmask.checkpoint import layout, marker
+
+Storage = Literal["dense", "sparse-24-bitmask"]
+
+# The last compressed-tensors that vLLM's native 2:4 was built on; its reader and ours
+# agree on the layout, whichever version is installed.
+_VERSION = "0.13.0"
+
+
+def sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The non-empty ``sparsity_config`` of a checkpoint; None without one.
+
+    :raises ValueError: for a storage that is neither dense nor sparse-24-bitmask
+    """
+    quantization = config.get("quantization_config") or {}
+    sparsity = quantization.get("sparsity_config") or {}
+    if not sparsity:
+        return None
+    found = sparsity.get("format")
+    if found not in ("dense", layout.NAME):
+        raise ValueError(
+            f"config.json has a sparsity_config with format {found!r}; expected "
+            f'"dense" or "{layout.NAME}"'
+        )
+    return sparsity
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether the storage is sparse-24-bitmask.
+
+    :raises ValueError: for other sparse storages
+    """
+    sparsity = sparsity_config(config)
+    return sparsity is not None and sparsity["format"] == layout.NAME
+
+
+def packed_config(
+    config: Mapping[str, Any], targets: Sequence[str], sparsity: float
+) -> dict[str, Any]:
+    """The config of a dense-stored checkpoint once its 2:4 layers are packed.
+
+    :param targets: names of the packed modules; every one, as servers fuse layers
+    :param sparsity: share of zeros in the whole checkpoint
+    :raises ValueError: if another library than compressed-tensors has quantized it
+    """
+    changed = deepcopy(dict(config))
+    quantization = changed.get("quantization_config") or {}
+    method = quantization.get("quant_method", "compressed-tensors")
+    if method != "compressed-tensors":
+        raise ValueError(
+            f"config.json says quant_method {method!r}; expected compressed-tensors or "
+            "no quantization, which is all that 2:4 storage goes with"
+        )
+    dense = [t for t in marker.read(changed) or [] if t not in set(targets)]
+    marker.write(changed, dense)
+    changed["quantization_config"] = {
+        "version": _VERSION,
+        **quantization,
+        "quant_method": method,
+        "sparsity_config": {
+            "format": layout.NAME,
+            "sparsity_structure": marker.STRUCTURE,
+            "targets": list(targets),
+            "ignore": [],
+            "global_sparsity": sparsity,
+            "registry_requires_subclass": False,
+        },
+    }
+    return changed
+
+
+def dense_config(config: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """The config once all layers are stored dense, with the marker for the 2:4 ones.
+
+    :param targets: names of the modules that were packed
+    """
+    changed = deepcopy(dict(config))
+    known = marker.read(changed) or []
+    marker.write(changed, [*targets, *(t for t in known if t not in set(targets))])
+    quantization = changed.get("quantization_config") or {}
+    quantization.pop("sparsity_config", None)
+    if not quantization.get("config_groups"):
+        changed.pop("quantization_config", None)
+    return changed

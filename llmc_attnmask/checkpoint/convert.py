@@ -1,0 +1,263 @@
+"""``pack`` and ``unpack``: a checkpoint from one storage to the other, bit by bit.
+
+Shard by shard, a few megabytes at once; files that hold no weights are copied.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from math import prod
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llmc_attnmask.checkpoint.atomic import check_new, new_folder
+from llmc_attnmask.checkpoint.config import dense_config, is_packed, packed_config
+from llmc_attnmask.checkpoint.files import (
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    ShardWriter,
+    open_checkpoint,
+)
+from llmc_attnmask.checkpoint.linears import (
+    decoder_linears,
+    mixed_groups,
+    packed_integers,
+)
+from llmc_attnmask.checkpoint.threads import in_threads
+from llmc_attnmask.checkpoint.transfer import (
+    Copy,
+    Pack,
+    Transfer,
+    Unpack,
+    is_two_of_four,
+    not_two_of_four,
+)
+
+
+class CheckpointWarning(UserWarning):
+    """Layers are stored in another way than was asked for."""
+
+
+class NothingToPackError(ValueError):
+    """A checkpoint has no layer that could be packed."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``pack`` or ``unpack`` did."""
+
+    output: str
+    layers: list[str]  # modules that changed their storage
+    bytes_before: int  # of all tensors
+    bytes_after: int
+
+
+def pack(
+    directory: str | Path, output: str | Path, *, only_2of4: bool = False
+) -> Conversion:
+    """Store the 2:4 layers of a checkpoint as sparse-24-bitmask.
+
+    Every Linear of the decoder layers is expected to be 2:4, to the bit: a pruned entry
+    is +0.0. Layers that servers fuse (q, k and v; gate and up) are packed together or
+    stay dense together, with a warning.
+
+    :param directory: dense-stored checkpoint of any origin
+    :param output: folder to create; must not exist, or be empty
+    :param only_2of4: pack the layers that are 2:4 and leave the others dense
+    :raises NotTwoOfFourError: for a layer that is not 2:4, unless ``only_2of4``
+    :raises NothingToPackError: if no layer can be packed
+    :raises ValueError: if files cannot be read, or are packed already
+    :raises FileExistsError: if the output folder exists and is not empty
+    :raises OSError: if it cannot be written; nothing half-written is left
+    """
+    check_new(Path(output))
+    checkpoint = open_checkpoint(directory)
+    if is_packed(checkpoint.config):
+        raise ValueError(
+            f"{directory} is packed already; `unpack` restores dense storage"
+        )
+    linears = decoder_linears(checkpoint)
+    if only_2of4:
+        sparse = set(two_of_four_layers(checkpoint))
+    else:
+        sparse = set(linears)
+        for tensor in linears.values():
+            if tensor.shape[1] % 4:
+                raise not_two_of_four(tensor)
+    chosen = _uniform(sparse, checkpoint)
+    layers = [module for module in linears if module in chosen]
+    if not layers:
+        raise NothingToPackError(_nothing_to_pack(checkpoint))
+    zeros = sum(prod(linears[layer].shape) // 2 for layer in layers)
+    entries = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    config = packed_config(checkpoint.config, layers, round(zeros / entries, 6))
+    modules = {linears[layer].name: layer for layer in layers}
+    transfers: dict[str, list[Transfer]] = {
+        shard: [
+            Pack(modules[t.name], t) if t.name in modules else Copy(t) for t in tensors
+        ]
+        for shard, tensors in checkpoint.shards.items()
+    }
+    return _convert(checkpoint, Path(output), config, layers, transfers)
+
+
+def unpack(directory: str | Path, output: str | Path) -> Conversion:
+    """Store the sparse-24-bitmask layers of a checkpoint dense, zeros in place.
+
+    The config gets the marker that names them.
+
+    :param directory: packed checkpoint of any origin
+    :param output: folder to create; must not exist, or be empty
+    :raises ValueError: if it is not packed, its parts do not fit together, or files
+        cannot be read
+    :raises FileExistsError: if the output folder exists and is not empty
+    :raises OSError: if it cannot be written; nothing half-written is left
+    """
+    check_new(Path(output))
+    checkpoint = open_checkpoint(directory)
+    packed = packed_layers(checkpoint)
+    parts = {t.name for u in packed for t in (u.bitmask, u.shape)}
+    starts = {u.compressed.name: u for u in packed}
+    transfers: dict[str, list[Transfer]] = {
+        shard: [starts.get(t.name) or Copy(t) for t in tensors if t.name not in parts]
+        for shard, tensors in checkpoint.shards.items()
+    }
+    layers = [u.module for u in packed]
+    config = dense_config(checkpoint.config, layers)
+    return _convert(checkpoint, Path(output), config, layers, transfers)
+
+
+def two_of_four_layers(checkpoint: Checkpoint) -> list[str]:
+    """Names of the dense-stored Linears of the decoder layers that are 2:4."""
+    linears = decoder_linears(checkpoint)
+    answers = in_threads(is_two_of_four, linears.values())
+    progress = tqdm(answers, "looking for 2:4", total=len(linears), leave=False)
+    return [module for module, yes in zip(linears, progress, strict=True) if yes]
+
+
+def packed_layers(checkpoint: Checkpoint) -> list[Unpack]:
+    """The packed layers of a checkpoint that says it has some, their headers checked.
+
+    :raises ValueError: if there are none, parts are missing or do not fit together
+    """
+    if not is_packed(checkpoint.config):
+        raise ValueError(
+            f"{checkpoint.directory} is not packed: config.json has no sparsity_config "
+            "with format sparse-24-bitmask; its storage is dense already"
+        )
+    found = packed_parts(checkpoint)
+    if not found:
+        raise ValueError(
+            f"{checkpoint.directory} says that it is packed, but has no tensor named "
+            "*.compressed"
+        )
+    return found
+
+
+def packed_parts(checkpoint: Checkpoint) -> list[Unpack]:
+    """What is packed in a checkpoint, whatever its config says, the headers checked.
+
+    :raises ValueError: if parts are missing or do not fit together
+    """
+    found = []
+    kinds = ("compressed", "bitmask", "shape")
+    for name, tensor in checkpoint.tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind not in kinds[:2]:
+            continue
+        parts = [checkpoint.tensors.get(f"{module}.{kind}") for kind in kinds]
+        missing = [k for k, part in zip(kinds, parts, strict=True) if part is None]
+        if missing:
+            raise ValueError(
+                f"{name} in {tensor.file} has no {module}.{missing[0]} beside it; the "
+                "checkpoint is incomplete"
+            )
+        if kind == "compressed":
+            found.append(Unpack(module, *(part for part in parts if part)))
+            found[-1].check()
+    return found
+
+
+def _uniform(sparse: Set[str], checkpoint: Checkpoint) -> set[str]:
+    """The sparse modules without those of groups that are sparse in part only."""
+    modules = [
+        name.rpartition(".")[0]
+        for name, tensor in checkpoint.tensors.items()
+        if len(tensor.shape) == 2
+    ]
+    kept = set(sparse)
+    for inside, outside in mixed_groups(sparse, modules):
+        kept -= set(inside)
+        warnings.warn(
+            f"{', '.join(inside)} stay dense: servers fuse them with "
+            f"{', '.join(outside)}, which cannot be packed",
+            CheckpointWarning,
+            stacklevel=3,
+        )
+    return kept
+
+
+def _nothing_to_pack(checkpoint: Checkpoint) -> str:
+    if packed_integers(checkpoint):
+        return (
+            f"nothing in {checkpoint.directory} can be packed: its weights are "
+            "integers packed in words (W4A16), for which no server has 2:4 storage"
+        )
+    return (
+        f"nothing in {checkpoint.directory} can be packed: no Linear of its decoder "
+        "layers is 2:4 together with those that servers fuse it with"
+    )
+
+
+def _convert(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: dict[str, Any],
+    layers: Sequence[str],
+    transfers: dict[str, list[Transfer]],
+) -> Conversion:
+    """Write the new checkpoint.
+
+    :param transfers: by shard; a shard without any is left out
+    """
+    transfers = {shard: jobs for shard, jobs in transfers.items() if jobs}
+    outputs = {
+        shard: [spec for job in jobs for spec in job.outputs]
+        for shard, jobs in transfers.items()
+    }
+    size = sum(spec.bytes for specs in outputs.values() for spec in specs)
+    with new_folder(output) as partial:
+        for path in checkpoint.other_files():
+            if path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            else:
+                shutil.copy(path, partial / path.name)
+        count = len(checkpoint.tensors)
+        with tqdm(total=count, desc="writing", leave=False) as progress:
+            for shard, jobs in transfers.items():
+                target = partial / shard
+                target.parent.mkdir(parents=True, exist_ok=True)
+                metadata = checkpoint.metadata[shard]
+                with ShardWriter(target, outputs[shard], metadata) as writer:
+                    for _ in in_threads(methodcaller("write", writer), jobs):
+                        progress.update()
+        if checkpoint.index is not None:
+            index = dict(checkpoint.index)
+            index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+            index["weight_map"] = {
+                spec.name: shard for shard, specs in outputs.items() for spec in specs
+            }
+            write_json(partial / INDEX, index)
+        write_json(partial / CONFIG, config)
+    before = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+    return Conversion(str(output), list(layers), before, size)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,285 @@
+"""The ``sparse-24-bitmask`` encoding of a 2:4 matrix: two values of every four inputs.
+
+compressed-tensors wrote it up to 0.14, and vLLM up to 0.18.1 reads it. A weight [R, C]
+becomes
+
+- ``compressed`` [R, C / 2]: the kept values, row by row, in the weight's dtype;
+- ``bitmask`` uint8 [R, ceil(C / 8)]: bit j % 8 of byte j // 8 is set where column j is
+  kept, and spare bits are zero;
+- ``shape`` int64 [2, 1]: R and C.
+
+Exactly two entries of every four are kept; a group with more zeros keeps some of them,
+the same as compressed-tensors on a CPU.
+Everything is done on bits, so that NaN payloads, -0.0 and the int8 -128 survive.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NAME = "sparse-24-bitmask"
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per entry
+_BLOCK = 1 << 18  # entries at once on a CPU: what stays in its cache
+
+# The flags of a group of four are a code below 16, column j of the group its bit j.
+# By code: the code with exactly two set; 0 if more are. Fewer are filled up as torch's
+# topk(2) on a CPU breaks ties, by which compressed-tensors chose.
+_FILLED = [12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0]
+
+
+class NotTwoOfFourError(ValueError):
+    """A matrix, or a mask, that has not two kept entries in every four."""
+
+
+class Packed(NamedTuple):
+    """A weight [R, C] in the encoding above; ``unpack(*packed)`` restores it."""
+
+    compressed: Tensor  # [R, C / 2]
+    bitmask: Tensor  # uint8 [R, ceil(C / 8)]
+    shape: Tensor  # int64 [2, 1], on the CPU even if the others are not
+
+
+@torch.no_grad()
+def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
+    """Encode a 2:4 matrix.
+
+    :param weight: [R, C] of 1, 2 or 4 bytes per entry, on any device; a meta tensor
+        gives meta tensors
+    :param kept: bool [R, C], exactly two of every four consecutive columns; what it
+        leaves out is dropped, whatever its value. By default what is not +0.0 is kept,
+        and as many zeros as make it two
+    :raises NotTwoOfFourError: if a group has more, or with a mask not exactly, two
+    :raises ValueError: for other shapes and dtypes
+    """
+    rows, columns = _checked_shape(weight)
+    if kept is not None and (kept.shape != weight.shape or kept.dtype != torch.bool):
+        raise ValueError(
+            f"the mask is {kept.dtype} {list(kept.shape)}; expected torch.bool "
+            f"{list(weight.shape)}, as the weight"
+        )
+    compressed = weight.new_empty(rows, columns // 2)
+    bitmask = weight.new_empty(rows, _mask_bytes(columns), dtype=torch.uint8)
+    unit = _unit_of(weight)
+    for block in _row_blocks(weight):
+        bits = _bits(weight[block])
+        # on integers `bool` is what `!= 0` is, many times faster
+        codes = unit.codes(bits.bool() if kept is None else kept[block])
+        filled = unit.filled.index_select(0, codes)
+        if kept is None:
+            _refuse(filled == 0, block, unit, "more than two that are not +0.0")
+        else:
+            _refuse(filled != codes, block, unit, "not exactly two kept")
+        columns_kept = unit.kept.index_select(0, codes)
+        values = bits.reshape(-1, unit.columns).gather(1, columns_kept)
+        _bits(compressed[block]).copy_(values.view(-1, columns // 2))
+        bitmask[block] = unit.bytes(filled, columns)
+    return Packed(compressed, bitmask, torch.tensor([[rows], [columns]]))
+
+
+@torch.no_grad()
+def unpack(
+    compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int]
+) -> Tensor:
+    """Decode what ``pack`` wrote; what is not kept is +0.0.
+
+    :param compressed: [R, C / 2] of 1, 2 or 4 bytes per entry; a meta tensor gives one
+    :param bitmask: uint8 [R, ceil(C / 8)]
+    :param shape: R and C
+    :return: [R, C], dtype and device of ``compressed``
+    :raises ValueError: if the shapes disagree
+    :raises NotTwoOfFourError: if the bitmask has not exactly two bits per group
+    """
+    rows, columns = _agreed_shape(compressed, bitmask, shape)
+    weight = compressed.new_empty(rows, columns)
+    for block in _row_blocks(weight):
+        values = _bits(compressed[block])
+        _scatter(bitmask[block], values, _bits(weight[block]), block)
+    return weight
+
+
+@torch.no_grad()
+def kept_entries(weight: Tensor) -> Tensor:
+    """The mask that ``pack`` takes by default.
+
+    :param weight: as for ``pack``
+    :return: bool [R, C]
+    :raises NotTwoOfFourError, ValueError: as ``pack``
+    """
+    packed = pack(weight)
+    kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    for block in _row_blocks(weight):
+        ones = torch.ones_like(packed.compressed[block], dtype=torch.bool)
+        _scatter(packed.bitmask[block], ones, kept[block], block)
+    return kept
+
+
+@torch.no_grad()
+def crowded_groups(weight: Tensor) -> int:
+    """In how many groups of four more than two entries are not +0.0; 0 means 2:4.
+
+    :param weight: as for ``pack``
+    """
+    _checked_shape(weight)
+    unit = _unit_of(weight)
+    return sum(
+        int(unit.crowded.index_select(0, unit.codes(_bits(weight[block]).bool())).sum())
+        for block in _row_blocks(weight)
+    )
+
+
+def _checked_shape(weight: Tensor) -> tuple[int, int]:
+    if weight.ndim != 2:
+        raise ValueError(f"the weight is {list(weight.shape)}; expected two dimensions")
+    _bits(weight)
+    if weight.shape[1] % 4:
+        raise NotTwoOfFourError(
+            f"{weight.shape[1]} inputs are not divisible by 4, so there are no groups "
+            "of four"
+        )
+    return weight.shape[0], weight.shape[1]
+
+
+def _agreed_shape(
+    compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int]
+) -> tuple[int, int]:
+    if compressed.ndim != 2:
+        raise ValueError(
+            f"compressed is {list(compressed.shape)}; expected two dimensions"
+        )
+    rows, columns = compressed.shape[0], compressed.shape[1] * 2
+    if isinstance(shape, Tensor):  # a meta tensor says nothing
+        shape = (rows, columns) if shape.is_meta else shape.flatten().tolist()
+    mask = [rows, _mask_bytes(columns)]
+    if list(shape) != [rows, columns] or list(bitmask.shape) != mask or columns % 4:
+        raise ValueError(
+            f"compressed {list(compressed.shape)}, bitmask {list(bitmask.shape)} and "
+            f"shape {list(shape)} disagree; expected [R, C / 2], [R, ceil(C / 8)] and "
+            "[R, C]"
+        )
+    if bitmask.dtype != torch.uint8:
+        raise ValueError(f"the bitmask is {bitmask.dtype}; expected torch.uint8")
+    _bits(compressed)
+    return rows, columns
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers."""
+    if tensor.element_size() not in _BITS:
+        raise ValueError(
+            f"{tensor.dtype} has {tensor.element_size()} bytes per entry; expected 1, "
+            "2 or 4"
+        )
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Rows done at once: all on an accelerator, what a cache holds on a CPU."""
+    if matrix.is_meta or not matrix.numel():
+        return
+    rows = len(matrix)
+    step = max(1, _BLOCK // matrix.shape[1]) if matrix.device.type == "cpu" else rows
+    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One or two groups, whose flags are one code and looked up together."""
+
+    columns: int  # 4 or 8
+    filled: Tensor  # uint8 [codes]: with exactly two of each group; 0 if one has more
+    crowded: Tensor  # uint8 [codes]: how many groups have more than two
+    kept: Tensor  # int64 [codes, columns / 2]: the columns that the code keeps
+
+    @classmethod
+    def of(cls, columns: int) -> "_Unit":
+        filled, crowded, kept = [], [], []
+        for code in range(1 << columns):
+            groups = [_FILLED[code >> start & 15] for start in range(0, columns, 4)]
+            code = sum(group << 4 * i for i, group in enumerate(groups))
+            filled.append(code if all(groups) else 0)
+            crowded.append(groups.count(0))
+            set_bits = [j for j in range(columns) if filled[-1] >> j & 1]
+            kept.append(set_bits + [0] * (columns // 2 - len(set_bits)))
+        return cls(
+            columns,
+            torch.tensor(filled, dtype=torch.uint8),
+            torch.tensor(crowded, dtype=torch.uint8),
+            torch.tensor(kept),
+        )
+
+    def to(self, device: torch.device) -> "_Unit":
+        tables = (table.to(device) for table in (self.filled, self.crowded, self.kept))
+        return _Unit(self.columns, *tables)
+
+    def codes(self, flags: Tensor) -> Tensor:
+        """bool [r, C] -> integers [r * C / columns]"""
+        # Bytes that are 0 or 1 as one integer: the product has flag j at bit j of its
+        # highest byte, and no carries.
+        bits = 8 * self.columns
+        spread = sum(1 << (bits - 8 - 7 * j) for j in range(self.columns))
+        words = flags.contiguous().view({4: torch.int32, 8: torch.int64}[self.columns])
+        return (words.flatten() * spread >> (bits - 8)) & (1 << self.columns) - 1
+
+    def bytes(self, codes: Tensor, columns: int) -> Tensor:
+        """uint8 codes [r * C / columns] -> uint8 [r, ceil(C / 8)]"""
+        codes = codes.view(-1, columns // self.columns)
+        if self.columns == 8:
+            return codes
+        codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+        return codes[:, ::2] | codes[:, 1::2] << 4
+
+    def codes_of_bytes(self, mask: Tensor, columns: int) -> Tensor:
+        """uint8 [r, ceil(C / 8)] -> uint8 codes [r * C / columns]
+
+        :raises NotTwoOfFourError: if a spare bit is set
+        """
+        if self.columns == 8:
+            return mask.flatten()
+        codes = torch.stack((mask & 15, mask >> 4), -1).flatten(1)
+        if bool(codes[:, columns // 4 :].any()):
+            raise NotTwoOfFourError(f"the bitmask has bits set beyond column {columns}")
+        return codes[:, : columns // 4].flatten()
+
+
+_UNITS = {columns: _Unit.of(columns) for columns in (4, 8)}
+
+
+def _unit_of(matrix: Tensor) -> _Unit:
+    unit = _UNITS[4 if matrix.shape[1] % 8 else 8]
+    return unit if matrix.device.type in ("cpu", "meta") else unit.to(matrix.device)
+
+
+def _scatter(mask: Tensor, values: Tensor, out: Tensor, block: slice) -> None:
+    """Put values [r, C / 2] where the mask [r, ceil(C / 8)] has them, zero elsewhere.
+
+    :param out: [r, C], contiguous
+    """
+    unit = _unit_of(out)
+    codes = unit.codes_of_bytes(mask, out.shape[1]).int()
+    filled = unit.filled.index_select(0, codes)
+    _refuse(filled != codes, block, unit, "not exactly two bits set")
+    half = unit.columns // 2
+    out.zero_().view(-1, unit.columns).scatter_(
+        1, unit.kept.index_select(0, codes), values.reshape(-1, half)
+    )
+
+
+def _mask_bytes(columns: int) -> int:
+    return -(-columns // 8)
+
+
+def _refuse(wrong: Tensor, block: slice, unit: _Unit, found: str) -> None:
+    """:param wrong: bool [r * C / unit.columns], of the block of rows"""
+    if not bool(wrong.any()):
+        return
+    per_row = len(wrong) // (block.stop - block.start)
+    row, column = divmod(int(wrong.nonzero()[0]), per_row)
+    first = column * unit.columns
+    raise NotTwoOfFourError(
+        f"not 2:4: row {block.start + row} has {found} in a group of columns {first} "
+        f"to {first + unit.columns - 1}"
+    )

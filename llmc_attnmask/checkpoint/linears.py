@@ -1,0 +1,72 @@
+"""Which tensors of a checkpoint are Linear weights that 2:4 is expected of."""
+
+import re
+from collections.abc import Iterable, Set
+
+from llmc_attnmask.checkpoint.files import Checkpoint, StoredTensor
+
+_IN_DECODER = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
+_ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixtures of experts
+_DTYPES = {"F32", "F16", "BF16", "I8", "F8_E4M3", "F8_E5M2"}
+
+# Modules that servers fuse into one matrix: sparse as a whole or not at all.
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),  # Mixtral's gate and up
+    ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek's latent attention
+)
+
+
+def decoder_linears(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Module name -> weight [out, in] of every Linear in the decoder layers.
+
+    Neither embeddings, the output layer, norms and biases, nor the routers of mixtures
+    of experts; nor weights of other dtypes, such as 4-bit ones packed in words.
+    """
+    found = {}
+    for tensor in checkpoint.tensors.values():
+        module, _, kind = tensor.name.rpartition(".")
+        if (
+            kind == "weight"
+            and len(tensor.shape) == 2
+            and tensor.dtype in _DTYPES
+            and _is_decoder_linear(module)
+        ):
+            found[module] = tensor
+    return found
+
+
+def packed_integers(checkpoint: Checkpoint) -> list[str]:
+    """Modules of the decoder whose weights are integers packed in words (W4A16)."""
+    names = (name.rpartition(".") for name in checkpoint.tensors)
+    return [
+        m for m, _, kind in names if kind == "weight_packed" and _IN_DECODER.search(m)
+    ]
+
+
+def mixed_groups(
+    sparse: Set[str], modules: Iterable[str]
+) -> list[tuple[list[str], list[str]]]:
+    """Groups that servers fuse and of which only a part is sparse.
+
+    :param sparse: names of the sparse modules
+    :param modules: names of all modules with a weight matrix
+    :return: for each such group its sparse members and its dense ones
+    """
+    known = set(modules)
+    mixed = []
+    for parent in sorted({module.rpartition(".")[0] for module in sparse}):
+        for group in _FUSED:
+            members = [name for x in group if (name := f"{parent}.{x}") in known]
+            inside = [name for name in members if name in sparse]
+            if inside and len(inside) < len(members):
+                mixed.append((inside, [n for n in members if n not in sparse]))
+    return mixed
+
+
+def _is_decoder_linear(module: str) -> bool:
+    return (
+        _IN_DECODER.search(module) is not None
+        and module.rpartition(".")[2] not in _ROUTERS
+    )

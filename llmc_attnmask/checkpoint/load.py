@@ -1,0 +1,97 @@
+"""``load``: a transformers model from either storage, one tensor after another."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from llmc_attnmask.checkpoint.config import dense_config, is_packed
+from llmc_attnmask.checkpoint.convert import packed_layers
+from llmc_attnmask.checkpoint.files import TensorSpec, open_checkpoint
+
+
+def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint of either storage, quantized or not.
+
+    A dense-stored one is what ``AutoModelForCausalLM.from_pretrained`` gives; it would
+    fill the packed layers of a packed one with random weights. Those are unpacked as
+    the model takes them, so that the peak is the dense model and one tensor.
+
+    :param model: local folder or hub name
+    :param kwargs: of ``from_pretrained``, such as ``dtype`` and ``device_map``
+    :raises ValueError: if files cannot be read or do not fit together
+    """
+    trust = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
+    config = AutoConfig.from_pretrained(model, **trust)
+    stored = {"quantization_config": getattr(config, "quantization_config", None)}
+    if not is_packed(stored):
+        return AutoModelForCausalLM.from_pretrained(model, **trust, **kwargs)
+    directory = Path(model)
+    if not directory.is_dir():
+        directory = Path(snapshot_download(str(model)))
+    checkpoint = open_checkpoint(directory)
+    packed = packed_layers(checkpoint)
+    state: dict[str, Any] = {}
+    parts = {t.name for u in packed for t in (u.compressed, u.bitmask, u.shape)}
+    for tensor in checkpoint.tensors.values():
+        if tensor.name not in parts:
+            state[tensor.name] = _Lazy(tensor, tensor.load)
+    for layer in packed:
+        (spec,) = layer.outputs
+        state[spec.name] = _Lazy(spec, layer.load)
+    quantization = dense_config(stored, []).get("quantization_config")
+    if quantization is None:
+        del config.quantization_config
+    else:
+        config.quantization_config = quantization
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{type(config).__name__} is no causal language model of transformers', so "
+            "it cannot be loaded packed; `llmc-attnmask unpack` it first"
+        )
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    loaded, report = kind.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **kwargs
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{directory} has no {missing[0]}, nor {len(missing) - 1} more of the "
+            f"tensors that {kind.__name__} needs; the checkpoint is incomplete"
+        )
+    loaded.name_or_path = loaded.config.name_or_path = str(model)
+    if (directory / "generation_config.json").exists():
+        loaded.generation_config = GenerationConfig.from_pretrained(directory)
+    return loaded
+
+
+class _Lazy:
+    """A tensor of the state dict that is read when transformers indexes it.
+
+    It does so with the slices of a safetensors file, whose methods these are.
+    """
+
+    def __init__(self, spec: TensorSpec, read: Callable[[], Tensor]):
+        self._spec, self._read = spec, read
+        self.dtype = spec.torch_dtype
+        self.shape = torch.Size(spec.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._read()[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self._spec.dtype
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point

@@ -1,0 +1,59 @@
+"""The note in config.json that a dense-stored checkpoint has 2:4 layers.
+
+A top-level key that transformers keeps and ignores, and vLLM, too:
+
+    "llmc_attnmask": {
+        "version": 1,
+        "sparsity": {"structure": "2:4", "targets": ["model.layers.0.mlp.up_proj"]}
+    }
+
+``targets`` are module names, spelled as the checkpoint's tensors are.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+KEY = "llmc_attnmask"
+VERSION = 1
+STRUCTURE = "2:4"
+
+
+def write(config: dict[str, Any], targets: Sequence[str]) -> None:
+    """Note the 2:4 layers in a config, in place of any earlier note.
+
+    :param config: content of config.json
+    :param targets: module names; with none the note is removed
+    """
+    config.pop(KEY, None)
+    if targets:
+        sparsity = {"structure": STRUCTURE, "targets": list(targets)}
+        config[KEY] = {"version": VERSION, "sparsity": sparsity}
+
+
+def read(config: Mapping[str, Any]) -> list[str] | None:
+    """The module names that a config notes as 2:4; None without a note.
+
+    :raises ValueError: for a note that is malformed or of another version
+    """
+    if KEY not in config:
+        return None
+    note = config[KEY]
+    if not isinstance(note, Mapping):
+        raise _malformed(note, "a mapping")
+    if note.get("version") != VERSION:
+        raise _malformed(
+            note, f"version {VERSION}: a newer llmc-attnmask may have written it"
+        )
+    sparsity = note.get("sparsity")
+    if not isinstance(sparsity, Mapping) or sparsity.get("structure") != STRUCTURE:
+        raise _malformed(note, f'a sparsity with structure "{STRUCTURE}"')
+    targets = sparsity.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        raise _malformed(note, "targets that are a list of module names")
+    return list(targets)
+
+
+def _malformed(note: object, expected: str) -> ValueError:
+    shown = str(note)
+    shown = shown if len(shown) < 100 else shown[:97] + "..."
+    return ValueError(f"config.json has {KEY!r}: {shown}; expected {expected}")

@@ -1,0 +1,29 @@
+"""Several tensors at once: what takes time releases the interpreter."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+_WORKERS = min(4, os.cpu_count() or 1)  # more would wait for the disk
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def in_threads(
+    work: Callable[[_Item], _Result], items: Iterable[_Item]
+) -> Iterator[_Result]:
+    """Results in the order of the items; after an error no further item is begun."""
+    threads = torch.get_num_threads()
+    # one thread per worker: the default would be one per worker and core
+    pool = ThreadPoolExecutor(
+        _WORKERS, initializer=torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # also what threads started later will have

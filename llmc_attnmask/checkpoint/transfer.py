@@ -1,0 +1,187 @@
+"""How one tensor gets from one checkpoint into another, a few megabytes at once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.files import ShardWriter, StoredTensor, TensorSpec
+
+# The layout is about bits, not about values: any dtype of that many bytes will do.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+class Transfer(Protocol):
+    """One or more tensors of the output and where their bytes come from."""
+
+    @property
+    def outputs(self) -> list[TensorSpec]: ...
+
+    def write(self, writer: ShardWriter) -> None:
+        """Called once, in a thread of its own."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The tensor as it is."""
+
+    tensor: StoredTensor
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        t = self.tensor
+        return [TensorSpec(t.name, t.dtype, t.shape, t.bytes)]
+
+    def write(self, writer: ShardWriter) -> None:
+        for start, block in self.tensor.blocks():
+            writer.write(self.tensor.name, start, block)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A dense weight into the three tensors of its encoding."""
+
+    module: str
+    tensor: StoredTensor  # [R, C]
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        t = self.tensor
+        rows, columns = t.shape
+        mask = (rows, -(-columns // 8))
+        return [
+            TensorSpec(
+                f"{self.module}.compressed", t.dtype, (rows, columns // 2), t.bytes // 2
+            ),
+            TensorSpec(f"{self.module}.bitmask", "U8", mask, prod(mask)),
+            TensorSpec(f"{self.module}.shape", "I64", (2, 1), 16),
+        ]
+
+    def write(self, writer: ShardWriter) -> None:
+        """:raises NotTwoOfFourError: naming the tensor"""
+        rows, columns = self.tensor.shape
+        writer.write(f"{self.module}.shape", 0, torch.tensor([[rows], [columns]]))
+        row = columns * self.tensor.itemsize
+        for start, block in self.tensor.blocks(row):
+            try:
+                packed = layout.pack(_matrix(block, columns, self.tensor.itemsize))
+            except layout.NotTwoOfFourError:
+                raise not_two_of_four(self.tensor) from None
+            writer.write(f"{self.module}.compressed", start // 2, packed.compressed)
+            done = start // row * packed.bitmask.shape[1]
+            writer.write(f"{self.module}.bitmask", done, packed.bitmask)
+
+
+@dataclass(frozen=True)
+class Unpack:
+    """The three tensors of an encoding into the dense weight."""
+
+    module: str
+    compressed: StoredTensor
+    bitmask: StoredTensor
+    shape: StoredTensor
+
+    def check(self) -> None:
+        """Compare what the header says of the three.
+
+        :raises ValueError: if their shapes or dtypes do not fit together
+        """
+        try:
+            if (self.shape.dtype, self.shape.bytes) != ("I64", 16):
+                raise ValueError(
+                    f"shape is {self.shape.dtype} {list(self.shape.shape)}; expected "
+                    "I64 [2, 1]"
+                )
+            if self.bitmask.dtype != "U8":
+                raise ValueError(f"bitmask is {self.bitmask.dtype}; expected U8")
+            layout.unpack(
+                torch.empty(
+                    self.compressed.shape,
+                    dtype=_INTEGERS.get(self.compressed.itemsize, torch.int64),
+                    device="meta",
+                ),
+                torch.empty(self.bitmask.shape, dtype=torch.uint8, device="meta"),
+                self.shape.load(),
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.module} in {self.bitmask.file}: {error}") from None
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        rows, half = self.compressed.shape
+        name, dtype = f"{self.module}.weight", self.compressed.dtype
+        return [TensorSpec(name, dtype, (rows, 2 * half), 2 * self.compressed.bytes)]
+
+    def write(self, writer: ShardWriter) -> None:
+        for start, weight in self.rows():
+            writer.write(f"{self.module}.weight", start, weight)
+
+    def load(self) -> Tensor:
+        """The whole dense weight."""
+        (spec,) = self.outputs
+        content = torch.empty(spec.bytes, dtype=torch.uint8)
+        for start, rows in self.rows():
+            block = rows.view(-1).view(torch.uint8)
+            content[start : start + len(block)] = block
+        return content.view(spec.torch_dtype).view(spec.shape)
+
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
+        """The dense weight in blocks of rows.
+
+        :return: pairs of the first byte's position in the weight and integers [r, C]
+        :raises ValueError: naming the module, if its bitmask does not fit
+        """
+        columns = 2 * self.compressed.shape[1]
+        row, mask_row = columns // 2 * self.compressed.itemsize, self.bitmask.shape[1]
+        with self.bitmask.file.open("rb", buffering=0) as masks:
+            for start, block in self.compressed.blocks(row):
+                values = _matrix(block, columns // 2, self.compressed.itemsize)
+                mask = torch.empty(len(values), mask_row, dtype=torch.uint8)
+                self.bitmask.read(masks, start // row * mask_row, mask.view(-1))
+                try:
+                    weight = layout.unpack(values, mask, [len(values), columns])
+                except layout.NotTwoOfFourError:
+                    raise ValueError(
+                        f"{self.module} in {self.bitmask.file}: the bitmask has not "
+                        "exactly two bits in every group of four inputs; the file is "
+                        "corrupt"
+                    ) from None
+                yield 2 * start, weight
+
+
+def is_two_of_four(tensor: StoredTensor) -> bool:
+    """Whether a stored weight [R, C] could be packed; stops at what forbids it."""
+    columns, size = tensor.shape[1], tensor.itemsize
+    return columns % 4 == 0 and not any(
+        layout.crowded_groups(_matrix(block, columns, size))
+        for _, block in tensor.blocks(columns * size)
+    )
+
+
+def not_two_of_four(tensor: StoredTensor) -> layout.NotTwoOfFourError:
+    """The error that says by how much a stored weight is not 2:4."""
+    columns, size = tensor.shape[1], tensor.itemsize
+    if columns % 4:
+        found = f"its {columns} inputs are not divisible by 4"
+    else:
+        crowded = sum(
+            layout.crowded_groups(_matrix(block, columns, size))
+            for _, block in tensor.blocks(columns * size)
+        )
+        found = (
+            f"{crowded} of its {prod(tensor.shape) // 4} groups of four inputs have "
+            "more than two values that are not +0.0"
+        )
+    return layout.NotTwoOfFourError(
+        f"{tensor.name} in {tensor.file} is not 2:4: {found}; prune it, or pack only "
+        "what is 2:4 with --only-2of4 (only_2of4=True)"
+    )
+
+
+def _matrix(block: Tensor, columns: int, itemsize: int) -> Tensor:
+    """uint8 [bytes] -> integers [r, columns] of that size, a view"""
+    return block.view(_INTEGERS[itemsize]).view(-1, columns)

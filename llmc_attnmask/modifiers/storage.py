@@ -1,0 +1,44 @@
+"""The field ``storage`` of modifiers, and what it makes of ``save_pretrained``."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from llmcompressor.core import State, active_session
+from llmcompressor.modifiers import Modifier
+
+from llmc_attnmask.checkpoint.config import Storage
+from llmc_attnmask.checkpoint.save import save_as
+
+
+class StoredModifier(Modifier):
+    """
+    Base of the modifiers that choose how the model's 2:4 layers are written when it is
+    saved, by ``oneshot(output_dir=...)`` or ``save_pretrained``.
+
+    :param storage: "dense", zeros in place and a marker; or "sparse-24-bitmask". By
+        default what another modifier of the recipe asks for, or dense
+    """
+
+    storage: Storage | None = None
+
+    def initialize(self, state: State, **kwargs: Any) -> None:
+        recipe = active_session().lifecycle.recipe
+        modifiers = recipe.modifiers if recipe else []
+        storage = recipe_storage([self, *modifiers])
+        super().initialize(state, **kwargs)
+        save_as(state.model, storage)
+
+
+def recipe_storage(modifiers: Iterable[Modifier]) -> Storage:
+    """The storage that a recipe's modifiers agree on.
+
+    :raises ValueError: if they name more than one
+    """
+    asked = [m.storage for m in modifiers if isinstance(m, StoredModifier)]
+    named = sorted({storage for storage in asked if storage})
+    if len(named) > 1:
+        raise ValueError(
+            f"modifiers of the recipe ask for the storages {' and '.join(named)}; a "
+            "checkpoint has one: name it in one modifier"
+        )
+    return named[0] if named else "dense"

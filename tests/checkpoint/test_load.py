@@ -1,0 +1,109 @@
+import gc
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.evaluation import evaluate
+from tests.checkpoint.checkpoints import prune_2of4, read
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The shipped model with its decoder at 2:4, dense and packed."""
+    folder = tmp_path_factory.mktemp("model")
+    prune_2of4(MODEL_DIR, folder / "dense")
+    pack(folder / "dense", folder / "packed")
+    return folder
+
+
+def test_a_packed_model_is_the_dense_one(folders):
+    dense = AutoModelForCausalLM.from_pretrained(folders / "dense")
+    packed = load(folders / "packed")
+    for (name, a), (_, b) in zip(
+        dense.state_dict().items(), packed.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b) and a.dtype == b.dtype, name
+    assert packed.generation_config.eos_token_id == 0
+    assert not packed.training
+    ids = torch.arange(8)[None]
+    assert torch.equal(dense(ids).logits, packed(ids).logits)
+
+
+def test_a_dense_model_is_what_transformers_loads(folders):
+    expected = AutoModelForCausalLM.from_pretrained(folders / "dense")
+    for a, b in zip(
+        expected.parameters(), load(folders / "dense").parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_arguments_reach_transformers(folders):
+    model = load(folders / "packed", dtype=torch.float32, attn_implementation="eager")
+    assert model.dtype == torch.float32
+    assert model.config._attn_implementation == "eager"
+
+
+def test_perplexity_of_a_packed_checkpoint_is_the_dense_ones(folders, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Return the sum of a list of numbers. " * 100)
+    a, b = evaluate([folders / "dense", folders / "packed"], str(text), 64)
+    assert a.perplexity == b.perplexity
+
+
+def test_a_missing_tensor_is_an_error_and_not_random_weights(folders, tmp_path):
+    prune_2of4(MODEL_DIR, tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    tensors = read(tmp_path / "packed")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "packed" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has no model\.norm\.weight"):
+        load(tmp_path / "packed")
+
+
+def test_a_corrupt_bitmask_is_an_error(folders, tmp_path):
+    prune_2of4(MODEL_DIR, tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    tensors = read(tmp_path / "packed")
+    tensors["model.layers.1.mlp.up_proj.bitmask"] += 1
+    save_file(tensors, tmp_path / "packed" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj in .*bits"):
+        load(tmp_path / "packed")
+
+
+def resident(kind: str) -> int:
+    """This process' memory in bytes now (VmRSS) or at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{kind}:\s+(\d+) kB", status)[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_the_peak_is_the_dense_model_and_one_shard(tmp_path):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    shard = size // 8
+    model.save_pretrained(tmp_path / "model", max_shard_size=shard)
+    del model
+    prune_2of4(tmp_path / "model", tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    load(tmp_path / "packed")  # what the first call imports and caches is no matter
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    model = load(tmp_path / "packed")
+    peak = resident("VmHWM") - before
+    assert peak < size + shard, f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB"
+    assert model.dtype == torch.bfloat16

@@ -1,0 +1,119 @@
+"""Against the last compressed-tensors that wrote the layout and that vLLM's read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.pruning import prune
+from tests.checkpoint.checkpoints import prune_2of4, raw, read, two_of_four
+from tests.checkpoint.test_save import QUICK, written
+
+pytestmark = pytest.mark.slow
+RELEASE = "0.13.0"
+DTYPES = [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
+
+# `tensors` are compressed, the `packed` folder is decompressed, its config is parsed
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import compressed_tensors
+from compressed_tensors.compressors.sparse_compressors.sparse_24_bitmask import (
+    Sparse24BitMaskCompressor,
+)
+from compressed_tensors.config import SparsityCompressionConfig
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
+folder = Path(sys.argv[1])
+print(compressed_tensors.__version__)
+config = json.loads((folder / "packed" / "config.json").read_text())
+quantization = config["quantization_config"]
+sparsity = quantization.pop("sparsity_config")
+sparsity = SparsityCompressionConfig.load_from_registry(
+    sparsity.pop("format"), **sparsity
+)
+if "config_groups" in quantization:
+    QuantizationConfig.model_validate(quantization)
+compressor = Sparse24BitMaskCompressor(config=sparsity)
+tensors = load_file(folder / "tensors.safetensors")
+names = {name.removesuffix(".weight") for name in tensors}
+save_file(compressor.compress(tensors, names), folder / "compressed.safetensors")
+shown = {k: v.contiguous() for k, v in compressor.decompress(str(folder / "packed"))}
+save_file(shown, folder / "decompressed.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """The release alone, installed beside everything else."""
+    target = tmp_path_factory.mktemp("release")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    command += ["--target", str(target), f"compressed-tensors=={RELEASE}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the package registry cannot be reached: {done.stderr[-300:]}")
+    return target
+
+
+def run(release: Path, folder: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={"PYTHONPATH": str(release), "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == RELEASE
+
+
+def test_the_layout_is_byte_equal_and_read_back(release, tmp_path):
+    dense = prune_2of4(MODEL_DIR, tmp_path / "dense")
+    # -128 is to them the least magnitude: their own compression may lose it
+    extreme = torch.tensor([[-128, 0, 1, 0, 0, 0, 2, -128]], dtype=torch.int8)
+    named = read(dense) | {"model.layers.0.extreme_proj.weight": extreme}
+    save_file(named, dense / "model.safetensors")
+    pack(dense, tmp_path / "packed")
+    tensors = {
+        f"{dtype}.{rows}x{columns}.weight": two_of_four(rows, columns, dtype)
+        for dtype in DTYPES
+        for rows, columns in ((16, 32), (5, 8), (3, 12))
+    }
+    more_zeros = two_of_four(64, 64, torch.int8)
+    more_zeros[:, ::3] = 0
+    tensors["more_zeros.weight"] = more_zeros
+    save_file(tensors, tmp_path / "tensors.safetensors")
+    run(release, tmp_path)
+    theirs = load_file(tmp_path / "compressed.safetensors")
+    assert len(theirs) == 3 * len(tensors)
+    for name, weight in tensors.items():
+        ours = layout.pack(weight)._asdict()
+        for kind, value in ours.items():
+            other = theirs[f"{name.removesuffix('.weight')}.{kind}"]
+            assert raw(value) == raw(other), f"{name} {kind}"
+            assert (value.dtype, value.shape) == (other.dtype, other.shape)
+    decompressed = load_file(tmp_path / "decompressed.safetensors")
+    expected = {k: v for k, v in read(dense).items() if k.endswith("_proj.weight")}
+    assert len(expected) == 29
+    for name, weight in expected.items():
+        assert raw(decompressed[name]) == raw(weight), name
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
+def test_quantized_checkpoints_are_read_back(release, tmp_path, scheme):
+    dense = prune(MODEL_DIR, written(tmp_path, scheme), tmp_path / "dense", **QUICK)
+    pack(dense, tmp_path / "packed")
+    save_file({"a.weight": two_of_four(4, 8)}, tmp_path / "tensors.safetensors")
+    run(release, tmp_path)
+    decompressed = load_file(tmp_path / "decompressed.safetensors")
+    expected = {k: v for k, v in read(dense).items() if k.endswith("_proj.weight")}
+    assert {v.element_size() for v in expected.values()} == {1}
+    for name, weight in expected.items():
+        assert raw(decompressed[name]) == raw(weight), name
