@@ -8,10 +8,15 @@ bit, in what was written.
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from compressed_tensors.distributed import is_source_process
+from compressed_tensors.offload import update_offload_parameter
+from llmcompressor.modeling.moe.conversion_mappings import has_linearize_load_mappings
+from llmcompressor.modeling.moe.gpt_oss import GptOssLinearExperts
+from llmcompressor.modeling.moe.linearize import get_linearized_moes
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmc_attnmask.checkpoint import marker
@@ -33,8 +38,10 @@ class _SaveAs:
     # llm-compressor's sign that it has wrapped a model already
     _overridden = True
 
-    def __init__(self, upstream: Callable[..., None], storage: Storage):
-        self.upstream, self.storage = upstream, storage
+    def __init__(
+        self, model: PreTrainedModel, upstream: Callable[..., None], storage: Storage
+    ):
+        self.model, self.upstream, self.storage = model, upstream, storage
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("push_to_hub"):
@@ -43,6 +50,7 @@ class _SaveAs:
                 "or packed; save without it, then upload the folder"
             )
         output = Path(save_directory)
+        _restore_experts(self.model)
         if not is_source_process():  # upstream lets only one process write
             self.upstream(save_directory, *args, **kwargs)
         else:
@@ -61,7 +69,28 @@ def save_as(model: PreTrainedModel, storage: Storage) -> None:
     """
     current = model.save_pretrained
     upstream = current.upstream if isinstance(current, _SaveAs) else current
-    model.save_pretrained = _SaveAs(upstream, storage)  # type: ignore[assignment]
+    model.save_pretrained = _SaveAs(model, upstream, storage)  # type: ignore[assignment]
+
+
+def _restore_experts(model: PreTrainedModel) -> None:
+    """Undo what ``oneshot`` does to experts, where the result could not be loaded.
+
+    It splits fused experts into Linears. transformers reads checkpoints of some models
+    in that form; of others it would take random weights instead. Quantized experts stay
+    Linears, which is the form that servers read.
+    """
+    quantized = any(hasattr(m, "quantization_scheme") for m in model.modules())
+    if quantized or has_linearize_load_mappings(model.config.model_type):
+        return
+    for name, split in get_linearized_moes(model):
+        fused = cast(nn.Module, split.to_experts_module())
+        if isinstance(split, GptOssLinearExperts):
+            # upstream puts gate and up side by side, but here they alternate
+            for parameter in ("gate_up_proj", "gate_up_proj_bias"):
+                halves = getattr(fused, parameter).detach().unflatten(-1, (2, -1))
+                alternating = halves.transpose(-1, -2).flatten(-2)
+                update_offload_parameter(fused, parameter, alternating)
+        model.set_submodule(name, fused)
 
 
 def store(directory: Path, storage: Storage) -> None:
