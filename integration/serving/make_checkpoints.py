@@ -1,0 +1,108 @@
+"""Prune and quantize the shipped model, for the serving tests; runs in .venv.
+
+    python integration/serving/make_checkpoints.py OUT
+
+Folders in OUT: {bf16,int8}-{dense,packed}, the whole decoder at 2:4; mixed-packed, only
+q and k; biased-packed and biased-dense, a random Qwen2 whose q, k and v have biases.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.checkpoint import layout, marker
+from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
+from llmc_attnmask.pruning import compress, save
+
+BLOCK = "re:.*_proj$"
+ATTENTION = "re:.*(q|k)_proj$"
+
+
+def shipped() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
+
+
+def biased() -> PreTrainedModel:
+    """Two layers, four query heads on two key-value heads, the shipped vocabulary."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    return model
+
+
+def make(out: Path, name: str, model: PreTrainedModel, modifiers: list) -> None:
+    """Write NAME-dense and NAME-packed."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    windows = calibration_windows(load_texts(BUILTIN), tokenizer, 4, 128)
+    compress(model, tokenizer, modifiers, windows)
+    dense = save(model, tokenizer, out / f"{name}-dense")
+    tensors = load_file(dense / "model.safetensors")
+    config = json.loads((dense / "config.json").read_text())
+    targets = [
+        key.removesuffix(".weight")
+        for key, tensor in tensors.items()
+        if key.endswith("_proj.weight") and not layout.crowded_groups(tensor)
+    ]
+    marker.write(config, targets)
+    (dense / "config.json").write_text(json.dumps(config, indent=2))
+    packed = save(model, tokenizer, out / f"{name}-packed")
+    marker.write(config, [])
+    quantization = config.setdefault(
+        "quantization_config", {"quant_method": "compressed-tensors"}
+    )
+    quantization["sparsity_config"] = {
+        "format": layout.NAME,
+        "sparsity_structure": "2:4",
+        "targets": targets,
+        "ignore": [],
+        "registry_requires_subclass": False,
+    }
+    for target in targets:
+        parts = layout.pack(tensors.pop(f"{target}.weight"))._asdict()
+        tensors.update({f"{target}.{part}": parts[part] for part in parts})
+    (packed / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+
+
+def wanda(target: str) -> WandaPruningModifier:
+    return WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=[target])
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    quantize = QuantizationModifier(
+        scheme="W8A8", targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+    make(out, "bf16", shipped(), [wanda(BLOCK)])
+    make(out, "int8", shipped(), [wanda(BLOCK), quantize])
+    make(out, "mixed", shipped(), [wanda(ATTENTION)])
+    make(out, "biased", biased(), [wanda(BLOCK)])
+
+
+if __name__ == "__main__":
+    main()
