@@ -3,7 +3,8 @@
     python integration/serving/make_checkpoints.py OUT
 
 Folders in OUT: {bf16,int8}-{dense,packed}, the whole decoder at 2:4; mixed-packed, only
-q and k; biased-packed and biased-dense, a random Qwen2 whose q, k and v have biases.
+q and k; biased-packed and biased-dense, a random Qwen2 whose q, k and v have biases;
+adapter, a LoRA adapter.
 """
 
 import json
@@ -15,6 +16,7 @@ from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -28,6 +30,7 @@ from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
 from llmc_attnmask.pruning import compress, save
 
 BLOCK = "re:.*_proj$"
+RANK = 8
 ATTENTION = "re:.*(q|k)_proj$"
 
 
@@ -35,7 +38,7 @@ def shipped() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
 
 
-def biased() -> PreTrainedModel:
+def biased(folder: Path) -> PreTrainedModel:
     """Two layers, four query heads on two key-value heads, the shipped vocabulary."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -48,11 +51,40 @@ def biased() -> PreTrainedModel:
         max_position_embeddings=256,
         tie_word_embeddings=False,
     )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(config).bfloat16()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_()
-    return model
+    model.save_pretrained(folder)  # llm-compressor saves only what came from a folder
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def make_adapter(folder: Path) -> None:
+    """A random LoRA adapter of every q and v projection of the shipped model."""
+    config = AutoConfig.from_pretrained(MODEL_DIR)
+    torch.manual_seed(0)
+    heads = {
+        "q_proj": config.num_attention_heads,
+        "v_proj": config.num_key_value_heads,
+    }
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for name, number in heads.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            rows = number * config.head_dim
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, config.hidden_size)
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, RANK) / RANK
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": list(heads),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(description))
 
 
 def make(out: Path, name: str, model: PreTrainedModel, modifiers: list) -> None:
@@ -101,7 +133,8 @@ def main() -> None:
     make(out, "bf16", shipped(), [wanda(BLOCK)])
     make(out, "int8", shipped(), [wanda(BLOCK), quantize])
     make(out, "mixed", shipped(), [wanda(ATTENTION)])
-    make(out, "biased", biased(), [wanda(BLOCK)])
+    make_adapter(out / "adapter")
+    make(out, "biased", biased(out / "biased"), [wanda(BLOCK)])
 
 
 if __name__ == "__main__":

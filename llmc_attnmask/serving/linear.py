@@ -56,16 +56,19 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.loader: ShardLoader | None = None
         self.few_tokens = 0
 
-    def create_weights(
-        self, layer: torch.nn.Module, *args: Any, **kwargs: Any
-    ) -> None:
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self.stock.create_weights(layer, *args, **kwargs)
         if self.storage != "packed":
             return
         weight = getattr(layer, "weight", None)
-        if weight is None or weight.ndim != 2 or weight.dtype not in (
-            *select.DTYPES,
-            torch.float32,
+        if (
+            weight is None
+            or weight.ndim != 2
+            or weight.dtype
+            not in (
+                *select.DTYPES,
+                torch.float32,
+            )
         ):
             raise ValueError(
                 f"{self.name} is stored as {layout.NAME}, which holds weights of 8 or "
@@ -86,7 +89,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             set_weight_attrs(parameter, {"weight_loader": self.loader.loader(part)})
             layer.register_parameter(part, parameter)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if self.loader is not None:
             if get_current_vllm_config().load_config.load_format != "dummy":
                 self.loader.check_complete()
@@ -100,9 +103,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             self.stock.process_weights_after_loading(layer)
             layer.quant_method = self.stock
 
-    def apply(
-        self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         out = op.sparse_linear(
             x.reshape(-1, x.shape[-1]),
             layer.weight_packed,
@@ -114,24 +115,26 @@ class Sparse24LinearMethod(LinearMethodBase):
         )
         return out.view(*x.shape[:-1], -1)
 
-    def _choose(self, layer: torch.nn.Module) -> select.Choice:
-        wanted = select.forced()
+    def _choose(self, layer: Any) -> select.Choice:
         weight = layer.weight
         rows, columns = weight.shape
-        # read the weight only where a sparse kernel could be chosen
-        whole = self.sparse_parts == self.parts
         facts = select.Layer(
-            rows, columns, weight.dtype, whole, self._activations(layer)
+            rows,
+            columns,
+            weight.dtype,
+            self.sparse_parts == self.parts,
+            self._activations(layer),
         )
-        choice = select.choose(facts, select.Machine.detect(), wanted)
+        choice = select.choose(facts, select.Machine.detect(), select.forced())
+        # the weight is read only where it matters
         if choice.sparse and layout.crowded_groups(weight.data):
             raise ValueError(
-                f"{self.name} is 2:4 by config.json, but its weights are not; prune the "
-                f"model again, or serve it with {select.VARIABLE}=dense"
+                f"{self.name} is 2:4 by config.json, but its weights are not; prune "
+                f"the model again, or serve it with {select.VARIABLE}=dense"
             )
         return choice
 
-    def _activations(self, layer: torch.nn.Module) -> Any:
+    def _activations(self, layer: Any) -> Any:
         if isinstance(self.stock, UnquantizedLinearMethod):
             return "16-bit"
         scheme = getattr(layer, "scheme", None)
@@ -141,11 +144,13 @@ class Sparse24LinearMethod(LinearMethodBase):
             simple = scheme.weight_block_size is None
         else:
             return "other"
-        return "8-bit per token" if simple and not scheme.is_static_input_scheme else (
-            "other"
+        return (
+            "8-bit per token"
+            if simple and not scheme.is_static_input_scheme
+            else ("other")
         )
 
-    def _to_sparse(self, layer: torch.nn.Module, choice: select.Choice) -> None:
+    def _to_sparse(self, layer: Any, choice: select.Choice) -> None:
         self.few_tokens = choice.tokens
         weight = layer.weight.data
         values = places = compressed = None
@@ -173,7 +178,7 @@ class Sparse24LinearMethod(LinearMethodBase):
                 None if tensor is None else Parameter(tensor, requires_grad=False),
             )
 
-    def _log(self, layer: torch.nn.Module, choice: select.Choice) -> None:
+    def _log(self, layer: Any, choice: select.Choice) -> None:
         if get_tensor_model_parallel_rank():
             return
         rows, columns = layer.weight.shape
