@@ -2,12 +2,13 @@
 
     python integration/serving/make_checkpoints.py OUT
 
-Folders in OUT: {bf16,int8}-{dense,packed}, the whole decoder at 2:4; mixed-packed, only
-q and k; biased-packed and biased-dense, a random Qwen2 whose q, k and v have biases;
+Folders in OUT, each NAME-dense and NAME-packed: bf16, int8 and fp8, the whole decoder
+at 2:4; mixed, only q and k; biased, a random Qwen2 whose q, k and v have biases. And
 adapter, a LoRA adapter.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from transformers import (
 )
 
 from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.checkpoint import layout, marker
+from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.config import packed_config
+from llmc_attnmask.checkpoint.convert import pack, unpack
 from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
 from llmc_attnmask.pruning import compress, save
 
@@ -88,37 +91,36 @@ def make_adapter(folder: Path) -> None:
 
 
 def make(out: Path, name: str, model: PreTrainedModel, modifiers: list) -> None:
-    """Write NAME-dense and NAME-packed."""
+    """Write NAME-packed and NAME-dense, the latter with the note in config.json."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     windows = calibration_windows(load_texts(BUILTIN), tokenizer, 4, 128)
     compress(model, tokenizer, modifiers, windows)
-    dense = save(model, tokenizer, out / f"{name}-dense")
-    tensors = load_file(dense / "model.safetensors")
-    config = json.loads((dense / "config.json").read_text())
+    pruned = save(model, tokenizer, out / name)
+    packed = out / f"{name}-packed"
+    if name == "mixed":  # which our own `pack` leaves dense
+        pack_each(pruned, packed)
+    else:
+        pack(pruned, packed)
+    unpack(packed, out / f"{name}-dense")
+
+
+def pack_each(directory: Path, output: Path) -> None:
+    """Pack every 2:4 layer, also where a server fuses it with one that is not."""
+    shutil.copytree(directory, output)
+    tensors = load_file(output / "model.safetensors")
+    config = json.loads((output / "config.json").read_text())
     targets = [
-        key.removesuffix(".weight")
-        for key, tensor in tensors.items()
-        if key.endswith("_proj.weight") and not layout.crowded_groups(tensor)
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith("_proj.weight") and not layout.crowded_groups(tensor)
     ]
-    marker.write(config, targets)
-    (dense / "config.json").write_text(json.dumps(config, indent=2))
-    packed = save(model, tokenizer, out / f"{name}-packed")
-    marker.write(config, [])
-    quantization = config.setdefault(
-        "quantization_config", {"quant_method": "compressed-tensors"}
-    )
-    quantization["sparsity_config"] = {
-        "format": layout.NAME,
-        "sparsity_structure": "2:4",
-        "targets": targets,
-        "ignore": [],
-        "registry_requires_subclass": False,
-    }
     for target in targets:
         parts = layout.pack(tensors.pop(f"{target}.weight"))._asdict()
         tensors.update({f"{target}.{part}": parts[part] for part in parts})
-    (packed / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    (output / "config.json").write_text(
+        json.dumps(packed_config(config, targets, sparsity=0.1))
+    )
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
 
 
 def wanda(target: str) -> WandaPruningModifier:
@@ -127,14 +129,18 @@ def wanda(target: str) -> WandaPruningModifier:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    quantize = QuantizationModifier(
+    int8 = QuantizationModifier(
         scheme="W8A8", targets=["Linear"], ignore=["re:.*lm_head"]
     )
     make(out, "bf16", shipped(), [wanda(BLOCK)])
-    make(out, "int8", shipped(), [wanda(BLOCK), quantize])
+    make(out, "int8", shipped(), [wanda(BLOCK), int8])
+    float8 = QuantizationModifier(
+        scheme="FP8_DYNAMIC", targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+    make(out, "fp8", shipped(), [wanda(BLOCK), float8])
     make(out, "mixed", shipped(), [wanda(ATTENTION)])
     make_adapter(out / "adapter")
-    make(out, "biased", biased(out / "biased"), [wanda(BLOCK)])
+    make(out, "biased", biased(out / "random"), [wanda(BLOCK)])
 
 
 if __name__ == "__main__":

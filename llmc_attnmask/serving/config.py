@@ -78,7 +78,8 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
 
         self.sparsity = replace(
             self.sparsity,
-            targets=renamed(self.sparsity.targets),
+            packed=renamed(self.sparsity.packed),
+            dense=renamed(self.sparsity.dense),
             ignore=renamed(self.sparsity.ignore),
         )
 
@@ -87,8 +88,7 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
     ) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
             return self._linear_method(layer, prefix)
-        if self.sparsity.storage == "packed":
-            self._refuse_packed(layer, prefix)
+        self._refuse_packed(layer, prefix)
         if self.target_scheme_map or isinstance(layer, RoutedExperts):
             return super().get_quant_method(layer, prefix)
         return None  # as if there were no quantization
@@ -96,16 +96,14 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
     def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase:
         stock = super().get_quant_method(layer, prefix)
         parts = self._parts(prefix)
-        sparse = sum(map(self.sparsity.matches, parts))
-        if not sparse:
+        if not any(map(self.sparsity.is_sparse, parts)):
             return stock
         self.table.expect(prefix)
         return Sparse24LinearMethod(
             stock,
             name=prefix,
-            storage=self.sparsity.storage,
-            sparse_parts=sparse,
-            parts=len(parts),
+            packed_parts=sum(map(self.sparsity.is_packed, parts)),
+            all_sparse=all(map(self.sparsity.is_sparse, parts)),
             table=self.table,
         )
 
@@ -116,16 +114,15 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
         return [parent + dot + part for part in kinds]
 
     def _refuse_packed(self, layer: torch.nn.Module, prefix: str) -> None:
-        experts = isinstance(layer, RoutedExperts)
-        if experts:
-            packed = any(
-                target.startswith(("re:", f"{prefix}.")) or target == "Linear"
-                for target in self.sparsity.targets
+        if isinstance(layer, RoutedExperts):
+            packed = self.sparsity.is_packed(prefix) or any(
+                target.startswith(f"{prefix}.") for target in self.sparsity.packed
             )
-        else:
-            # a class name means linear layers, which this is not for vLLM
-            packed = prefix in self.sparsity.targets
-        if packed and (experts or isinstance(layer, ParallelLMHead)):
+        else:  # a class name or a pattern means linear layers, which vLLM's this is not
+            packed = isinstance(layer, ParallelLMHead) and (
+                prefix in self.sparsity.packed
+            )
+        if packed:
             raise ValueError(
                 f"{prefix} is stored packed, which is served for linear layers only, "
                 "not for experts and output embeddings; store the checkpoint dense: "

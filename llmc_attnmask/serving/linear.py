@@ -38,27 +38,26 @@ class Sparse24LinearMethod(LinearMethodBase):
         stock: LinearMethodBase,
         *,
         name: str,
-        storage: str,
-        sparse_parts: int,
-        parts: int,
+        packed_parts: int,
+        all_sparse: bool,
         table: KernelTable,
     ) -> None:
         """
         :param stock: the method of the same layer stored dense
-        :param sparse_parts: how many of the layer's ``parts`` in the checkpoint are 2:4
+        :param packed_parts: how many of its parts the checkpoint stores packed
+        :param all_sparse: whether all of its parts are 2:4
         """
         self.stock = stock
         self.name = name
-        self.storage = storage
-        self.sparse_parts = sparse_parts
-        self.parts = parts
+        self.packed_parts = packed_parts
+        self.all_sparse = all_sparse
         self.table = table
         self.loader: ShardLoader | None = None
         self.few_tokens = 0
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self.stock.create_weights(layer, *args, **kwargs)
-        if self.storage != "packed":
+        if not self.packed_parts:
             return
         weight = getattr(layer, "weight", None)
         if (
@@ -76,7 +75,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             )
         self.loader = ShardLoader(
             self.name,
-            self.sparse_parts,
+            self.packed_parts,
             weight.device,
             lambda dense, shard: layer.weight.weight_loader(
                 layer.weight, dense, *(() if shard is None else (shard,))
@@ -122,7 +121,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             rows,
             columns,
             weight.dtype,
-            self.sparse_parts == self.parts,
+            self.all_sparse,
             self._activations(layer),
         )
         choice = select.choose(facts, select.Machine.detect(), select.forced())
@@ -183,9 +182,10 @@ class Sparse24LinearMethod(LinearMethodBase):
             return
         rows, columns = layer.weight.shape
         kind = self.name.rpartition(".")[2]
+        storage = "packed" if self.packed_parts else "dense"
         self.table.add(
             self.name,
-            Row(kind, f"{rows} x {columns}", self.storage, choice.label, choice.reason),
+            Row(kind, f"{rows} x {columns}", storage, choice.label, choice.reason),
         )
 
 

@@ -1,9 +1,9 @@
 """Which checkpoints are ours, and which of their layers are 2:4; from config.json."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from llmc_attnmask.checkpoint import layout, marker
 
@@ -14,19 +14,23 @@ SPARSITY = "sparsity_config"
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The 2:4 layers of a checkpoint."""
+    """The 2:4 layers of a checkpoint: names, "re:" patterns, or the class Linear."""
 
-    storage: Literal["packed", "dense"]
-    targets: tuple[str, ...]  # names, "re:" patterns, or the class name Linear
-    ignore: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()  # stored as sparse-24-bitmask
+    dense: tuple[str, ...] = ()  # stored with their zeros
+    ignore: tuple[str, ...] = ()  # not packed, whatever ``packed`` says
 
-    def matches(self, name: str) -> bool:
-        """Whether the module of this name is one of them."""
+    def is_packed(self, name: str) -> bool:
+        """Whether the module of this name is stored packed."""
         if any(_matches(name, pattern) for pattern in self.ignore):
             return False
         return any(
-            target == "Linear" or _matches(name, target) for target in self.targets
+            target == "Linear" or _matches(name, target) for target in self.packed
         )
+
+    def is_sparse(self, name: str) -> bool:
+        """Whether the module of this name is 2:4, in either storage."""
+        return name in self.dense or self.is_packed(name)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -59,13 +63,15 @@ def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
     """
     if quantization.get("quant_method") not in ("compressed-tensors", METHOD):
         return None
-    targets = marker.read(quantization)
-    if targets is not None:
-        return Sparsity("dense", tuple(targets))
+    dense = tuple(marker.read(quantization) or ())
+    packed: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     sparsity = quantization.get(SPARSITY)
-    if not isinstance(sparsity, Mapping) or sparsity.get("format") != layout.NAME:
-        return None
-    if sparsity.get("sparsity_structure") != "2:4" or not sparsity.get("targets"):
-        return None
-    ignore: Sequence[str] = sparsity.get("ignore") or ()
-    return Sparsity("packed", tuple(sparsity["targets"]), tuple(ignore))
+    if (
+        isinstance(sparsity, Mapping)
+        and sparsity.get("format") == layout.NAME
+        and sparsity.get("sparsity_structure") == marker.STRUCTURE
+    ):
+        packed = tuple(sparsity.get("targets") or ())
+        ignore = tuple(sparsity.get("ignore") or ())
+    return Sparsity(packed, dense, ignore) if packed or dense else None

@@ -141,7 +141,7 @@ def _sparse_linear(
                 entry = _entry(pair, place, j, W_BITS, W_KIND).to(DOT_KIND)
                 tokens = _quarter(x, j, X_KIND).to(DOT_KIND)
                 total = tl.dot(
-                    entry, tokens, total, max_num_imprecise_acc=0, out_dtype=SUM
+                    entry, tokens, total, max_num_imprecise_acc=GROUPS, out_dtype=SUM
                 )
     if not PARTIAL:
         total = total.to(tl.float32)
