@@ -9,9 +9,11 @@ from llmc_attnmask.serving.kernels import (
     select,
 )
 from llmc_attnmask.serving.kernels.op import sparse_linear
+from tests.interpreter import interpreted
 from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
 
 pytest.importorskip("triton")
+pytestmark = interpreted
 
 
 def _arguments(dtype: torch.dtype, tokens: int = 3) -> tuple:

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from llmc_attnmask.serving.kernels import dense, packing
+from tests.interpreter import interpreted
 from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
 
 triton_decode = pytest.importorskip("llmc_attnmask.serving.kernels.triton_decode")
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="integration/gpu tests the compiled kernel"
-)
+pytestmark = interpreted
 
 MIXED = [(torch.bfloat16, torch.int8), (torch.float16, torch.float8_e4m3fn)]
 # of x, of the weight
