@@ -107,7 +107,7 @@ def server(model: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
+    command: list[str | Path] = [
         *(Path(sys.executable).with_name("vllm"), "serve", model),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "sparse"),
         *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "128"),

@@ -90,7 +90,7 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.loader is not None:
-            if get_current_vllm_config().load_config.load_format != "dummy":
+            if not _dummy_weights():
                 self.loader.check_complete()
             for part in PARTS:
                 delattr(layer, part)
@@ -105,7 +105,7 @@ class Sparse24LinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         out = op.sparse_linear(
             x.reshape(-1, x.shape[-1]),
-            layer.weight_packed,
+            None if layer.weight_places is None else layer.weight_packed,
             layer.weight_places,
             layer.weight_cusparselt,
             layer.weight_channel_scale,
@@ -121,7 +121,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             rows,
             columns,
             weight.dtype,
-            self.all_sparse,
+            self.all_sparse and not _dummy_weights(),
             self._activations(layer),
         )
         choice = select.choose(facts, select.Machine.detect(), select.forced())
@@ -134,6 +134,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         return choice
 
     def _activations(self, layer: Any) -> Any:
+        if layer.params_dtype == torch.float32:
+            return "other"
         if isinstance(self.stock, UnquantizedLinearMethod):
             return "16-bit"
         scheme = getattr(layer, "scheme", None)
@@ -167,6 +169,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             if hasattr(layer, name):
                 delattr(layer, name)
         for name, tensor in (
+            # LoRA asks a parameter of this name for the device
             ("weight_packed", values if values is not None else compressed),
             ("weight_places", places),
             ("weight_cusparselt", compressed),
@@ -187,6 +190,11 @@ class Sparse24LinearMethod(LinearMethodBase):
             self.name,
             Row(kind, f"{rows} x {columns}", storage, choice.label, choice.reason),
         )
+
+
+def _dummy_weights() -> bool:
+    """Whether vLLM makes weights up, which are not 2:4 then, instead of loading them."""
+    return get_current_vllm_config().load_config.load_format == "dummy"
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _quarter(x, j: tl.constexpr, kind: tl.constexpr):
     return tl.trans(part.to(kind, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # or 1 and multiples of 16 were compiled apart
 def _sparse_linear(
     x_ptr,  # integers of x's width [M, K]
     pairs_ptr,  # integers of twice the weight's width [N, K/4]: both values of a group
@@ -159,7 +159,7 @@ def _sparse_linear(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _add_partials(
     partial_ptr,  # [splits, M, N]
     out_ptr,  # [M, N]
