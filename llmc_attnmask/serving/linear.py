@@ -193,7 +193,7 @@ class Sparse24LinearMethod(LinearMethodBase):
 
 
 def _dummy_weights() -> bool:
-    """Whether vLLM makes weights up, which are not 2:4 then, instead of loading them."""
+    """Whether vLLM makes the weights up, so that they are not 2:4."""
     return get_current_vllm_config().load_config.load_format == "dummy"
 
 
