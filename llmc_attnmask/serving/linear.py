@@ -54,24 +54,29 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.table = table
         self.loader: ShardLoader | None = None
         self.few_tokens = 0
+        self.rows = self.columns = 0  # on this rank
 
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        self.stock.create_weights(layer, *args, **kwargs)
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self.rows = sum(output_partition_sizes)
+        self.columns = input_size_per_partition
+        self.stock.create_weights(
+            layer, input_size_per_partition, output_partition_sizes, *args, **kwargs
+        )
         if not self.packed_parts:
             return
         weight = getattr(layer, "weight", None)
-        if (
-            weight is None
-            or weight.ndim != 2
-            or weight.dtype
-            not in (
-                *select.DTYPES,
-                torch.float32,
-            )
-        ):
+        storable = (*select.DTYPES, torch.float32)
+        if weight is None or weight.ndim != 2 or weight.dtype not in storable:
             raise ValueError(
-                f"{self.name} is stored as {layout.NAME}, which holds weights of 8 or "
-                "16 bits, but is quantized in another way; pack the checkpoint again"
+                f"{self.name} is stored as {layout.NAME}, which holds weights of 8, "
+                "16 or 32 bits, but is quantized in another way; pack the checkpoint again"
             )
         self.loader = ShardLoader(
             self.name,
@@ -95,7 +100,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             for part in PARTS:
                 delattr(layer, part)
         choice = self._choose(layer)
-        self._log(layer, choice)
+        self._log(choice)
         if choice.sparse:
             self._to_sparse(layer, choice)
         else:
@@ -115,11 +120,12 @@ class Sparse24LinearMethod(LinearMethodBase):
         return out.view(*x.shape[:-1], -1)
 
     def _choose(self, layer: Any) -> select.Choice:
-        weight = layer.weight
-        rows, columns = weight.shape
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.shape != (self.rows, self.columns):
+            return select.keep_dense("no sparse kernel for this quantization")
         facts = select.Layer(
-            rows,
-            columns,
+            self.rows,
+            self.columns,
             weight.dtype,
             self.all_sparse and not _dummy_weights(),
             self._activations(layer),
@@ -145,11 +151,9 @@ class Sparse24LinearMethod(LinearMethodBase):
             simple = scheme.weight_block_size is None
         else:
             return "other"
-        return (
-            "8-bit per token"
-            if simple and not scheme.is_static_input_scheme
-            else ("other")
-        )
+        if not simple or scheme.is_static_input_scheme:
+            return "other"
+        return "8-bit per token"
 
     def _to_sparse(self, layer: Any, choice: select.Choice) -> None:
         self.few_tokens = choice.tokens
@@ -180,15 +184,15 @@ class Sparse24LinearMethod(LinearMethodBase):
                 None if tensor is None else Parameter(tensor, requires_grad=False),
             )
 
-    def _log(self, layer: Any, choice: select.Choice) -> None:
+    def _log(self, choice: select.Choice) -> None:
         if get_tensor_model_parallel_rank():
             return
-        rows, columns = layer.weight.shape
+        shape = f"{self.rows} x {self.columns}"
         kind = self.name.rpartition(".")[2]
         storage = "packed" if self.packed_parts else "dense"
         self.table.add(
             self.name,
-            Row(kind, f"{rows} x {columns}", storage, choice.label, choice.reason),
+            Row(kind, shape, storage, choice.label, choice.reason),
         )
 
 

@@ -98,14 +98,14 @@ def choose(layer: Layer, machine: Machine, wanted: Kernel | None = None) -> Choi
     :param wanted: the kernel to take wherever it can run at all; dense where not
     """
     if wanted == "dense":
-        return _dense(f"{VARIABLE}=dense")
+        return keep_dense(f"{VARIABLE}=dense")
     reason = _impossible(layer, machine)
     if reason is None and wanted is not None:
         return _only(wanted, layer, machine)
     if reason is None:
         reason = _unwise(layer, machine)
     if reason is not None:
-        return _dense(reason)
+        return keep_dense(reason)
     return Choice("triton", "cusparselt", DECODE_TOKENS, "2:4")
 
 
@@ -149,12 +149,13 @@ def _only(kernel: Kernel, layer: Layer, machine: Machine) -> Choice:
             layer.rows, layer.columns, layer.dtype.itemsize
         )
     if missing:
-        return _dense(f"{VARIABLE}={kernel}, which cannot run it here")
+        return keep_dense(f"{VARIABLE}={kernel}, which cannot run it here")
     tokens = NO_LIMIT if kernel == "triton" else 0
     return Choice(kernel, kernel, tokens, f"{VARIABLE}={kernel}")
 
 
-def _dense(reason: str) -> Choice:
+def keep_dense(reason: str) -> Choice:
+    """The choice of no sparse kernel."""
     return Choice("dense", "dense", NO_LIMIT, reason)
 
 
