@@ -76,7 +76,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         if weight is None or weight.ndim != 2 or weight.dtype not in storable:
             raise ValueError(
                 f"{self.name} is stored as {layout.NAME}, which holds weights of 8, "
-                "16 or 32 bits, but is quantized in another way; pack the checkpoint again"
+                "16 or 32 bits, but is quantized in another way; pack the checkpoint "
+                "again"
             )
         self.loader = ShardLoader(
             self.name,
