@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= out
 
-.PHONY: demo test test-fast lint bench-quality bench-quantization paper clean
+.PHONY: demo test test-fast test-serving lint bench-quality bench-quantization paper clean
 .DEFAULT_GOAL := demo
 
 # torch first: a plain resolve may fetch another build of it
@@ -22,9 +22,26 @@ demo: $(INSTALLED)  ## prune the shipped model by every method and print one tab
 
 test: lint  ## everything CI runs
 	$(BIN)/python -m pytest
+	$(MAKE) test-serving
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
+
+# vLLM and llm-compressor want different compressed-tensors: an environment each
+SERVING := .venv-serving
+SERVING_INSTALLED := $(SERVING)/.installed
+$(SERVING_INSTALLED): pyproject.toml integration/serving/requirements.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/pip install --quiet --no-deps \
+	    --requirement integration/serving/requirements.txt
+	$(SERVING)/bin/pip install --quiet --no-deps ./integration/serving/distribution --editable .
+	touch $@
+
+test-serving: $(INSTALLED) $(SERVING_INSTALLED)  ## real vLLM on the CPU
+	rm -rf $(OUT)/serving
+	$(QUIET) $(BIN)/python integration/serving/make_checkpoints.py $(OUT)/serving
+	LLMC_ATTNMASK_CHECKPOINTS=$(OUT)/serving \
+	    $(SERVING)/bin/python -m pytest integration/serving
 
 lint: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files
@@ -46,4 +63,4 @@ paper: $(INSTALLED)  ## the paper's synthetic experiment: CSV and plots in OUT/p
 	$(QUIET) $(BIN)/python -m llmc_attnmask.paper.experiment $(OUT)/paper
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(SERVING) $(OUT)

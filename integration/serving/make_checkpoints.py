@@ -1,0 +1,147 @@
+"""Prune and quantize the shipped model, for the serving tests; runs in .venv.
+
+    python integration/serving/make_checkpoints.py OUT
+
+Folders in OUT, each NAME-dense and NAME-packed: bf16, int8 and fp8, the whole decoder
+at 2:4; mixed, only q and k; biased, a random Qwen2 whose q, k and v have biases. And
+adapter, a LoRA adapter.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.config import packed_config
+from llmc_attnmask.checkpoint.convert import pack, unpack
+from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
+from llmc_attnmask.pruning import compress, save
+
+BLOCK = "re:.*_proj$"
+RANK = 8
+ATTENTION = "re:.*(q|k)_proj$"
+
+
+def shipped() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
+
+
+def biased(folder: Path) -> PreTrainedModel:
+    """Two layers, four query heads on two key-value heads, the shipped vocabulary."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    model = Qwen2ForCausalLM(config).bfloat16()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    model.save_pretrained(folder)  # llm-compressor saves only what came from a folder
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def make_adapter(folder: Path) -> None:
+    """A random LoRA adapter of every q and v projection of the shipped model."""
+    config = AutoConfig.from_pretrained(MODEL_DIR)
+    torch.manual_seed(0)
+    heads = {
+        "q_proj": config.num_attention_heads,
+        "v_proj": config.num_key_value_heads,
+    }
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for name, number in heads.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            rows = number * config.head_dim
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, config.hidden_size)
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, RANK) / RANK
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": list(heads),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(description))
+
+
+def make(out: Path, name: str, model: PreTrainedModel, modifiers: list) -> None:
+    """Write NAME-packed and NAME-dense, the latter with the note in config.json."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    windows = calibration_windows(load_texts(BUILTIN), tokenizer, 4, 128)
+    compress(model, tokenizer, modifiers, windows)
+    pruned = save(model, tokenizer, out / name)
+    packed = out / f"{name}-packed"
+    if name == "mixed":  # which our own `pack` leaves dense
+        pack_each(pruned, packed)
+    else:
+        pack(pruned, packed)
+    unpack(packed, out / f"{name}-dense")
+
+
+def pack_each(directory: Path, output: Path) -> None:
+    """Pack every 2:4 layer, also where a server fuses it with one that is not."""
+    shutil.copytree(directory, output)
+    tensors = load_file(output / "model.safetensors")
+    config = json.loads((output / "config.json").read_text())
+    targets = [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith("_proj.weight") and not layout.crowded_groups(tensor)
+    ]
+    for target in targets:
+        parts = layout.pack(tensors.pop(f"{target}.weight"))._asdict()
+        tensors.update({f"{target}.{part}": parts[part] for part in parts})
+    (output / "config.json").write_text(
+        json.dumps(packed_config(config, targets, sparsity=0.1))
+    )
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
+
+
+def wanda(target: str) -> WandaPruningModifier:
+    return WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=[target])
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    int8 = QuantizationModifier(
+        scheme="W8A8", targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+    make(out, "bf16", shipped(), [wanda(BLOCK)])
+    make(out, "int8", shipped(), [wanda(BLOCK), int8])
+    float8 = QuantizationModifier(
+        scheme="FP8_DYNAMIC", targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+    make(out, "fp8", shipped(), [wanda(BLOCK), float8])
+    make(out, "mixed", shipped(), [wanda(ATTENTION)])
+    make_adapter(out / "adapter")
+    make(out, "biased", biased(out / "random"), [wanda(BLOCK)])
+
+
+if __name__ == "__main__":
+    main()

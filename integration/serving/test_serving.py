@@ -1,0 +1,106 @@
+"""Real vLLM on the CPU: our checkpoints with the plugin, against the same weights
+stored dense without it.
+
+    make test-serving
+"""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from generate import LOGPROBS, PROMPTS, TOKENS
+from openai import OpenAI
+from processes import ENVIRONMENT, HERE, WITHOUT_PLUGIN, Output, server
+
+Outputs = dict[str, Future[Output]]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("bf16-packed", "bf16-dense", "int8-packed", "int8-dense"),
+        *("fp8-packed", "mixed-packed", "biased-packed"),
+    ],
+)
+def test_served_as_the_same_weights_stored_dense(outputs: Outputs, model: str) -> None:
+    expected = outputs["stock"].result().results
+    found = outputs["plugin"].result().results
+    assert found[model] == expected[model.replace("packed", "dense")]
+
+
+def test_the_log_says_which_kernel_each_layer_got(outputs: Outputs) -> None:
+    log = outputs["plugin"].result().log
+    assert log.count("llmc-attnmask: kernels of the 2:4 layers") == 7
+    row = r"4 +qkv_proj +512 x 192 +packed +dense +no sparse kernel on cpu"
+    assert re.search(row, log)
+    assert "not 2:4 in all its parts" in log  # q and k of mixed-packed
+
+
+def test_without_the_plugin_nothing_of_ours_is_in_the_log(outputs: Outputs) -> None:
+    assert "llmc-attnmask" not in outputs["stock"].result().log
+
+
+def test_lora_adapters_work_on_packed_layers(outputs: Outputs) -> None:
+    stock = outputs["stock lora"].result().results["bf16-dense"]
+    assert outputs["plugin lora"].result().results["bf16-packed"] == stock
+    assert stock != outputs["stock"].result().results["bf16-dense"]
+
+
+def test_two_ranks(outputs: Outputs) -> None:
+    stock = outputs["stock tp"].result().results["bf16-dense"]
+    assert outputs["plugin tp"].result().results["bf16-packed"] == stock
+
+
+@pytest.mark.parametrize("model", ["bf16-packed", "int8-dense"])
+def test_the_decode_kernel_in_the_interpreter(outputs: Outputs, model: str) -> None:
+    # another order of sums, and bfloat16 cut off instead of rounded
+    expected = outputs["stock"].result().results[model.replace("packed", "dense")]
+    output = outputs["interpreted"].result()
+    assert "LLMC_ATTNMASK_KERNEL=triton" in output.log
+    for ours, stock in zip(output.results[model], expected, strict=True):
+        first, reference = ours["logprobs"][0], stock["logprobs"][0]
+        assert max(first, key=first.get) in reference
+        for token in first.keys() & reference.keys():
+            assert first[token] == pytest.approx(reference[token], abs=0.15)
+
+
+def test_vllm_serve_answers_the_openai_client(
+    checkpoints: Path, outputs: Outputs, tmp_path: Path
+) -> None:
+    expected = outputs["stock"].result().results["int8-dense"]
+    with server(checkpoints / "int8-packed", tmp_path / "server.log") as url:
+        answer = OpenAI(base_url=url, api_key="none").completions.create(
+            model="sparse",
+            prompt=PROMPTS,
+            max_tokens=TOKENS,
+            temperature=0,
+            logprobs=LOGPROBS,
+        )
+    assert "llmc-attnmask: kernels" in (tmp_path / "server.log").read_text()
+    for choice, stock in zip(answer.choices, expected, strict=True):
+        likeliest = [
+            step[str(token)]
+            for token, step in zip(stock["tokens"], stock["logprobs"], strict=True)
+        ]
+        assert choice.logprobs.token_logprobs == pytest.approx(likeliest, abs=1e-6)
+
+
+def test_a_packed_checkpoint_without_the_plugin_is_refused(checkpoints: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import sys, vllm; vllm.LLM(sys.argv[1], max_model_len=128)",
+            checkpoints / "bf16-packed",
+        ],
+        env=os.environ | ENVIRONMENT | WITHOUT_PLUGIN,
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "Sparsity support has been removed" in done.stderr

@@ -1,0 +1,29 @@
+"""The reference for the sparse kernels: the same product with the dense weight.
+
+When vLLM serves a layer densely it is with vLLM's own kernel, not with this.
+"""
+
+import torch
+from torch import Tensor
+
+from llmc_attnmask.serving.kernels import packing
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    channel_scale: Tensor | None,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``x W^T`` in float64, rounded once; parameters as of ``triton_decode.linear``."""
+    out = x.double() @ packing.unpack(values, places).double().t()
+    if channel_scale is not None:
+        out *= channel_scale.double()
+    if token_scale is not None:
+        out *= token_scale.double()[:, None]
+    if bias is not None:
+        out += bias.double()
+    return out.to(out_dtype)

@@ -1,0 +1,66 @@
+"""The form in which the decode kernel reads a 2:4 weight, made once at load.
+
+A row of K columns is K/4 groups of four, each with two kept values:
+
+* ``values`` [rows, K/2]: the kept values in their order, as in the checkpoint.
+* ``places`` uint8 [rows, 32 * ceil(K/256)]: four bits a group, ``first | second << 2``,
+  where first < second are the kept columns of the group. Byte b of a chunk of 256
+  columns holds group b in its low half and group b + 32 in its high half, so that
+  threads which read neighbouring bytes work on neighbouring groups.
+
+Bytes against dense: 0.5625 in 16 bits, 0.625 in 8.
+"""
+
+import torch
+from torch import Tensor
+
+from llmc_attnmask.checkpoint import layout
+
+GROUPS = 32  # groups that one read of `places` serves; a chunk is two of these
+CHUNK = 2 * GROUPS * 4  # columns
+COLUMNS = 8  # K is a multiple of this
+
+# By the bitmask's code of a group with two bits set: first | second << 2.
+_PLACES = torch.zeros(16, dtype=torch.uint8)
+for _first, _second in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
+    _PLACES[1 << _first | 1 << _second] = _first | _second << 2
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a 2:4 weight; zeros fill groups with fewer than two non-zeros.
+
+    :param weight: [rows, K] of one or two bytes an entry, K a multiple of 8
+    :return: values [rows, K/2] in the weight's dtype; places
+    :raises ValueError: if a group has more than two non-zeros, or for another K
+    """
+    rows, columns = weight.shape
+    if columns % COLUMNS:
+        raise ValueError(
+            f"the weight has {columns} columns; 2:4 kernels need a multiple of "
+            f"{COLUMNS}"
+        )
+    values, bitmask, _ = layout.pack(weight)
+    chunks = -(-columns // CHUNK)
+    codes = torch.stack((bitmask & 15, bitmask >> 4), dim=-1).view(rows, -1)
+    nibbles = weight.new_zeros(rows, chunks, 2, GROUPS, dtype=torch.uint8)
+    nibbles.view(rows, -1)[:, : columns // 4] = _PLACES.to(weight.device)[codes.int()]
+    places = nibbles[:, :, 0] | nibbles[:, :, 1] << 4
+    return values, places.view(rows, -1)
+
+
+def unpack(values: Tensor, places: Tensor) -> Tensor:
+    """The dense weight again: kept values in their bits, +0.0 elsewhere.
+
+    :param values: as ``pack`` makes them, and
+    :param places: likewise
+    :return: [rows, K]
+    """
+    rows, half = values.shape
+    halves = places.view(rows, -1, 1, GROUPS)
+    nibbles = torch.cat([halves & 15, halves >> 4], dim=2).view(rows, -1)
+    nibbles = nibbles[:, : half // 2].long()
+    kept = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
+    bits = values.view({1: torch.int8, 2: torch.int16}[values.itemsize])
+    dense = bits.new_zeros(rows, half // 2, 4)
+    dense.scatter_(-1, kept, bits.view(rows, -1, 2))
+    return dense.view(rows, 2 * half).view(values.dtype)

@@ -1,0 +1,163 @@
+"""Which kernel computes a layer: one function, and the numbers that it goes by."""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from llmc_attnmask.serving.kernels import cusparselt, packing
+
+Kernel = Literal["dense", "cusparselt", "triton"]
+KERNELS: tuple[Kernel, ...] = ("dense", "cusparselt", "triton")
+VARIABLE = "LLMC_ATTNMASK_KERNEL"
+DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+NO_LIMIT = 2**31 - 1
+
+# Not measured yet: integration/gpu/bench_kernels.py prints what belongs here.
+DECODE_TOKENS = 64  # up to here the decode kernel, above it cuSPARSELt
+SMALLEST = 2**20  # entries of a weight; launches cost more than memory below
+CAPABILITIES = ((8, 0), (9, 0))  # first and last that may go sparse unasked
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a layer runs."""
+
+    device: str  # as of a torch device
+    capability: tuple[int, int] | None  # of a CUDA GPU
+    triton: bool
+    cusparselt: bool
+
+    @classmethod
+    def detect(cls) -> "Machine":
+        """This process's machine."""
+        has_triton = find_spec("triton") is not None
+        if not torch.cuda.is_available() or torch.version.hip:
+            return cls("cpu", None, has_triton and interpreted(), False)
+        capability = torch.cuda.get_device_capability()
+        return cls("cuda", capability, has_triton, cusparselt.available())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What of a layer the choice depends on."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype  # of the weight
+    two_of_four: bool  # all rows; of a fused layer all parts
+    activations: Literal["16-bit", "8-bit per token", "other"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernels of a layer, and why."""
+
+    few: Kernel  # up to ``tokens``
+    many: Kernel  # above
+    tokens: int
+    reason: str
+
+    @property
+    def sparse(self) -> bool:
+        return self.few != "dense"
+
+    @property
+    def label(self) -> str:
+        if self.few == self.many:
+            return self.few
+        return f"{self.few} to {self.tokens} tokens, then {self.many}"
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forced() -> Kernel | None:
+    """The kernel that the environment asks for.
+
+    :raises ValueError: if it is none of ours
+    """
+    wanted = os.environ.get(VARIABLE) or None
+    for kernel in KERNELS:
+        if wanted == kernel:
+            return kernel
+    if wanted is None:
+        return None
+    raise ValueError(
+        f"{VARIABLE} is {wanted!r}; expected one of {', '.join(KERNELS)}, or unset"
+    )
+
+
+def choose(layer: Layer, machine: Machine, wanted: Kernel | None = None) -> Choice:
+    """The kernels for few and for many tokens.
+
+    :param wanted: the kernel to take wherever it can run at all; dense where not
+    """
+    if wanted == "dense":
+        return keep_dense(f"{VARIABLE}=dense")
+    reason = _impossible(layer, machine)
+    if reason is None and wanted is not None:
+        return _only(wanted, layer, machine)
+    if reason is None:
+        reason = _unwise(layer, machine)
+    if reason is not None:
+        return keep_dense(reason)
+    return Choice("triton", "cusparselt", DECODE_TOKENS, "2:4")
+
+
+def _impossible(layer: Layer, machine: Machine) -> str | None:
+    if not layer.two_of_four:
+        return "not 2:4 in all its parts"
+    if layer.dtype not in DTYPES:
+        return f"no sparse kernel for {str(layer.dtype).removeprefix('torch.')}"
+    if layer.activations == "other":
+        return "no sparse kernel for this quantization of activations"
+    if layer.columns % packing.COLUMNS:
+        return f"{layer.columns} inputs on this rank, not a multiple of 8"
+    if machine.capability is None:
+        return None if machine.triton else f"no sparse kernel on {machine.device}"
+    least = (8, 9) if layer.dtype == torch.float8_e4m3fn else (8, 0)
+    if machine.capability < least:
+        return f"capability {_dotted(machine.capability)} below {_dotted(least)}"
+    return None
+
+
+def _unwise(layer: Layer, machine: Machine) -> str | None:
+    if machine.capability is None:
+        return f"no sparse kernel on {machine.device}"
+    first, last = CAPABILITIES
+    if not first <= machine.capability <= last:
+        return f"capability {_dotted(machine.capability)} is untried"
+    if layer.rows * layer.columns < SMALLEST:
+        return f"small: {layer.rows} x {layer.columns}"
+    if not machine.triton or not machine.cusparselt:
+        return f"no {'cuSPARSELt' if machine.triton else 'Triton'} here"
+    if not cusparselt.fits(layer.rows, layer.columns, layer.dtype.itemsize):
+        return f"cuSPARSELt takes no {layer.rows} x {layer.columns}"
+    return None
+
+
+def _only(kernel: Kernel, layer: Layer, machine: Machine) -> Choice:
+    if kernel == "triton":
+        missing = not machine.triton
+    else:
+        missing = not machine.cusparselt or not cusparselt.fits(
+            layer.rows, layer.columns, layer.dtype.itemsize
+        )
+    if missing:
+        return keep_dense(f"{VARIABLE}={kernel}, which cannot run it here")
+    tokens = NO_LIMIT if kernel == "triton" else 0
+    return Choice(kernel, kernel, tokens, f"{VARIABLE}={kernel}")
+
+
+def keep_dense(reason: str) -> Choice:
+    """The choice of no sparse kernel."""
+    return Choice("dense", "dense", NO_LIMIT, reason)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

@@ -1,0 +1,214 @@
+"""A vLLM linear layer whose weight is 2:4.
+
+Written against vLLM 0.26 and 0.32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW8A8Fp8,
+    CompressedTensorsW8A8Int8,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.serving.kernels import cusparselt, op, packing, select
+from llmc_attnmask.serving.loading import PARTS, ShardLoader
+from llmc_attnmask.serving.table import KernelTable, Row
+
+
+@register_weight_loader_v2_supported_method
+class Sparse24LinearMethod(LinearMethodBase):
+    """Loads as the method that the layer would have had, and then serves on a sparse
+    kernel; or, where that is not possible or not wise, hands the layer back to it.
+    """
+
+    def __init__(
+        self,
+        stock: LinearMethodBase,
+        *,
+        name: str,
+        packed_parts: int,
+        all_sparse: bool,
+        table: KernelTable,
+    ) -> None:
+        """
+        :param stock: the method of the same layer stored dense
+        :param packed_parts: how many of its parts the checkpoint stores packed
+        :param all_sparse: whether all of its parts are 2:4
+        """
+        self.stock = stock
+        self.name = name
+        self.packed_parts = packed_parts
+        self.all_sparse = all_sparse
+        self.table = table
+        self.loader: ShardLoader | None = None
+        self.few_tokens = 0
+        self.rows = self.columns = 0  # on this rank
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self.rows = sum(output_partition_sizes)
+        self.columns = input_size_per_partition
+        self.stock.create_weights(
+            layer, input_size_per_partition, output_partition_sizes, *args, **kwargs
+        )
+        if not self.packed_parts:
+            return
+        weight = getattr(layer, "weight", None)
+        storable = (*select.DTYPES, torch.float32)
+        if weight is None or weight.ndim != 2 or weight.dtype not in storable:
+            raise ValueError(
+                f"{self.name} is stored as {layout.NAME}, which holds weights of 8, "
+                "16 or 32 bits, but is quantized in another way; pack the checkpoint "
+                "again"
+            )
+        self.loader = ShardLoader(
+            self.name,
+            self.packed_parts,
+            weight.device,
+            lambda dense, shard: layer.weight.weight_loader(
+                layer.weight, dense, *(() if shard is None else (shard,))
+            ),
+        )
+        dtypes = (weight.dtype, torch.uint8, torch.int64)
+        for part, dtype in zip(PARTS, dtypes, strict=True):
+            # empty: what the checkpoint has under this name goes through the loader
+            parameter = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            set_weight_attrs(parameter, {"weight_loader": self.loader.loader(part)})
+            layer.register_parameter(part, parameter)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.loader is not None:
+            if not _dummy_weights():
+                self.loader.check_complete()
+            for part in PARTS:
+                delattr(layer, part)
+        choice = self._choose(layer)
+        self._log(choice)
+        if choice.sparse:
+            self._to_sparse(layer, choice)
+        else:
+            self.stock.process_weights_after_loading(layer)
+            layer.quant_method = self.stock
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = op.sparse_linear(
+            x.reshape(-1, x.shape[-1]),
+            None if layer.weight_places is None else layer.weight_packed,
+            layer.weight_places,
+            layer.weight_cusparselt,
+            layer.weight_channel_scale,
+            bias,
+            self.few_tokens,
+        )
+        return out.view(*x.shape[:-1], -1)
+
+    def _choose(self, layer: Any) -> select.Choice:
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.shape != (self.rows, self.columns):
+            return select.keep_dense("no sparse kernel for this quantization")
+        facts = select.Layer(
+            self.rows,
+            self.columns,
+            weight.dtype,
+            self.all_sparse and not _dummy_weights(),
+            self._activations(layer),
+        )
+        choice = select.choose(facts, select.Machine.detect(), select.forced())
+        # the weight is read only where it matters
+        if choice.sparse and layout.crowded_groups(weight.data):
+            raise ValueError(
+                f"{self.name} is 2:4 by config.json, but its weights are not; prune "
+                f"the model again, or serve it with {select.VARIABLE}=dense"
+            )
+        return choice
+
+    def _activations(self, layer: Any) -> Any:
+        if layer.params_dtype == torch.float32:
+            return "other"
+        if isinstance(self.stock, UnquantizedLinearMethod):
+            return "16-bit"
+        scheme = getattr(layer, "scheme", None)
+        if isinstance(scheme, CompressedTensorsW8A8Int8):
+            simple = scheme.input_symmetric
+        elif isinstance(scheme, CompressedTensorsW8A8Fp8):
+            simple = scheme.weight_block_size is None
+        else:
+            return "other"
+        if not simple or scheme.is_static_input_scheme:
+            return "other"
+        return "8-bit per token"
+
+    def _to_sparse(self, layer: Any, choice: select.Choice) -> None:
+        self.few_tokens = choice.tokens
+        weight = layer.weight.data
+        values = places = compressed = None
+        if "triton" in (choice.few, choice.many):
+            values, places = packing.pack(weight)
+        if "cusparselt" in (choice.few, choice.many):
+            compressed = cusparselt.compress(weight.contiguous())
+            kept = cusparselt.kept_values(compressed)
+            if values is not None and torch.equal(_bits(kept), _bits(values)):
+                values = kept  # one copy of them for both kernels
+        scale = None
+        if weight.itemsize == 1:
+            scale = _by_row(layer.weight_scale.data, layer.logical_widths)
+        for name in ("weight", "weight_scale", "input_scale", "_input_quant_key"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        for name, tensor in (
+            # LoRA asks a parameter of this name for the device
+            ("weight_packed", values if values is not None else compressed),
+            ("weight_places", places),
+            ("weight_cusparselt", compressed),
+            ("weight_channel_scale", scale),
+        ):
+            layer.register_parameter(
+                name,
+                None if tensor is None else Parameter(tensor, requires_grad=False),
+            )
+
+    def _log(self, choice: select.Choice) -> None:
+        if get_tensor_model_parallel_rank():
+            return
+        shape = f"{self.rows} x {self.columns}"
+        kind = self.name.rpartition(".")[2]
+        storage = "packed" if self.packed_parts else "dense"
+        self.table.add(
+            self.name,
+            Row(kind, shape, storage, choice.label, choice.reason),
+        )
+
+
+def _dummy_weights() -> bool:
+    """Whether vLLM makes the weights up, so that they are not 2:4."""
+    return get_current_vllm_config().load_config.load_format == "dummy"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view({1: torch.int8, 2: torch.int16}[tensor.itemsize])
+
+
+def _by_row(scale: Tensor, widths: list[int]) -> Tensor:
+    """Scales as fp32 [rows]: of rows already, or one for each part of the layer."""
+    if scale.numel() == len(widths) != sum(widths):
+        counts = torch.tensor(widths, device=scale.device)
+        scale = scale.view(-1).repeat_interleave(counts)
+    return scale.float().reshape(-1).contiguous()

@@ -1,0 +1,88 @@
+"""Packed shards of a fused layer become its dense weight, one shard in memory."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmc_attnmask.checkpoint import layout
+
+PARTS = ("compressed", "bitmask", "shape")  # of one shard, as the checkpoint names them
+Deliver = Callable[[Tensor, Any], None]
+
+
+class ShardLoader:
+    """Collects the three tensors of a shard, in any order, and delivers it dense.
+
+    What is delivered is the whole shard, as a checkpoint stored dense would have had
+    it: the loader of the dense weight then takes its part of it on every rank.
+    """
+
+    def __init__(self, name: str, shards: int, device: torch.device, deliver: Deliver):
+        """
+        :param name: of the layer, for messages
+        :param shards: how many of the layer's parts are packed
+        :param device: where to unpack
+        :param deliver: is called with each dense shard [rows, columns] and its id
+        """
+        self.name = name
+        self.shards = shards
+        self.device = device
+        self.deliver = deliver
+        self.delivered = 0
+        self._waiting: dict[Any, dict[str, Tensor]] = {}
+
+    def loader(self, part: str) -> Callable[..., None]:
+        """The weight loader of one of ``PARTS``, with vLLM's signature."""
+        return partial(self._receive, part)
+
+    def _receive(
+        self, part: str, parameter: nn.Parameter, tensor: Tensor, shard: Any = None
+    ) -> None:
+        if shard is None:  # newer loaders write it on the tensor
+            shard = getattr(tensor, "shard_id", None)
+        parts = self._waiting.setdefault(shard, {})
+        parts[part] = tensor
+        if len(parts) < len(PARTS):
+            return
+        del self._waiting[shard]
+        dense = self._unpacked(parts, shard)
+        if shard is not None:
+            dense.shard_id = shard  # type: ignore[attr-defined]
+        self.deliver(dense, shard)
+        self.delivered += 1
+
+    def _unpacked(self, parts: dict[str, Tensor], shard: Any) -> Tensor:
+        device = torch.device("cpu") if self.device.type == "meta" else self.device
+        try:
+            return layout.unpack(
+                parts["compressed"].to(device),
+                parts["bitmask"].to(device),
+                parts["shape"],
+            )
+        except ValueError as error:
+            raise ValueError(f"{self._shard(shard)} cannot be unpacked: {error}") from (
+                error
+            )
+
+    def check_complete(self) -> None:
+        """Refuse a layer of which the checkpoint held only a part.
+
+        :raises ValueError: with the tensors that are missing
+        """
+        for shard, parts in self._waiting.items():
+            missing = [part for part in PARTS if part not in parts]
+            raise ValueError(
+                f"{self._shard(shard)} is incomplete: the checkpoint has no "
+                f"{', '.join(missing)} for it; download or pack it again"
+            )
+        if self.delivered < self.shards:
+            raise ValueError(
+                f"{self.name} has {self.shards} packed parts by config.json, but the "
+                f"checkpoint held {self.delivered}; download or pack it again"
+            )
+
+    def _shard(self, shard: Any) -> str:
+        return self.name if shard is None else f"part {shard} of {self.name}"

@@ -1,0 +1,54 @@
+"""Entry point of vLLM's plugin group ``vllm.general_plugins``.
+
+vLLM calls ``register`` in each of its processes, and again if it likes.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from llmc_attnmask.serving.recognise import METHOD, QUANTIZATION, annotate
+from llmc_attnmask.serving.versions import refusal
+
+logger = logging.getLogger("vllm.llmc_attnmask")  # vLLM's handlers and level
+
+
+def register() -> None:
+    """Teach this process's vLLM to serve 2:4 checkpoints of ours; others as before.
+
+    On a version that is not supported nothing is changed, and the log says why.
+    """
+    import vllm
+
+    reason = refusal(vllm.__version__)
+    if reason is not None:
+        logger.warning("llmc-attnmask is off: %s", reason)
+        return
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+    from vllm.transformers_utils.config import HFConfigParser
+
+    from llmc_attnmask.serving.config import Sparse24Config
+
+    if METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(METHOD)(Sparse24Config)
+    if not hasattr(HFConfigParser.parse, "__wrapped__"):
+        HFConfigParser.parse = _annotating(HFConfigParser.parse)
+
+
+def _annotating(parse: Callable[..., Any]) -> Callable[..., Any]:
+    """The one way in for a checkpoint that is not quantized and stored dense: without
+    a quantization_config vLLM asks no plugin about it.
+    """
+
+    @functools.wraps(parse)
+    def parsed(*args: Any, **kwargs: Any) -> Any:
+        content, config = parse(*args, **kwargs)
+        if annotate(content):
+            config.quantization_config = content[QUANTIZATION]
+        return content, config
+
+    return parsed

@@ -1,0 +1,77 @@
+"""Which checkpoints are ours, and which of their layers are 2:4; from config.json."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmc_attnmask.checkpoint import layout, marker
+
+METHOD = "llmc_attnmask"  # the name of our quantization method in vLLM
+QUANTIZATION = "quantization_config"
+SPARSITY = "sparsity_config"
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """The 2:4 layers of a checkpoint: names, "re:" patterns, or the class Linear."""
+
+    packed: tuple[str, ...] = ()  # stored as sparse-24-bitmask
+    dense: tuple[str, ...] = ()  # stored with their zeros
+    ignore: tuple[str, ...] = ()  # not packed, whatever ``packed`` says
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the module of this name is stored packed."""
+        if any(_matches(name, pattern) for pattern in self.ignore):
+            return False
+        return any(
+            target == "Linear" or _matches(name, target) for target in self.packed
+        )
+
+    def is_sparse(self, name: str) -> bool:
+        """Whether the module of this name is 2:4, in either storage."""
+        return name in self.dense or self.is_packed(name)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return name == pattern
+
+
+def annotate(config: dict[str, Any]) -> bool:
+    """Put the note of a dense-stored checkpoint where vLLM looks: into a
+    quantization_config, made if there is none. Other configs stay as they are.
+
+    :param config: content of config.json
+    :return: whether there is a note
+    :raises ValueError: for a malformed note
+    """
+    if marker.read(config) is None:
+        return False
+    quantization = dict(config.get(QUANTIZATION) or {"quant_method": METHOD})
+    quantization[marker.KEY] = config[marker.KEY]
+    config[QUANTIZATION] = quantization
+    return True
+
+
+def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
+    """The 2:4 layers that a quantization_config names; None if it is not ours.
+
+    :param quantization: ``quantization_config``, after ``annotate``
+    :raises ValueError: for a malformed note
+    """
+    if quantization.get("quant_method") not in ("compressed-tensors", METHOD):
+        return None
+    dense = tuple(marker.read(quantization) or ())
+    packed: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    sparsity = quantization.get(SPARSITY)
+    if (
+        isinstance(sparsity, Mapping)
+        and sparsity.get("format") == layout.NAME
+        and sparsity.get("sparsity_structure") == marker.STRUCTURE
+    ):
+        packed = tuple(sparsity.get("targets") or ())
+        ignore = tuple(sparsity.get("ignore") or ())
+    return Sparsity(packed, dense, ignore) if packed or dense else None

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from llmc_attnmask.serving.kernels import (
+    activations,
+    cusparselt,
+    dense,
+    packing,
+    select,
+)
+from llmc_attnmask.serving.kernels.op import sparse_linear
+from tests.interpreter import interpreted
+from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
+
+pytest.importorskip("triton")
+pytestmark = interpreted
+
+
+def _arguments(dtype: torch.dtype, tokens: int = 3) -> tuple:
+    torch.manual_seed(0)
+    x_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    values, places = packing.pack(random_2of4(32, 64, dtype))
+    scale = torch.rand(32) if dtype.itemsize == 1 else None
+    x = random_values((tokens, 64), x_dtype)
+    bias = torch.randn(32, dtype=x_dtype)
+    return x, values, places, None, scale, bias, select.NO_LIMIT
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_is_a_valid_custom_operator(dtype):
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if dtype == torch.float8_e4m3fn:
+        checks.remove("test_schema")  # it does arithmetic on the arguments
+    torch.library.opcheck(sparse_linear, _arguments(dtype), test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_eight_bits_means_quantized_tokens(dtype):
+    x, values, places, _, scale, bias, limit = _arguments(dtype)
+    found = sparse_linear(x, values, places, None, scale, bias, limit)
+    tokens, token_scale = activations.quantize(x, dtype)
+    expected = dense.linear(
+        tokens, values, places, scale, token_scale, bias, torch.float32
+    )
+    # the interpreter cuts bfloat16 off where a GPU rounds
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-5)
+
+
+def test_no_tokens_at_all():
+    assert sparse_linear(*_arguments(torch.bfloat16, tokens=0)).shape == (0, 32)
+
+
+def test_one_compiled_graph_serves_every_number_of_tokens():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, *rest: sparse_linear(x, *rest), backend=backend)
+    x, *rest = _arguments(torch.bfloat16, tokens=7)
+    torch._dynamo.mark_dynamic(x, 0)
+    assert torch.equal(compiled(x, *rest), sparse_linear(x, *rest))
+    y = x[:5].clone()
+    assert torch.equal(compiled(y, *rest), sparse_linear(y, *rest))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_token_of_zeros_and_a_large_one(dtype):
+    x = torch.tensor([[0.0, 0.0], [60000.0, -30000.0]], dtype=torch.float16)
+    rounded, scale = activations.quantize(x, dtype)
+    back = rounded.float() * scale[:, None]
+    assert not back[0].any()
+    torch.testing.assert_close(back[1], x[1].float(), rtol=0.04, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 9), (torch.int8, 10)])
+def test_kept_values_of_a_compressed_matrix_are_its_first_half(dtype, share):
+    compressed = torch.arange(32 * 64 * share // 16).to(dtype).view(32, -1)
+    kept = cusparselt.kept_values(compressed)
+    assert kept.shape == (32, 32)
+    assert torch.equal(kept.flatten(), compressed.flatten()[: 32 * 32])
+    assert kept.data_ptr() == compressed.data_ptr()

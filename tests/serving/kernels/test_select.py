@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmc_attnmask.serving.kernels import select
+
+LAYER = select.Layer(4096, 4096, torch.bfloat16, True, "16-bit")
+HOPPER = select.Machine("cuda", (9, 0), triton=True, cusparselt=True)
+CPU = select.Machine("cpu", None, triton=False, cusparselt=False)
+
+
+def test_few_tokens_and_many_get_different_kernels():
+    choice = select.choose(LAYER, HOPPER)
+    assert (choice.few, choice.many) == ("triton", "cusparselt")
+    assert choice.label == "triton to 64 tokens, then cusparselt"
+
+
+@pytest.mark.parametrize(
+    ("layer", "machine", "reason"),
+    [
+        ({}, CPU, "no sparse kernel on cpu"),
+        ({"two_of_four": False}, HOPPER, "not 2:4 in all its parts"),
+        ({"dtype": torch.float32}, HOPPER, "no sparse kernel for float32"),
+        ({"activations": "other"}, HOPPER, "quantization of activations"),
+        ({"columns": 4100}, HOPPER, "not a multiple of 8"),
+        ({"rows": 64}, HOPPER, "small: 64 x 4096"),
+        ({"rows": 4104}, HOPPER, "cuSPARSELt takes no 4104 x 4096"),
+        ({}, replace(HOPPER, capability=(7, 5)), "capability 7.5 below 8.0"),
+        ({}, replace(HOPPER, capability=(10, 0)), "capability 10.0 is untried"),
+        (
+            {"dtype": torch.float8_e4m3fn, "activations": "8-bit per token"},
+            replace(HOPPER, capability=(8, 6)),
+            "capability 8.6 below 8.9",
+        ),
+        ({}, replace(HOPPER, cusparselt=False), "no cuSPARSELt here"),
+        ({}, replace(HOPPER, triton=False), "no Triton here"),
+    ],
+)
+def test_everything_else_is_dense_and_says_why(layer, machine, reason):
+    choice = select.choose(replace(LAYER, **layer), machine)
+    assert not choice.sparse
+    assert reason in choice.reason
+
+
+def test_a_wanted_kernel_is_taken_where_it_was_only_unwise():
+    blackwell = replace(HOPPER, capability=(10, 0), cusparselt=False)
+    choice = select.choose(LAYER, blackwell, "triton")
+    assert (choice.few, choice.many) == ("triton", "triton")
+    assert choice.tokens == select.NO_LIMIT
+
+
+@pytest.mark.parametrize("wanted", ["triton", "cusparselt"])
+def test_a_wanted_kernel_that_cannot_run_is_dense(wanted):
+    choice = select.choose(LAYER, CPU, wanted)
+    assert not choice.sparse
+
+
+def test_dense_can_be_wanted():
+    assert not select.choose(LAYER, HOPPER, "dense").sparse
+
+
+def test_the_environment_is_checked(monkeypatch):
+    monkeypatch.delenv(select.VARIABLE, raising=False)
+    assert select.forced() is None
+    monkeypatch.setenv(select.VARIABLE, "triton")
+    assert select.forced() == "triton"
+    monkeypatch.setenv(select.VARIABLE, "marlin")
+    with pytest.raises(ValueError, match="'marlin'; expected one of dense"):
+        select.forced()

@@ -1,0 +1,77 @@
+import itertools
+
+import pytest
+import torch
+
+from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.serving.loading import PARTS, ShardLoader
+from tests.serving.kernels.matrices import random_2of4
+
+CPU = torch.device("cpu")
+
+
+def _loader(shards: int) -> tuple[ShardLoader, dict]:
+    delivered = {}
+    loader = ShardLoader(
+        "qkv_proj", shards, CPU, lambda dense, shard: delivered.update({shard: dense})
+    )
+    return loader, delivered
+
+
+def _receive(loader: ShardLoader, part: str, tensor: torch.Tensor, *shard) -> None:
+    loader.loader(part)(torch.nn.Parameter(torch.empty(0)), tensor, *shard)
+
+
+@pytest.mark.parametrize("order", itertools.permutations(PARTS), ids=str)
+def test_a_shard_is_delivered_when_its_last_part_arrives(order):
+    weight = random_2of4(4, 16, torch.bfloat16)
+    packed = layout.pack(weight)._asdict()
+    loader, delivered = _loader(1)
+    for part in order:
+        assert not delivered
+        _receive(loader, part, packed[part])
+    assert torch.equal(delivered[None], weight)
+    loader.check_complete()
+
+
+@pytest.mark.parametrize("on_tensor", [True, False])
+def test_shards_may_be_interleaved(on_tensor):
+    weights = {shard: random_2of4(4, 16, torch.int8) for shard in ("q", "k", 0)}
+    loader, delivered = _loader(3)
+    for part in PARTS:
+        for shard, weight in weights.items():
+            tensor = layout.pack(weight)._asdict()[part]
+            if on_tensor:  # as vLLM's newer loaders do it
+                tensor.shard_id = shard
+                _receive(loader, part, tensor)
+            else:
+                _receive(loader, part, tensor, shard)
+    for shard, weight in weights.items():
+        assert torch.equal(delivered[shard], weight)
+        assert delivered[shard].shard_id == shard
+    loader.check_complete()
+
+
+def test_a_missing_part_is_named():
+    loader, _ = _loader(1)
+    packed = layout.pack(random_2of4(4, 16, torch.bfloat16))
+    _receive(loader, "compressed", packed.compressed, "k")
+    with pytest.raises(ValueError, match=r"part k of qkv_proj .* no bitmask, shape"):
+        loader.check_complete()
+
+
+def test_a_missing_shard_is_counted():
+    loader, _ = _loader(2)
+    for part, tensor in layout.pack(random_2of4(4, 16, torch.int8))._asdict().items():
+        _receive(loader, part, tensor, "q")
+    with pytest.raises(ValueError, match=r"2 packed parts .* held 1"):
+        loader.check_complete()
+
+
+def test_a_broken_bitmask_names_its_layer():
+    loader, _ = _loader(1)
+    packed = layout.pack(random_2of4(4, 16, torch.bfloat16))
+    _receive(loader, "compressed", packed.compressed, "v")
+    _receive(loader, "shape", packed.shape, "v")
+    with pytest.raises(ValueError, match="part v of qkv_proj cannot be unpacked"):
+        _receive(loader, "bitmask", packed.bitmask ^ 1, "v")

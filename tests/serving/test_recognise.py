@@ -1,0 +1,84 @@
+import pytest
+
+from llmc_attnmask.checkpoint import marker
+from llmc_attnmask.serving.recognise import METHOD, Sparsity, annotate, recognise
+
+NAMES = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"]
+PACKED = {
+    "format": "sparse-24-bitmask",
+    "sparsity_structure": "2:4",
+    "targets": NAMES,
+    "ignore": [],
+}
+
+
+def _quantization(**sparsity) -> dict:
+    return {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": PACKED | sparsity,
+    }
+
+
+def test_a_dense_checkpoint_gets_a_quantization_config_that_names_us():
+    config = {"model_type": "llama"}
+    marker.write(config, NAMES)
+    assert annotate(config)
+    assert config["quantization_config"]["quant_method"] == METHOD
+    assert recognise(config["quantization_config"]) == Sparsity(dense=tuple(NAMES))
+
+
+def test_a_quantized_one_keeps_its_own():
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "a": 1}}
+    marker.write(config, NAMES)
+    assert annotate(config)
+    found = config["quantization_config"]
+    assert found["quant_method"] == "compressed-tensors" and found["a"] == 1
+    assert recognise(found) == Sparsity(dense=tuple(NAMES))
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"quantization_config": {"quant_method": "fp8"}}]
+)
+def test_others_are_left_alone(config):
+    before = dict(config)
+    assert not annotate(config)
+    assert config == before
+
+
+def test_packed_and_dense_layers_may_be_in_one_checkpoint():
+    config = {"quantization_config": _quantization()}
+    marker.write(config, ["lm_head"])
+    annotate(config)
+    found = recognise(config["quantization_config"])
+    assert found == Sparsity(packed=tuple(NAMES), dense=("lm_head",))
+    assert found.is_sparse("lm_head") and not found.is_packed("lm_head")
+    assert found.is_packed(NAMES[0])
+    assert not found.is_sparse("model.layers.0.mlp.down_proj")
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "compressed-tensors", "sparsity_config": {}},
+        {"quant_method": "compressed-tensors"},
+        _quantization(targets=[]),
+        _quantization(format="sparse-bitmask"),
+        _quantization(sparsity_structure="unstructured"),
+        _quantization() | {"quant_method": "fp8"},
+    ],
+)
+def test_what_we_did_not_write_is_not_ours(quantization):
+    assert recognise(quantization) is None
+
+
+def test_patterns_classes_and_exceptions_match():
+    found = recognise(_quantization(targets=["re:.*up_proj$"], ignore=["b.up_proj"]))
+    assert found.is_packed("a.up_proj")
+    assert not found.is_packed("b.up_proj") and not found.is_packed("a.down_proj")
+    everything = recognise(_quantization(targets=["Linear"], ignore=["lm_head"]))
+    assert everything.is_packed("anything") and not everything.is_packed("lm_head")
+
+
+def test_a_malformed_note_is_an_error():
+    with pytest.raises(ValueError, match=marker.KEY):
+        annotate({marker.KEY: {"version": 99}})
