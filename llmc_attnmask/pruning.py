@@ -9,9 +9,11 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from llmc_attnmask.checkpoint.atomic import check_new, new_folder
 from llmc_attnmask.checkpoint.config import Storage
@@ -63,14 +65,23 @@ def prune(
         if hasattr(modifier, "seed") and "seed" not in modifier.model_fields_set:
             modifier.seed = seed
     tokenizer = AutoTokenizer.from_pretrained(model)
-    length = window_length(AutoConfig.from_pretrained(model), max_length)
+    config = AutoConfig.from_pretrained(model)
+    length = window_length(config, max_length)
     windows = calibration_windows(
         load_texts(dataset, text_column), tokenizer, num_samples, length
     )
-    loaded = load(model)
+    loaded = load(model, **_dequantized(config))
     torch.manual_seed(seed)
     compress(loaded, tokenizer, parsed.modifiers, windows)
     return save(loaded, tokenizer, output, storage)
+
+
+def _dequantized(config: PreTrainedConfig) -> dict[str, CompressedTensorsConfig]:
+    """Arguments that load a quantized checkpoint as values, which ``oneshot`` does."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    if not quantization.get("config_groups"):
+        return {}
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 
 def compress(

@@ -6,6 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.checkpoint.inspect import inspect
+from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.pruning import prune
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -75,6 +77,30 @@ def test_the_same_seed_twice_gives_byte_equal_safetensors(tmp_path):
     assert first.read_bytes() == second.read_bytes()
     dense = load_file(MODEL_DIR / "model.safetensors")
     assert set(load_file(first)) == set(dense)
+
+
+@pytest.mark.parametrize("storage", ["dense", "sparse-24-bitmask"])
+def test_a_quantized_checkpoint_is_taken_by_its_values_as_oneshot_does(
+    storage, tmp_path
+):
+    few = {"num_samples": 2, "max_length": 32}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "s_stage: {s_modifiers: {SparseGPTModifier: {sparsity: 0.5, "
+        "mask_structure: '2:4', targets: ['re:.*_proj$']}, QuantizationModifier: "
+        "{scheme: FP8_DYNAMIC, targets: ['re:.*_proj$']}}}"
+    )
+    first = prune(MODEL_DIR, recipe, tmp_path / "first", **few, storage=storage)
+    recipe.write_text(
+        "q_stage: {q_modifiers: {MaskedGPTQModifier: "
+        "{scheme: W8A8, targets: ['re:.*_proj$']}}}"
+    )
+    again = prune(first, recipe, tmp_path / "again", **few)
+    layers = [x for x in inspect(again) if x.format == "int8"]
+    assert len(layers) == 28 and all(x.two_of_four for x in layers)
+    ids = torch.arange(20, 52)[None]
+    before, after = (load(folder)(ids).logits.float() for folder in (first, again))
+    assert (before - after).norm() < 0.1 * before.norm()
 
 
 @pytest.fixture

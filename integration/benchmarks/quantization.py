@@ -34,7 +34,6 @@ from llmc_attnmask.data import (
     load_texts,
 )
 from llmc_attnmask.evaluation import load_model, perplexity
-from llmc_attnmask.masks.traces import filled
 from llmc_attnmask.modifiers import mask_guard
 from llmc_attnmask.pruning import compress
 from llmc_attnmask.recipe import load_recipe
@@ -109,7 +108,7 @@ def measure(run: Run) -> Result:
     if run.method == "stock, masked afterwards":
         for module, kept in masks.items():
             module.weight.data.masked_fill_(~kept, 0.0)
-    broken = sum(filled(module.weight, kept) for module, kept in masks.items())
+    broken = sum(int((m.weight[~kept] != 0).sum()) for m, kept in masks.items())
     pruned = load_model(run.pruned)
     model = model.float().eval().to(pruned.device)
     model.set_attn_implementation("eager")

@@ -1,26 +1,31 @@
 """Folders that appear only when everything in them is complete."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmc_attnmask.checkpoint.files import INDEX
+# What transformers names the weights of a model; not those of an adapter beside it.
+_WEIGHTS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
 
 
 def check_new(output: Path) -> None:
     """Refuse, before hours of work, a folder that could not be created in the end.
 
     :raises FileExistsError: if it exists and is not empty
-    :raises PermissionError: if its parent cannot be written to
+    :raises PermissionError: if it, or the folder to create it in, cannot be written to
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
             f"output {output} exists and is not empty; name a new folder or remove it"
         )
-    parent = next(p for p in output.absolute().parents if p.exists())
+    output = output.resolve()
+    parent = next(p for p in (output, *output.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(
             f"output {output} cannot be created: {parent} is no folder that can be "
@@ -30,22 +35,15 @@ def check_new(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output`` that takes its name at the end.
+    """A temporary folder that becomes ``output`` at the end.
 
     If anything fails or interrupts, it is removed, and ``output`` is as it was.
+
+    :raises FileExistsError, PermissionError: as ``check_new``
     """
     check_new(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with updated_folder(output) as partial:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -54,18 +52,33 @@ def updated_folder(output: Path) -> Iterator[Path]:
 
     Files of other names stay, except for weights that would be mixed with the new ones.
     """
+    output = output.resolve()  # "." and links to folders have no name to give
     if not output.exists():
-        with new_folder(output) as partial:
+        with _renamed(output) as partial:
             yield partial
         return
+    # within it: it may be the root of a disk
     partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=output))
     try:
         yield partial
         written = {path.name for path in partial.iterdir()}
         for path in partial.iterdir():
             path.replace(output / path.name)
-        for path in (*output.glob("*.safetensors"), output / INDEX):
-            if path.name not in written:
-                path.unlink(missing_ok=True)
+        for path in output.iterdir():
+            if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+                path.unlink()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _renamed(output: Path) -> Iterator[Path]:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -19,10 +19,12 @@ def sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     :raises ValueError: for a storage that is neither dense nor sparse-24-bitmask
     """
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise ValueError("config.json has a quantization_config that is no mapping")
     sparsity = quantization.get("sparsity_config") or {}
     if not sparsity:
         return None
-    found = sparsity.get("format")
+    found = sparsity.get("format") if isinstance(sparsity, Mapping) else sparsity
     if found not in ("dense", layout.NAME):
         raise ValueError(
             f"config.json has a sparsity_config with format {found!r}; expected "

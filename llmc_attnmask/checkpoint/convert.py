@@ -249,7 +249,7 @@ def _convert(
                         progress.update()
         if checkpoint.index is not None:
             index = dict(checkpoint.index)
-            index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+            index["metadata"] = {**index["metadata"], "total_size": size}
             index["weight_map"] = {
                 spec.name: shard for shard, specs in outputs.items() for spec in specs
             }

@@ -184,6 +184,8 @@ def _indexed_files(directory: Path, index: dict[str, Any]) -> list[str]:
         raise ValueError(
             f"{directory / INDEX} has no weight_map from tensor names to file names"
         )
+    if not isinstance(index.setdefault("metadata", {}), dict):
+        raise ValueError(f"{directory / INDEX} has metadata that is not a mapping")
     names = sorted(set(weight_map.values()))
     for name in names:
         path = PurePosixPath(name)

@@ -30,6 +30,7 @@ def decoder_linears(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
         if (
             kind == "weight"
             and len(tensor.shape) == 2
+            and tensor.bytes
             and tensor.dtype in _DTYPES
             and _is_decoder_linear(module)
         ):

@@ -18,6 +18,9 @@ from llmc_attnmask.checkpoint.config import dense_config, is_packed
 from llmc_attnmask.checkpoint.convert import packed_layers
 from llmc_attnmask.checkpoint.files import TensorSpec, open_checkpoint
 
+# Arguments of from_pretrained that say which files are meant.
+_HUB = ("revision", "cache_dir", "token", "local_files_only")
+
 
 def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint of either storage, quantized or not.
@@ -27,17 +30,18 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     the model takes them, so that the peak is the dense model and one tensor.
 
     :param model: local folder or hub name
-    :param kwargs: of ``from_pretrained``, such as ``dtype`` and ``device_map``
+    :param kwargs: of ``from_pretrained``, such as ``dtype`` and ``revision``
     :raises ValueError: if files cannot be read or do not fit together
     """
     trust = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
-    config = AutoConfig.from_pretrained(model, **trust)
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+    config = AutoConfig.from_pretrained(model, **trust, **hub)
     stored = {"quantization_config": getattr(config, "quantization_config", None)}
     if not is_packed(stored):
         return AutoModelForCausalLM.from_pretrained(model, **trust, **kwargs)
     directory = Path(model)
     if not directory.is_dir():
-        directory = Path(snapshot_download(str(model)))
+        directory = Path(snapshot_download(str(model), **hub))
     checkpoint = open_checkpoint(directory)
     packed = packed_layers(checkpoint)
     state: dict[str, Any] = {}

@@ -37,8 +37,7 @@ def remember(linear: nn.Module, kept: Tensor) -> None:
         )
     if (earlier := recall(linear)) is not None:
         kept = kept.cpu() & earlier
-    packed = np.packbits(kept.detach().cpu().numpy().ravel(), bitorder="little")
-    setattr(linear, _ATTRIBUTE, _Bits(packed, shape))
+    setattr(linear, _ATTRIBUTE, _Bits(_packed(kept), shape))
 
 
 def recall(linear: nn.Module) -> Tensor | None:
@@ -47,11 +46,27 @@ def recall(linear: nn.Module) -> Tensor | None:
     if bits is None:
         return None
     count = int(np.prod(bits.shape))
-    kept = np.unpackbits(bits.packed, count=count, bitorder="little").astype(bool)
+    kept = np.unpackbits(bits.packed, count=count, bitorder="little").view(bool)
     return torch.from_numpy(kept).view(bits.shape)
+
+
+def filled(linear: nn.Module) -> int:
+    """Pruned entries of a module that are no longer zero; 0 without a mask.
+
+    Bits are compared, as this is asked of whole models again and again.
+    """
+    bits = getattr(linear, _ATTRIBUTE, None)
+    if bits is None:
+        return 0
+    wrong = _packed(cast(Tensor, linear.weight).detach().bool()) & ~bits.packed
+    return int(np.unpackbits(wrong).sum(dtype=np.int64)) if wrong.any() else 0
 
 
 def forget(linear: nn.Module) -> None:
     """Drop the mask that was remembered, if any."""
     if hasattr(linear, _ATTRIBUTE):
         delattr(linear, _ATTRIBUTE)
+
+
+def _packed(flags: Tensor) -> np.ndarray:
+    return np.packbits(flags.detach().cpu().numpy().ravel(), bitorder="little")

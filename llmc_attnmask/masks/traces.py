@@ -7,14 +7,6 @@ _SHARE = 0.25  # of zeros; trained weights have next to none
 _DISTINCT = 0.25  # magnitudes a survivor; rounding to 2 to 4 bits leaves a few a group
 
 
-def filled(weight: Tensor, kept: Tensor) -> int:
-    """Pruned entries that are no longer zero.
-
-    :param kept: bool, shape of the weight, on any device
-    """
-    return int((weight.detach() != 0).logical_and_(~kept.to(weight.device)).sum())
-
-
 def pruned_by_someone(weight: Tensor) -> Tensor | None:
     """The mask of a weight that comes pruned: its nonzero entries; None if it is dense.
 

@@ -22,13 +22,19 @@ Names = Annotated[list[str], BeforeValidator(_as_list)]
 
 def check_finite(model: nn.Module) -> None:
     """Refuse a model with NaN or infinite parameters."""
-    for name, parameter in model.named_parameters():
-        if parameter.element_size() == 1 or not parameter.is_floating_point():
-            continue  # already quantized
-        if bad := int((~parameter.isfinite()).sum()):
-            raise ValueError(
-                f"{name} has {bad} NaN or infinite entries; repair the checkpoint first"
-            )
+    for prefix, module in model.named_modules():
+        # scales that are yet to be calibrated hold whatever was in memory
+        quantized = hasattr(module, "quantization_scheme")
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.element_size() == 1 or not parameter.is_floating_point():
+                continue  # already quantized
+            if quantized and name not in ("weight", "bias"):
+                continue
+            if bad := int((~parameter.isfinite()).sum()):
+                raise ValueError(
+                    f"{prefix}.{name} has {bad} NaN or infinite entries; repair the "
+                    "checkpoint first"
+                )
 
 
 def listed(names: list[str], most: int = 8) -> str:

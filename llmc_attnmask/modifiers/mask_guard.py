@@ -29,8 +29,8 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
 )
 from torch import Tensor, nn
 
-from llmc_attnmask.masks.record import forget, recall, remember
-from llmc_attnmask.masks.traces import filled, pruned_by_someone
+from llmc_attnmask.masks.record import filled, forget, recall, remember
+from llmc_attnmask.masks.traces import pruned_by_someone
 from llmc_attnmask.modifiers.fields import listed
 
 _WRITING_EVENTS = {
@@ -145,7 +145,7 @@ def _find_masks(model: nn.Module) -> None:
             forget(module)
             continue
         kept = recall(module)
-        if kept is not None and (weight.shape != kept.shape or filled(weight, kept)):
+        if kept is not None and (weight.shape != kept.shape or filled(module)):
             forget(module)  # other weights were loaded since
             kept = None
         if kept is None and isinstance(module, nn.Linear):
@@ -205,12 +205,10 @@ def _check(
 ) -> None:
     """Hold the model, or some modules of it, against the masks."""
     for module in model.modules() if modules is None else modules:
-        if (kept := recall(module)) is None:
-            continue
-        if count := filled(_weight(module), kept):
+        if count := filled(module):
             for member in [modifier, *_recipe()]:
                 member.remove_hooks()  # the model outlives a run that failed
-            raise MaskBrokenError(_broken(modifier, model, module, count, kept))
+            raise MaskBrokenError(_broken(modifier, model, module, count))
 
 
 @torch.no_grad()
@@ -233,8 +231,8 @@ def _broken(
     model: nn.Module,
     module: nn.Module,
     count: int,
-    kept: Tensor,
 ) -> str:
+    kept = cast(Tensor, recall(module))
     name = next(name for name, m in model.named_modules() if m is module)
     if isinstance(modifier, Pruner) or any(True for _ in _linears_to_prune(modifier)):
         advice = "prune each layer once"

@@ -33,7 +33,9 @@ class Block:
     ):
         self.module = isolated_copy(block, torch.float32, device)
         if state is not None:
-            self.module.load_state_dict(state)
+            # not strict: quantization that comes later has added scales since, which
+            # the copy's forward does not use
+            self.module.load_state_dict(state, strict=False)
         self.device = device
         self.autocast = device.type == "cuda"
         self.inputs = inputs

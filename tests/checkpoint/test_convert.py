@@ -289,6 +289,46 @@ def test_subfolders_are_copied_and_hidden_files_are_not(tmp_path):
     assert not (dense / "packed" / ".cache").exists()
 
 
+@pytest.mark.parametrize("kind", ["empty", "link", "dangling link", "here"])
+def test_an_output_that_is_empty_or_a_link_is_filled(tmp_path, monkeypatch, kind):
+    source = write(tmp_path / "in", decoder())
+    output = target = tmp_path / "out"
+    if kind.endswith("link"):
+        target = tmp_path / "elsewhere"
+        output.symlink_to(target)
+    if kind != "dangling link":
+        target.mkdir()
+    if kind == "here":
+        monkeypatch.chdir(output)
+        output = Path()
+    # a disk that is mounted there can be filled, not replaced
+    monkeypatch.setattr(Path, "rmdir", lambda _: pytest.fail("removed"))
+    pack(source, output)
+    names = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in target.iterdir()) == names
+    assert len(list(tmp_path.iterdir())) == (3 if "link" in kind else 2)
+
+
+def test_a_matrix_without_entries_goes_round(tmp_path):
+    empty = {f"{Q}.weight": torch.empty(0, 8).bfloat16()}
+    source = write(tmp_path / "in", decoder() | empty)
+    with pytest.warns(CheckpointWarning, match="stay dense"):
+        pack(source, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "out")
+    assert digests(source) == digests(tmp_path / "out")
+
+
+@pytest.mark.parametrize("wrong", [[1], {"sparsity_config": "24"}])
+def test_a_config_of_another_shape_is_refused(tmp_path, wrong):
+    config = {"quantization_config": wrong}
+    source = write(tmp_path / "in", decoder(), config=config)
+    for convert in (pack, unpack):
+        with pytest.raises(
+            ValueError, match=r"^config.json has a (quan|spar).*_config"
+        ):
+            convert(source, tmp_path / "out")
+
+
 def test_an_output_that_is_not_empty_is_left_alone(tmp_path):
     dense = write(tmp_path / "dense", decoder())
     before = digests(dense)

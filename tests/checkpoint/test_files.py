@@ -57,6 +57,7 @@ def test_an_index_that_contradicts_the_files_is_refused(sharded):
         ("[]", "is not a mapping but list"),
         ("{}", "has no weight_map"),
         ('{"weight_map": {"a": 1}}', "has no weight_map"),
+        ('{"weight_map": {}, "metadata": 1}', "has metadata that is not a mapping"),
     ],
 )
 def test_a_broken_index_is_refused(sharded, content, message):

@@ -1,5 +1,6 @@
 import gc
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_arguments_reach_transformers(folders):
     model = load(folders / "packed", dtype=torch.float32, attn_implementation="eager")
     assert model.dtype == torch.float32
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_a_revision_of_the_hub_is_that_one(folders, tmp_path, storage):
+    """From a cache that is laid out as huggingface_hub lays it out."""
+    cache = tmp_path / "models--someone--model"
+    for name, source in (("main", MODEL_DIR), ("pruned", folders / storage)):
+        commit = name[0] * 40
+        shutil.copytree(source, cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / name).write_text(commit)
+    hub = {"cache_dir": tmp_path, "local_files_only": True}
+    expected = load(folders / "dense").model.layers[0].mlp.up_proj.weight
+    model = load("someone/model", revision="pruned", **hub)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, expected)
 
 
 def test_perplexity_of_a_packed_checkpoint_is_the_dense_ones(folders, tmp_path):

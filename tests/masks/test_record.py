@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from llmc_attnmask.masks.record import forget, recall, remember
+from llmc_attnmask.masks.record import filled, forget, recall, remember
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 16), (7, 130)])
@@ -24,6 +24,21 @@ def test_a_second_mask_leaves_pruned_what_the_first_one_pruned():
     remember(linear, first)
     remember(linear, second)
     assert torch.equal(recall(linear), first & second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_pruned_entries_that_hold_a_value_are_counted(dtype):
+    linear = torch.nn.Linear(13, 7)
+    assert filled(linear) == 0
+    kept = torch.rand(7, 13) < 0.5
+    kept[0, 0], kept[6, 12], kept[3, 5] = False, False, False
+    weight = torch.ones(7, 13).masked_fill(~kept, 0.0)
+    linear.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+    remember(linear, kept)
+    assert filled(linear) == 0
+    weight[0, 0], weight[6, 12], weight[3, 5] = -1.0, float("nan"), -0.0
+    linear.weight.data = weight.to(dtype)
+    assert filled(linear) == 2
 
 
 def test_a_mask_is_no_part_of_the_state_but_goes_with_a_copy():

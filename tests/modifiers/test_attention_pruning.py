@@ -245,6 +245,14 @@ def test_weights_that_are_no_numbers_are_refused_wherever_they_are(value, place)
         quick().initialize(State(model=model))
 
 
+def test_scales_that_are_yet_to_be_calibrated_may_be_anything():
+    model = tiny()
+    quantization = QuantizationModifier(scheme="W8A8", targets=["Linear"])
+    quantization.initialize(State(model=model))
+    model.model.layers[0].mlp.up_proj.weight_scale.data.fill_(float("nan"))
+    quick().initialize(State(model=model))
+
+
 def test_a_layer_whose_output_is_zero_is_pruned_all_the_same(run):
     model = tiny()
     model.model.layers[1].self_attn.o_proj.weight.data.zero_()

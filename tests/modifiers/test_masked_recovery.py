@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmc_attnmask import (
     ALPSPruningModifier,
     AttentionMatrixPruningModifier,
+    MaskedGPTQModifier,
     MaskedRecoveryModifier,
 )
 from llmc_attnmask.builtin import MODEL_DIR
@@ -80,6 +81,30 @@ def test_the_sequential_pipeline_recovers_too(tokenizer, calibration, evaluation
         models.append(model.float().eval())
     before, after = (perplexity(m, evaluation[:48]) for m in models)
     assert after < before
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "sequential"])
+def test_a_later_quantization_in_the_recipe_gets_the_recovered_weights(
+    run, calibration, pipeline
+):
+    from datasets import Dataset
+
+    model = tiny()
+    quantization = MaskedGPTQModifier(scheme="W8A8", targets=["re:.*layers.0.*_proj$"])
+    oneshot(
+        model=model,
+        dataset=Dataset.from_dict({"input_ids": calibration[:8].tolist()}),
+        recipe=[PRUNERS["wanda"](), MaskedRecoveryModifier(steps=2), quantization],
+        pipeline=pipeline,
+        shuffle_calibration_samples=False,
+    )
+    linear = model.model.layers[0].mlp.up_proj
+    assert linear.quantization_scheme
+    # Wanda leaves survivors as they are; rounding to 8 bits alone changes them little
+    dense = tiny().model.layers[0].mlp.up_proj.weight
+    kept = linear.weight != 0
+    changed = (linear.weight - dense)[kept].norm() / dense[kept].norm()
+    assert changed > 0.05
 
 
 def test_ignored_blocks_stay_and_pass_the_dense_stream_on(run):
