@@ -56,8 +56,13 @@ def _capture(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> None:
+    if attention_mask is None and query.shape[2] > 1 and _causal(module, others):
+        raise UnsupportedAttentionError(
+            f"{type(module).__name__} is causal, but was handed no mask to hide the "
+            "future with: calibrate with eager attention (attn_implementation)"
+        )
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         attention_mask = torch.where(attention_mask, 0.0, lowest).to(query.dtype)
@@ -70,6 +75,11 @@ def _capture(
     raise _Captured(
         AttentionCall(query, key, value, attention_mask, scaling, softcap, s_aux)
     )
+
+
+def _causal(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    wanted = arguments.get("is_causal")
+    return bool(getattr(module, "is_causal", False) if wanted is None else wanted)
 
 
 AttentionInterface.register(_INTERFACE, _capture)
