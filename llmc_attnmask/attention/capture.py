@@ -139,6 +139,23 @@ class AttentionReplica:
             "cannot be seen"
         )
 
+    def read_by(
+        self, child: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """What a Linear of the module reads, with the module's own eager attention."""
+        seen: list[Tensor] = []
+        handle = self.module.get_submodule(child).register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
+        config: Any = self.module.config
+        config._attn_implementation = "eager"
+        try:
+            self.module(*args, **kwargs)
+        finally:
+            config._attn_implementation = _INTERFACE
+            handle.remove()
+        return seen[0]
+
 
 def uses_attention_interface(attention: nn.Module) -> bool:
     """Whether the module's forward looks up transformers' attention functions."""

@@ -190,7 +190,8 @@ def _interleaved(
     rows, _ = _shape(linears[qkv])
     width = rows // (3 * config.num_attention_heads)
     found: dict[Role, Projection] = {}
-    for place, role in enumerate(("q", "k", "v")):
+    roles: tuple[Role, ...] = ("q", "k", "v")
+    for place, role in enumerate(roles):
         own = [i for i in range(rows) if i // width % 3 == place]
         found[role] = _rows(role, qkv, linears[qkv], own)
     found["o"] = _rows("o", o, linears[o])

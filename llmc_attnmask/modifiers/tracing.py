@@ -29,4 +29,4 @@ def keep_attention_implementation() -> None:
             made.kwargs = {**made.kwargs, **implementation}
         return made
 
-    SequentialTracer.create_arg = corrected
+    SequentialTracer.create_arg = corrected  # type: ignore[method-assign]
