@@ -100,6 +100,8 @@ FAMILIES = {
         },
     ),
     "gpt2": Family("Conv1D, q, k and v in one"),
+    "gpt_bigcode": Family("q, k and v in one, head by head", {"multi_query": False}),
+    "gpt_neox": Family("q, k and v in one, head by head"),
     "opt": Family("learned positions", {"word_embed_proj_dim": 32, "ffn_dim": 48}),
     "bert": Family("bidirectional, o elsewhere", head="AutoModelForMaskedLM"),
     "modernbert": Family(

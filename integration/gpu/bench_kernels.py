@@ -278,7 +278,7 @@ def memory(dtype: str) -> dict[str, float | bool]:
         for kernel in weight.kernels()
     }
     if weight.compressed is not None:
-        kept = cusparselt.kept_values(weight.compressed)
+        kept = cusparselt.kept_values(weight.compressed, 4096)
         bits = torch.int8 if kept.itemsize == 1 else torch.int16
         shared = torch.equal(kept.view(bits), weight.values.view(bits))
         both = weight.places.nbytes + weight.compressed.nbytes

@@ -56,8 +56,13 @@ def _capture(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> None:
+    if attention_mask is None and query.shape[2] > 1 and _causal(module, others):
+        raise UnsupportedAttentionError(
+            f"{type(module).__name__} is causal, but was handed no mask to hide the "
+            "future with: calibrate with eager attention (attn_implementation)"
+        )
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         attention_mask = torch.where(attention_mask, 0.0, lowest).to(query.dtype)
@@ -70,6 +75,11 @@ def _capture(
     raise _Captured(
         AttentionCall(query, key, value, attention_mask, scaling, softcap, s_aux)
     )
+
+
+def _causal(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    wanted = arguments.get("is_causal")
+    return bool(getattr(module, "is_causal", False) if wanted is None else wanted)
 
 
 AttentionInterface.register(_INTERFACE, _capture)
@@ -128,6 +138,23 @@ class AttentionReplica:
             "calling transformers' attention interface, so its attention matrix "
             "cannot be seen"
         )
+
+    def read_by(
+        self, child: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """What a Linear of the module reads, with the module's own eager attention."""
+        seen: list[Tensor] = []
+        handle = self.module.get_submodule(child).register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
+        config: Any = self.module.config
+        config._attn_implementation = "eager"
+        try:
+            self.module(*args, **kwargs)
+        finally:
+            config._attn_implementation = _INTERFACE
+            handle.remove()
+        return seen[0]
 
 
 def uses_attention_interface(attention: nn.Module) -> bool:

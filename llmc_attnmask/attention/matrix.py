@@ -168,7 +168,7 @@ def probe_gradients(
     weights: E[g g^T] = matrix_weight * J^T J + output_weight * Jo^T Jo with J = dA/dQ,
     that is scaling^2 * K^T (diag(a) - a a^T)^2 K for a query with the row a of A.
 
-    :param generator: of signs, on CPU
+    :param generator: of signs, on the device of the call
     :return: with respect to the query [B, H, L, dh] and to the key [B, G, L, dh]
     """
     query_gradient = torch.zeros_like(call.query)
@@ -190,8 +190,9 @@ def probe_gradients(
 def _signs(
     shape: Sequence[int], generator: torch.Generator, call: AttentionCall
 ) -> Tensor:
-    # drawn on CPU: the same on every machine
-    return torch.randint(2, shape, generator=generator).to(call.query) * 2 - 1
+    # drawn where they are needed: there are as many as there are entries of A
+    signs = torch.randint(2, shape, generator=generator, device=generator.device)
+    return signs.to(call.query) * 2 - 1
 
 
 def attention_context(call: AttentionCall, value: Tensor) -> Tensor:

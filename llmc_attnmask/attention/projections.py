@@ -23,6 +23,7 @@ _SEPARATE: tuple[dict[Role, str], ...] = (
     {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},  # Llama, Qwen, Gemma
     {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"},  # OPT
     {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense"},  # Phi
+    {"q": "q_lin", "k": "k_lin", "v": "v_lin", "o": "out_lin"},  # DistilBERT
     {"q": "query", "k": "key", "v": "value"},  # BERT, whose o is outside of the module
 )
 # q, k and v one below the other in one Linear
@@ -30,6 +31,10 @@ _STACKED: tuple[dict[str, str], ...] = (
     {"qkv": "qkv_proj", "o": "o_proj"},  # Phi-3
     {"qkv": "Wqkv", "o": "Wo"},  # ModernBERT
     {"qkv": "c_attn", "o": "c_proj"},  # GPT-2
+)
+# q, k and v of the first head, then of the second...
+_INTERLEAVED: tuple[dict[str, str], ...] = (
+    {"qkv": "query_key_value", "o": "dense"},  # GPT-NeoX, Persimmon
 )
 # Multi-head latent attention: k (without its rotary part) and v share a Linear, head by
 # head; q has one of its own, with or without a latent space before it.
@@ -100,12 +105,22 @@ def find_projections(attention: nn.Module) -> dict[Role, Projection]:
             }
     for stacked in _STACKED:
         if set(stacked.values()) <= linears.keys():
-            return _stacked(attention, stacked["qkv"], stacked["o"], linears)
+            # GPT-BigCode without shared keys is interleaved under GPT-2's names
+            split = (
+                _stacked if getattr(attention, "multi_query", True) else _interleaved
+            )
+            return split(attention, stacked["qkv"], stacked["o"], linears)
+    for interleaved in _INTERLEAVED:
+        if set(interleaved.values()) <= linears.keys():
+            return _interleaved(
+                attention, interleaved["qkv"], interleaved["o"], linears
+            )
     for latent in _LATENT:
         if set(latent.values()) <= linears.keys():
             return _latent(attention, latent, linears)
     known = [" ".join(names.values()) for names in _SEPARATE]
-    known += [" ".join(names.values()) for names in (*_STACKED, *_LATENT)]
+    shared = (*_STACKED, *_INTERLEAVED, *_LATENT)
+    known += [" ".join(names.values()) for names in shared]
     raise UnsupportedAttentionError(
         f"{kind} has the Linear layers {sorted(linears)}, which are none of the known "
         f"layouts: {'; '.join(known)}"
@@ -163,6 +178,22 @@ def _stacked(
     for role in ("q", "k", "v"):
         found[role] = _rows(role, qkv, linears[qkv], slice(start, ends[role]))
         start = ends[role]
+    found["o"] = _rows("o", o, linears[o])
+    return found
+
+
+def _interleaved(
+    attention: nn.Module, qkv: str, o: str, linears: Mapping[str, nn.Module]
+) -> dict[Role, Projection]:
+    """Head by head: its q, its k, its v, in one Linear."""
+    config: Any = attention.config
+    rows, _ = _shape(linears[qkv])
+    width = rows // (3 * config.num_attention_heads)
+    found: dict[Role, Projection] = {}
+    roles: tuple[Role, ...] = ("q", "k", "v")
+    for place, role in enumerate(roles):
+        own = [i for i in range(rows) if i // width % 3 == place]
+        found[role] = _rows(role, qkv, linears[qkv], own)
     found["o"] = _rows("o", o, linears[o])
     return found
 

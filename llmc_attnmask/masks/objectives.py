@@ -185,7 +185,7 @@ class MatrixObjective(Objective):
         return total / len(batch)
 
     def curvature(self) -> dict[Role, tuple[Tensor, Tensor | None]]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.replica.device).manual_seed(0)
         hessians: dict[Role, Tensor] = {}
         sensitivities: dict[Role, Tensor] = {}
         for batch in self.batches(range(len(self.inputs))):

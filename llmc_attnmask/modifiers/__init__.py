@@ -1,6 +1,7 @@
 """The modifiers, registered with llm-compressor so that recipes can name them.
 
-Importing this also installs the mask guard, which watches every modifier of a run.
+Importing this also installs the mask guard, which watches every modifier of a run, and
+a correction to the tracer.
 """
 
 from llmcompressor.modifiers.factory import ModifierFactory
@@ -10,6 +11,7 @@ from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModi
 from llmc_attnmask.modifiers.mask_guard import install
 from llmc_attnmask.modifiers.masked_gptq import MaskedGPTQModifier
 from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
+from llmc_attnmask.modifiers.tracing import keep_attention_implementation
 
 __all__ = [
     "ALPSPruningModifier",
@@ -27,3 +29,4 @@ for _modifier in (
     ModifierFactory.register(_modifier.__name__, _modifier)
 
 install()
+keep_attention_implementation()

@@ -16,6 +16,7 @@ from llmc_attnmask.attention.capture import (
     ModuleInputs,
     UnsupportedAttentionError,
 )
+from llmc_attnmask.attention.output_path import check_output_path
 from llmc_attnmask.attention.projections import (
     Projection,
     Role,
@@ -224,10 +225,12 @@ class AttentionMatrixPruningModifier(StoredModifier):
 
     def _prune(self, name: str, layer: "_Layer") -> None:
         start = time.perf_counter()
+        replica = AttentionReplica(
+            layer.attention, device=get_execution_device(layer.attention)
+        )
+        self._check_output_path(name, layer, replica)
         solutions = learn_masks(
-            AttentionReplica(
-                layer.attention, device=get_execution_device(layer.attention)
-            ),
+            replica,
             layer.inputs,
             layer.projections,
             self.projections,
@@ -249,6 +252,18 @@ class AttentionMatrixPruningModifier(StoredModifier):
         self._write(layer, masks, weights)
         self._pruned.add(name)
         logger.log("METRIC", f"{name}: {time.perf_counter() - start:.1f}s")
+
+    def _check_output_path(
+        self, name: str, layer: "_Layer", replica: AttentionReplica
+    ) -> None:
+        needed = self.output_weight or {"v", "o"} & set(self.projections)
+        if not needed or "o" not in layer.projections:
+            return
+        args, kwargs = layer.inputs.batch([0], replica.device, replica.dtype)
+        try:
+            check_output_path(replica, args, kwargs, layer.projections["o"].child)
+        except UnsupportedAttentionError as error:
+            raise UnsupportedAttentionError(f"{name}: {error}") from None
 
     @torch.no_grad()
     def _write(

@@ -89,7 +89,9 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
         if isinstance(layer, LinearBase):
             return self._linear_method(layer, prefix)
         self._refuse_packed(layer, prefix)
-        if self.target_scheme_map or isinstance(layer, RoutedExperts):
+        if self.target_scheme_map or self.kv_cache_scheme:
+            return super().get_quant_method(layer, prefix)
+        if isinstance(layer, RoutedExperts):
             return super().get_quant_method(layer, prefix)
         return None  # as if there were no quantization
 

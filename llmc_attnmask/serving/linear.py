@@ -118,7 +118,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             bias,
             self.few_tokens,
         )
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def _choose(self, layer: Any) -> select.Choice:
         weight = getattr(layer, "weight", None)
@@ -164,7 +164,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             values, places = packing.pack(weight)
         if "cusparselt" in (choice.few, choice.many):
             compressed = cusparselt.compress(weight.contiguous())
-            kept = cusparselt.kept_values(compressed)
+            kept = cusparselt.kept_values(compressed, self.columns)
             if values is not None and torch.equal(_bits(kept), _bits(values)):
                 values = kept  # one copy of them for both kernels
         scale = None

@@ -143,3 +143,14 @@ def test_minibatches_use_every_sample_and_never_mix_lengths():
     epoch = [next(batches) for _ in range(3)]
     assert sorted(i for batch in epoch for i in batch) == [0, 1, 2, 3, 4]
     assert all(len({lengths[i] for i in batch}) == 1 for batch in epoch)
+
+
+def test_a_causal_module_without_a_mask_is_refused(random_llama):
+    attention = random_llama.model.layers[0].self_attn
+    hidden = torch.randn(1, 5, 32)
+    angles = random_llama.model.rotary_emb(hidden, torch.arange(5)[None])
+    replica = AttentionReplica(attention)
+    arguments = {"position_embeddings": angles, "attention_mask": None}
+    with pytest.raises(UnsupportedAttentionError, match="no mask to hide the future"):
+        replica([hidden], arguments)
+    assert replica([hidden], arguments | {"is_causal": False}).mask is None

@@ -21,7 +21,9 @@ def test_separate_projections_are_whole_linears(random_llama):
     ]
 
 
-@pytest.mark.parametrize("family", ["phi3", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["phi3", "gpt2", "deepseek_v3", "gpt_neox", "gpt_bigcode"]
+)
 def test_rows_of_a_shared_linear_are_the_projection_they_name(family):
     model = small_model(family)
     inputs = attention_inputs(model, torch.randint(3, 64, (1, 9)))

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 MULTIPLE = {2: (16, 8), 1: (32, 16)}  # of rows and columns, of tokens; by item size
-# the binding divides the entries of a compressed matrix by these sixteenths
-_SIXTEENTHS = {2: 9, 1: 10}
 
 
 def available() -> bool:
@@ -28,18 +26,20 @@ def compress(weight: Tensor) -> Tensor:
     """The library's own form of a 2:4 weight: kept values first, then its metadata.
 
     :param weight: [rows, K] in fp16, bf16, int8 or fp8, contiguous, on a GPU
-    :return: [rows, 9/16 K], for 8 bits [rows, 10/16 K]
+    :return: [rows, 9/16 K or more], for 8 bits [rows, 10/16 K or more]: the library
+        says how much it wants
     """
     return torch._cslt_compress(weight).view(weight.shape[0], -1)
 
 
-def kept_values(compressed: Tensor) -> Tensor:
+def kept_values(compressed: Tensor, columns: int) -> Tensor:
     """The first half of K columns of ``compressed``, as [rows, K/2] without a copy.
 
     Where they are the kept values row by row, the decode kernel may read them there.
+
+    :param columns: K
     """
     rows = compressed.shape[0]
-    columns = compressed.shape[1] * 16 // _SIXTEENTHS[compressed.itemsize]
     return compressed.view(-1)[: rows * columns // 2].view(rows, -1)
 
 
@@ -61,25 +61,24 @@ def linear(
     :return: [tokens, rows] in ``out_dtype``, which is x's dtype in 16 bits
     """
     tokens = x.shape[0]
-    multiple = MULTIPLE[x.itemsize][1]
-    # at least two rows: of one row the transpose is contiguous, and would be taken for
-    # a matrix that is not transposed
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -tokens % multiple))
+    if rest := -tokens % MULTIPLE[x.itemsize][1]:
+        # at least two rows, also of one: its transpose would be contiguous, and taken
+        # for a matrix that is not transposed
+        x = torch.nn.functional.pad(x, (0, 0, 0, rest))
     if channel_scale is None or token_scale is None:
-        out = torch._cslt_sparse_mm(
-            compressed, padded.t(), bias=bias, transpose_result=True
-        )
+        out = torch._cslt_sparse_mm(compressed, x.t(), bias=bias, transpose_result=True)
         return out[:tokens]
-    # Only the rows of W can be scaled inside, in fp32, before the result is rounded.
-    # With the largest token's scale in it the result is in the range of the output,
-    # even of fp16; the others are multiplied down afterwards.
-    largest = token_scale.max().clamp_min(torch.finfo(torch.float32).tiny)
-    out = torch._cslt_sparse_mm(
+    # Only the rows of W can be scaled inside, in fp32, before the result is rounded; in
+    # bfloat16, because without the tokens' scales it can leave the range of fp16.
+    # Nothing may be taken from all tokens at once: in a CUDA graph some are padding,
+    # with whatever was in their memory.
+    product = torch._cslt_sparse_mm(
         compressed,
-        padded.t(),
-        alpha=channel_scale * largest,
-        out_dtype=out_dtype,
+        x.t(),
+        alpha=channel_scale,
+        out_dtype=torch.bfloat16,
         transpose_result=True,
     )[:tokens]
-    torch.mul(out, (token_scale / largest)[:, None], out=out)  # in fp32, rounded once
+    out = torch.empty_like(product, dtype=out_dtype)
+    torch.mul(product, token_scale[:, None], out=out)  # in fp32, rounded once
     return out if bias is None else out.add_(bias)
