@@ -102,18 +102,9 @@ class _AttentionError(torch.autograd.Function):
     ) -> Tensor:
         matrix_weight, output_weight, output_projection = weights
         need_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        if _fusible(query):
-            from llmc_attnmask.attention.fused import error_and_gradient
-
-            total, gradients = error_and_gradient(
-                reference,
-                query,
-                key,
-                matrix_weight,
-                output_weight,
-                output_projection,
-                need_gradient,
-            )
+        fused = _fused(reference, query, key, *weights, need_gradient)
+        if fused is not None:
+            total, gradients = fused
             if gradients is not None:
                 ctx.save_for_backward(*(g.to(query.dtype) for g in gradients))
             return total.to(query.dtype)
@@ -250,7 +241,24 @@ def _blocks(call: AttentionCall) -> Iterator[tuple[slice, int]]:
 
 def _fusible(query: Tensor) -> bool:
     # triton comes with torch's CUDA builds; float64 is for checking against
-    return query.is_cuda and query.dtype != torch.float64 and bool(find_spec("triton"))
+    cuda = query.is_cuda and not torch.version.hip
+    return cuda and query.dtype != torch.float64 and bool(find_spec("triton"))
+
+
+def _fused(
+    reference: AttentionCall, query: Tensor, *arguments: Any
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
+    """Error and gradients from the GPU kernels; None where they cannot run."""
+    if not _fusible(query):
+        return None
+    from triton.runtime.errors import OutOfResources
+
+    from llmc_attnmask.attention.fused import error_and_gradient
+
+    try:
+        return error_and_gradient(reference, query, *arguments)
+    except OutOfResources:  # wide heads on a GPU with little shared memory
+        return None
 
 
 def _mask_rows(mask: Tensor, rows: slice) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from llmc_attnmask.attention import fused, matrix
 from llmc_attnmask.attention.fused import error_and_gradient
 from llmc_attnmask.attention.matrix import attention_error
 from tests.attention.test_matrix import CALLS, DH, D, H, random_call
@@ -107,6 +108,21 @@ def test_without_gradient_only_the_error_is_computed():
     )
     assert error > 0
     assert gradients is None
+
+
+def test_a_gpu_whose_shared_memory_is_too_small_gets_the_plain_version(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    def too_large(*_):
+        raise OutOfResources(114_688, 101_376, "shared memory")
+
+    call = CALLS["causal"]
+    query, key = (x.requires_grad_() for x in nudged(call, 0.3))
+    expected = torch.autograd.grad(attention_error(call, query, key), (query, key))
+    monkeypatch.setattr(matrix, "_fusible", lambda _: True)
+    monkeypatch.setattr(fused, "error_and_gradient", too_large)
+    found = torch.autograd.grad(attention_error(call, query, key), (query, key))
+    assert all(map(torch.equal, found, expected))
 
 
 _COMPILE = """
