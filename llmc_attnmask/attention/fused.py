@@ -189,7 +189,7 @@ def _logits(
         slope = 1 - capped * capped
     if MASKED:
         inside = (rows[:, None] < length) & (columns[None, :] < keys)
-        at = rows[:, None] * mask_row + columns[None, :] * mask_column
+        at = rows[:, None].to(tl.int64) * mask_row + columns[None, :] * mask_column
         logits += tl.load(mask + at, inside, 0.0).to(tl.float32)
     return tl.where(columns[None, :] < keys, logits, float("-inf")), slope
 
