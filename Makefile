@@ -15,6 +15,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[compress,dev]"
 	touch $@
 
+# threads that wait must not take a shared core from those that work
+export OMP_WAIT_POLICY ?= PASSIVE
+
 QUIET := LLM_COMPRESSOR_LOG_LEVEL=ERROR TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 
 demo: $(INSTALLED)  ## prune the shipped model by every method and print one table

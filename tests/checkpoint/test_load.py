@@ -121,5 +121,6 @@ def test_the_peak_is_the_dense_model_and_one_shard(tmp_path):
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     model = load(tmp_path / "packed")
     peak = resident("VmHWM") - before
-    assert peak < size + shard, f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB"
+    spare = 16e6  # pages that the allocator keeps: much less than a second copy
+    assert peak < size + shard + spare, f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB"
     assert model.dtype == torch.bfloat16
