@@ -113,7 +113,9 @@ def compare(
         "Wanda": by_peer(WandaPruningModifier),
         "SparseGPT": by_peer(SparseGPTModifier),
     }
-    by_name = {f"ours, {recipe.stem}": recipe for recipe in recipes}
+    by_name = {
+        f"ours, {recipe.stem.removeprefix('attention_')}": recipe for recipe in recipes
+    }
     methods |= {name: by_recipe(recipe) for name, recipe in by_name.items()}
     for name, method in methods.items():
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")

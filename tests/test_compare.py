@@ -21,7 +21,7 @@ def test_the_table_has_every_method_and_ours_wins(calibration, evaluation, tmp_p
         )
     }
     peers = ["magnitude", "Wanda", "SparseGPT"]
-    ours = ["ours, attention_2of4", "ours, attention_2of4_updated"]
+    ours = ["ours, 2of4", "ours, 2of4_updated"]
     assert list(rows) == ["dense", *peers, *ours]
     assert rows["dense"].attention_error == 0 and rows["dense"].zeros < 0.01
     for method in (*peers, *ours):
