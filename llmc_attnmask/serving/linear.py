@@ -22,7 +22,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from llmc_attnmask.checkpoint import layout
-from llmc_attnmask.serving.kernels import cusparselt, op, packing, select
+from llmc_attnmask.serving.kernels import (
+    cusparselt,
+    op,
+    packing,
+    select,
+    self_check,
+)
 from llmc_attnmask.serving.loading import PARTS, ShardLoader
 from llmc_attnmask.serving.table import KernelTable, Row
 
@@ -101,10 +107,10 @@ class Sparse24LinearMethod(LinearMethodBase):
             for part in PARTS:
                 delattr(layer, part)
         choice = self._choose(layer)
-        self._log(choice)
         if choice.sparse:
-            self._to_sparse(layer, choice)
-        else:
+            choice = self._to_sparse(layer, choice)
+        self._log(choice)
+        if not choice.sparse:
             self.stock.process_weights_after_loading(layer)
             layer.quant_method = self.stock
 
@@ -156,7 +162,11 @@ class Sparse24LinearMethod(LinearMethodBase):
             return "other"
         return "8-bit per token"
 
-    def _to_sparse(self, layer: Any, choice: select.Choice) -> None:
+    def _to_sparse(self, layer: Any, choice: select.Choice) -> select.Choice:
+        """Replace the dense weight, unless the kernels are wrong about it.
+
+        :return: the choice, or dense
+        """
         self.few_tokens = choice.tokens
         weight = layer.weight.data
         values = places = compressed = None
@@ -170,6 +180,16 @@ class Sparse24LinearMethod(LinearMethodBase):
         scale = None
         if weight.itemsize == 1:
             scale = _by_row(layer.weight_scale.data, layer.logical_widths)
+        if wrong := self_check.failure(
+            weight,
+            None if places is None else values,
+            places,
+            compressed,
+            scale,
+            self.few_tokens,
+            layer.params_dtype,
+        ):
+            return select.keep_dense(f"{choice.label} failed its check: {wrong}")
         for name in ("weight", "weight_scale", "input_scale", "_input_quant_key"):
             if hasattr(layer, name):
                 delattr(layer, name)
@@ -184,6 +204,7 @@ class Sparse24LinearMethod(LinearMethodBase):
                 name,
                 None if tensor is None else Parameter(tensor, requires_grad=False),
             )
+        return choice
 
     def _log(self, choice: select.Choice) -> None:
         if get_tensor_model_parallel_rank():
