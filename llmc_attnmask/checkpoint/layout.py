@@ -102,22 +102,6 @@ def unpack(
 
 
 @torch.no_grad()
-def kept_entries(weight: Tensor) -> Tensor:
-    """The mask that ``pack`` takes by default.
-
-    :param weight: as for ``pack``
-    :return: bool [R, C]
-    :raises NotTwoOfFourError, ValueError: as ``pack``
-    """
-    packed = pack(weight)
-    kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    for block in _row_blocks(weight):
-        ones = torch.ones_like(packed.compressed[block], dtype=torch.bool)
-        _scatter(packed.bitmask[block], ones, kept[block], block)
-    return kept
-
-
-@torch.no_grad()
 def crowded_groups(weight: Tensor) -> int:
     """In how many groups of four more than two entries are not +0.0; 0 means 2:4.
 

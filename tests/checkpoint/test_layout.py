@@ -12,7 +12,6 @@ from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.layout import (
     NotTwoOfFourError,
     crowded_groups,
-    kept_entries,
     pack,
     unpack,
 )
@@ -52,6 +51,13 @@ def where(kept: Tensor, weight: Tensor) -> Tensor:
     """masked_fill by +0.0 on bits: float8 lacks it."""
     bits = weight.view(layout._BITS[weight.element_size()])
     return bits.masked_fill(~kept, 0).view(weight.dtype)
+
+
+def kept_entries(weight: torch.Tensor) -> torch.Tensor:
+    """The mask that ``pack`` takes by default, bool [rows, columns]."""
+    packed = pack(weight)
+    ones = torch.ones(packed.compressed.shape, dtype=torch.uint8)
+    return unpack(ones, packed.bitmask, packed.shape).bool()
 
 
 @given(weights())
