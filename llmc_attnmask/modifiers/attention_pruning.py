@@ -23,6 +23,7 @@ from llmc_attnmask.attention.projections import (
     attention_modules,
     find_projections,
 )
+from llmc_attnmask.journal import note
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.solver import SolverSettings, learn_masks
 from llmc_attnmask.masks.structure import MaskStructure
@@ -162,7 +163,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
         try:
             for name, layer in self._layers.items():
                 if len(layer.inputs):
-                    self._prune(name, layer)
+                    self._prune(state.model, name, layer)
         except BaseException:
             self.remove_hooks()  # the model outlives a run that failed
             self._layers = {}
@@ -223,7 +224,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 raise ValueError(f"{name}.{projection.child}: {error}") from None
         return _Layer(attention, projections, sparsity)
 
-    def _prune(self, name: str, layer: "_Layer") -> None:
+    def _prune(self, model: nn.Module, name: str, layer: "_Layer") -> None:
         start = time.perf_counter()
         replica = AttentionReplica(
             layer.attention, device=get_execution_device(layer.attention)
@@ -248,6 +249,15 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 "METRIC",
                 f"{name} {', '.join(solution.masks)}: error {solution.start_error:.5f} "
                 f"-> {solution.error:.5f} on held-back samples",
+            )
+            note(
+                model,
+                type(self).__name__,
+                name,
+                projections=list(solution.masks),
+                start_error=solution.start_error,
+                error=solution.error,
+                curve=solution.curve,
             )
         self._write(layer, masks, weights)
         self._pruned.add(name)
