@@ -6,7 +6,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -54,6 +54,9 @@ def prune(
         Literal["dense", "sparse-24-bitmask"] | None,
         typer.Option(help="Of 2:4 layers. [default: the recipe's, or dense]"),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was cut off.")
+    ] = False,
 ) -> None:
     """Apply a recipe to a model and write the checkpoint."""
     from llmc_attnmask.pruning import prune as run
@@ -68,6 +71,7 @@ def prune(
         max_length=max_length,
         seed=seed,
         storage=storage,
+        resume=resume,
     )
     _out.print(f"saved {saved}", soft_wrap=True)
 
@@ -199,18 +203,25 @@ def main() -> None:
     warnings.formatwarning = _one_line  # type: ignore[assignment]
     try:
         app()
-    except KeyboardInterrupt:
-        _err.print("interrupted")
-        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        _fail("interrupted" + escape(_notes(interrupt)))
     except Exception as error:
         if os.environ.get("LLMC_ATTNMASK_TRACEBACK"):
             raise
         expected = isinstance(error, OSError | ValueError | ImportError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else " (LLMC_ATTNMASK_TRACEBACK=1 shows where)"
-        message = escape(f"{kind}{error}{hint}")
-        _err.print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        message = escape(f"{kind}{error}{hint}{_notes(error)}")
+        _fail(f"[red]error:[/red] {message}")
+
+
+def _notes(error: BaseException) -> str:
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+
+
+def _fail(message: str) -> NoReturn:
+    _err.print(message, soft_wrap=True, highlight=False)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Run a recipe on a model and save the result: ``oneshot`` with the checks up front."""
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,12 +19,13 @@ from transformers import (
 )
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from llmc_attnmask.checkpoint.atomic import check_new, new_folder
+from llmc_attnmask.checkpoint.atomic import PROGRESS, check_new, new_folder
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.save import save_as
 from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
 from llmc_attnmask.evaluation import window_length
+from llmc_attnmask.modifiers.progress import Progress, recorded
 from llmc_attnmask.modifiers.storage import recipe_storage
 from llmc_attnmask.recipe import load_recipe
 
@@ -36,10 +41,12 @@ def prune(
     max_length: int | None = None,
     seed: int = 0,
     storage: Storage | None = None,
+    resume: bool = False,
 ) -> Path:
     """Apply a recipe to a model and write the checkpoint.
 
-    The output folder appears only when everything in it is complete.
+    What is done is kept in the output folder, layer by layer, until the checkpoint is
+    complete; only then a ``config.json`` is there.
 
     :param model: local folder or hub name
     :param recipe: YAML file; any llm-compressor recipe, ours in it or not
@@ -50,13 +57,16 @@ def prune(
     :param seed: of torch's generator, and of every modifier whose recipe sets none
     :param storage: of the 2:4 layers; by default what the recipe's modifiers ask for,
         or dense
+    :param resume: go on with a run of the same arguments that was cut off, if the
+        output folder holds one; the result is the same to the byte
     :return: the output folder
     :raises FileExistsError: if the output folder exists and is not empty
+    :raises ProgressError: if it holds the progress of another run
     :raises RecipeError, DatasetError, ValueError: for bad input, before anything is
         written
     """
     output = Path(output)
-    check_new(output)
+    check_new(output, resume)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
     parsed = load_recipe(recipe)
@@ -70,10 +80,52 @@ def prune(
     windows = calibration_windows(
         load_texts(dataset, text_column), tokenizer, num_samples, length
     )
-    loaded = load(model, **_dequantized(config))
-    torch.manual_seed(seed)
-    compress(loaded, tokenizer, parsed.modifiers, windows)
-    return save(loaded, tokenizer, output, storage)
+    progress = Progress(
+        output / PROGRESS, _fingerprint(model, recipe, windows, seed), parsed.modifiers
+    )
+    with _kept(progress):
+        loaded = load(model, **_dequantized(config))
+        torch.manual_seed(seed)
+        with recorded(progress):
+            compress(loaded, tokenizer, parsed.modifiers, windows)
+        return save(loaded, tokenizer, output, storage)
+
+
+@contextmanager
+def _kept(progress: Progress) -> Iterator[None]:
+    """Say, if the run ends early, that what it has done is there."""
+    try:
+        yield
+    except BaseException as error:
+        if progress.steps:
+            error.add_note(
+                f"{progress.steps} finished steps are kept in {progress.folder}: the "
+                "same command with --resume goes on from there"
+            )
+        raise
+    finally:
+        progress.close()
+
+
+def _fingerprint(
+    model: str | Path, recipe: str | Path, windows: Tensor, seed: int
+) -> dict[str, str]:
+    """What the bytes of the result depend on, but for the machine."""
+    weights = sorted(Path(model).glob("*.safetensors"))
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
+    packages = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+    return {
+        "model": str(Path(model).resolve() if weights else model),
+        "weights": _digest(repr(files).encode()),
+        "recipe": _digest(Path(recipe).read_bytes()),
+        "calibration data": _digest(windows.numpy().tobytes()),
+        "seed": str(seed),
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+    }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _dequantized(config: PreTrainedConfig) -> dict[str, CompressedTensorsConfig]:

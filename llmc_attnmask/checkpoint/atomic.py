@@ -8,19 +8,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llmc_attnmask.checkpoint.files import CONFIG
+
+_SAVING = ".saving-"
 # What transformers names the weights of a model; not those of an adapter beside it.
 _WEIGHTS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
 
 
-def check_new(output: Path) -> None:
+# Within an output folder, what an interrupted run has done so far: as long as it is
+# there the folder is no finished checkpoint.
+PROGRESS = ".progress"
+
+
+def check_new(output: Path, resume: bool = False) -> None:
     """Refuse, before hours of work, a folder that could not be created in the end.
 
+    :param resume: whether it may hold the progress of an interrupted run
     :raises FileExistsError: if it exists and is not empty
     :raises PermissionError: if it, or the folder to create it in, cannot be written to
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if (output / PROGRESS).is_dir():
+        if not resume:
+            raise FileExistsError(
+                f"output {output} holds a run that was cut off; the same command with "
+                "--resume goes on with it, or remove the folder to start anew"
+            )
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
             f"output {output} exists and is not empty; name a new folder or remove it"
         )
@@ -37,13 +52,17 @@ def check_new(output: Path) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``output`` at the end.
 
-    If anything fails or interrupts, it is removed, and ``output`` is as it was.
+    If anything fails or interrupts, it is removed, and ``output`` is as it was. The
+    progress of the run within ``output`` goes when all else is there.
 
     :raises FileExistsError, PermissionError: as ``check_new``
     """
-    check_new(output)
+    check_new(output, resume=True)
+    for left in output.glob(f"{_SAVING}*"):  # by a run that was killed while it saved
+        shutil.rmtree(left)
     with updated_folder(output) as partial:
         yield partial
+    shutil.rmtree(output / PROGRESS, ignore_errors=True)
 
 
 @contextmanager
@@ -58,11 +77,12 @@ def updated_folder(output: Path) -> Iterator[Path]:
             yield partial
         return
     # within it: it may be the root of a disk
-    partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=output))
+    partial = Path(tempfile.mkdtemp(prefix=_SAVING, dir=output))
     try:
         yield partial
         written = {path.name for path in partial.iterdir()}
-        for path in partial.iterdir():
+        # config.json last: without it nobody takes the folder for a checkpoint
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG):
             path.replace(output / path.name)
         for path in output.iterdir():
             if _WEIGHTS.fullmatch(path.name) and path.name not in written:

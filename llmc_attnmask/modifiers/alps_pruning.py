@@ -14,6 +14,7 @@ from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.fields import MaskStructureField, Names, check_finite
+from llmc_attnmask.modifiers.progress import step
 from llmc_attnmask.modifiers.storage import StoredModifier
 
 
@@ -108,7 +109,10 @@ class ALPSPruningModifier(StoredModifier):
     ) -> None:
         for name in list(self._hessians):
             linear, hessian = self._linears[name], self._hessians.pop(name)
-            self._prune(name, linear, hessian)
+            with step(state.model, self, name) as work:
+                if not work.restored:
+                    self._prune(name, linear, hessian)
+                    work.changed = [linear]
 
     @torch.no_grad()
     def _prune(self, name: str, linear: nn.Linear, hessian: Tensor) -> None:

@@ -33,6 +33,7 @@ from llmc_attnmask.modifiers.fields import (
     check_finite,
     listed,
 )
+from llmc_attnmask.modifiers.progress import step
 from llmc_attnmask.modifiers.storage import StoredModifier
 
 _STEPS = {False: 200, True: 25}  # by update_weights, which starts from more
@@ -109,7 +110,6 @@ class AttentionMatrixPruningModifier(StoredModifier):
 
     _structure: MaskStructure = PrivateAttr()
     _layers: dict[str, "_Layer"] = PrivateAttr(default_factory=dict)
-    _pruned: set[str] = PrivateAttr(default_factory=set)
 
     @model_validator(mode="after")
     def _check_fields(self) -> "AttentionMatrixPruningModifier":
@@ -162,8 +162,12 @@ class AttentionMatrixPruningModifier(StoredModifier):
     ) -> None:
         try:
             for name, layer in self._layers.items():
-                if len(layer.inputs):
-                    self._prune(state.model, name, layer)
+                if not len(layer.inputs):
+                    continue
+                with step(state.model, self, name) as work:
+                    if not work.restored:
+                        work.changed = self._prune(state.model, name, layer)
+                layer.inputs = ModuleInputs()
         except BaseException:
             self.remove_hooks()  # the model outlives a run that failed
             self._layers = {}
@@ -171,7 +175,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.remove_hooks()
-        if missed := [name for name in self._layers if name not in self._pruned]:
+        if missed := [name for name in self._layers if name not in self.done]:
             raise ValueError(
                 f"no calibration sample reached {listed(missed)}; put these modules "
                 "under `ignore` or calibrate with data that uses them"
@@ -224,7 +228,8 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 raise ValueError(f"{name}.{projection.child}: {error}") from None
         return _Layer(attention, projections, sparsity)
 
-    def _prune(self, model: nn.Module, name: str, layer: "_Layer") -> None:
+    def _prune(self, model: nn.Module, name: str, layer: "_Layer") -> list[nn.Module]:
+        """Prune one attention module; returns its Linears that have changed."""
         start = time.perf_counter()
         replica = AttentionReplica(
             layer.attention, device=get_execution_device(layer.attention)
@@ -239,7 +244,6 @@ class AttentionMatrixPruningModifier(StoredModifier):
             layer.sparsity,
             self._settings(),
         )
-        layer.inputs = ModuleInputs()
         masks: dict[Role, Tensor] = {}
         weights: dict[Role, Tensor] = {}
         for solution in solutions:
@@ -259,9 +263,9 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 error=solution.error,
                 curve=solution.curve,
             )
-        self._write(layer, masks, weights)
-        self._pruned.add(name)
+        changed = self._write(layer, masks, weights)
         logger.log("METRIC", f"{name}: {time.perf_counter() - start:.1f}s")
+        return changed
 
     def _check_output_path(
         self, name: str, layer: "_Layer", replica: AttentionReplica
@@ -281,11 +285,12 @@ class AttentionMatrixPruningModifier(StoredModifier):
         layer: "_Layer",
         masks: dict[Role, Tensor],
         weights: dict[Role, Tensor],
-    ) -> None:
+    ) -> list[nn.Module]:
         by_child: dict[str, list[Projection]] = {}
         for role in self.projections:
             projection = layer.projections[role]
             by_child.setdefault(projection.child, []).append(projection)
+        changed: list[nn.Module] = []
         for projections in by_child.values():
             linear = _linear(layer.attention, projections[0])
             weight = linear.weight.detach().clone()
@@ -298,6 +303,8 @@ class AttentionMatrixPruningModifier(StoredModifier):
             # masked_fill, not a product: a product leaves -0.0
             update_offload_parameter(linear, "weight", weight.masked_fill(~kept, 0.0))
             remember(linear, kept)
+            changed.append(linear)
+        return changed
 
     def _settings(self) -> SolverSettings:
         return SolverSettings(

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
+from compressed_tensors.distributed import is_distributed
+from llmcompressor.core import active_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq import base as stock
 from torch import nn
 
+from llmc_attnmask.modifiers.progress import step
 from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.quantization.gptq import quantize_weight
 
@@ -44,6 +47,20 @@ class MaskedGPTQModifier(GPTQModifier, StoredModifier):
     keeps_masks: ClassVar[bool] = True
 
     def compress_module_list(self, module_list: list[nn.Module]) -> None:
+        if not module_list or is_distributed():  # there, every rank has its own list
+            self._quantize(module_list)
+            return
+        others = f" and {len(module_list) - 1} more"
+        layer = self._module_names[module_list[0]] + others
+        with step(active_session().state.model, self, layer) as work:
+            if work.restored:
+                for module in module_list:
+                    del self._hessians[module], self._num_samples[module]
+            else:
+                self._quantize(module_list)
+                work.changed = list(module_list)
+
+    def _quantize(self, module_list: list[nn.Module]) -> None:
         with _masked_quantize_weight():
             super().compress_module_list(module_list)
 

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from compressed_tensors.offload import (
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmc_attnmask.attention.capture import ModuleInputs
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.modifiers.fields import Names, check_finite, listed
+from llmc_attnmask.modifiers.progress import step
 from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.recovery.block import Block, block_error, changed_energy
 from llmc_attnmask.recovery.descent import DescentSettings, descend
@@ -90,7 +91,6 @@ class MaskedRecoveryModifier(StoredModifier):
     _dense: tempfile.TemporaryDirectory | None = PrivateAttr(default=None)
     # hidden states of the dense model on their way, by the blocks' container
     _streams: dict[str, list[Tensor]] = PrivateAttr(default_factory=dict)
-    _recovered: int = PrivateAttr(default=0)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         check_finite(state.model)
@@ -150,29 +150,42 @@ class MaskedRecoveryModifier(StoredModifier):
         try:
             for name, inputs in self._inputs.items():
                 if len(inputs):
-                    self._recover(name, self._blocks[name], inputs)
+                    self._recover(state.model, name, inputs)
                     self._inputs[name] = ModuleInputs()
         except BaseException:
             self._close()  # the model outlives a run that failed
             raise
 
     @torch.no_grad()
-    def _recover(self, name: str, block: nn.Module, inputs: ModuleInputs) -> None:
-        started = time.perf_counter()
+    def _recover(self, model: nn.Module, name: str, inputs: ModuleInputs) -> None:
+        block = self._blocks[name]
         container = name.rpartition(".")[0]
         stream = self._streams.get(container, inputs.hidden)
         device = get_execution_device(block)
-        dense_state = load_file(self._file(name))
-        dense = Block(block, inputs, device, stream, dense_state)
-        wanted = self._streams[container] = dense.outputs()
+        dense = Block(block, inputs, device, stream, load_file(self._file(name)))
+        self._streams[container] = dense.outputs()
         if name not in self._refined:
             return
+        with step(model, self, name) as work:
+            if not work.restored:
+                work.changed = self._refine(name, block, dense, inputs, stream)
+
+    def _refine(
+        self,
+        name: str,
+        block: nn.Module,
+        dense: Block,
+        inputs: ModuleInputs,
+        stream: list[Tensor],
+    ) -> list[nn.Module]:
+        """Refine one block; returns its Linears that have changed."""
+        started = time.perf_counter()
+        device, wanted = dense.device, self._streams[name.rpartition(".")[0]]
         with align_module_device(block):
             pruned = Block(block, inputs, device)
         kept = _masks(dense, pruned)
         if not kept:
-            return
-        self._recovered += 1
+            return []
         energy = changed_energy(stream, wanted)
         errors = [block_error(pruned, wanted)]
         refit(dense, pruned, kept)
@@ -184,7 +197,7 @@ class MaskedRecoveryModifier(StoredModifier):
             )
         for child, mask in kept.items():
             linear = block.get_submodule(child)
-            dtype = dense_state[f"{child}.weight"].dtype
+            dtype = cast(Tensor, linear.weight).dtype
             weight = pruned.linears()[child].weight.to(dtype).masked_fill(~mask, 0.0)
             update_offload_parameter(linear, "weight", weight)
         logger.log(
@@ -192,6 +205,7 @@ class MaskedRecoveryModifier(StoredModifier):
             f"{name}: error {' -> '.join(f'{e / energy:.5f}' for e in errors)}, "
             f"{time.perf_counter() - started:.1f}s",
         )
+        return [block.get_submodule(child) for child in kept]
 
     def _settings(self) -> DescentSettings:
         return DescentSettings(
@@ -204,7 +218,7 @@ class MaskedRecoveryModifier(StoredModifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self._close()
-        if not self._recovered:
+        if not any(self.done.values()):
             raise ValueError(
                 f"none of {listed(sorted(self._refined))} has pruned weights to "
                 "recover; put a pruning modifier before MaskedRecoveryModifier in the "

@@ -5,6 +5,7 @@ from typing import Any
 
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
+from pydantic import PrivateAttr
 
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.save import save_as
@@ -20,6 +21,13 @@ class StoredModifier(Modifier):
     """
 
     storage: Storage | None = None
+
+    _done: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    @property
+    def done(self) -> dict[str, int]:
+        """Layers this modifier is through with -> how many of its modules changed."""
+        return self._done
 
     def initialize(self, state: State, **kwargs: Any) -> None:
         recipe = active_session().lifecycle.recipe

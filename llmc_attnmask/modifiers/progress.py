@@ -1,0 +1,310 @@
+"""Progress of a run on disk: what was cut off goes on at its first unfinished layer.
+
+A run is one pass per modifier, a pass is one *step* per layer. What a step has changed,
+the tensors of some modules, their masks and the journal's entries, is one safetensors
+file, which is there complete or not at all. When the same run starts again, steps that
+have a file are read instead of computed. What a layer is calibrated on comes through
+the layers before it, which have the same bytes, and so has the result. A pass that has
+been finished is not calibrated again at all.
+
+Our modifiers take part step by step. Stock pruning and GPTQ modifiers are taken up pass
+by pass; others run again, as they did the first time.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from compressed_tensors.distributed import is_source_process
+from compressed_tensors.offload import update_offload_parameter
+from llmcompressor.core import LifecycleCallbacks, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
+from loguru import logger
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llmc_attnmask import journal
+from llmc_attnmask.masks.record import forget, recall, remember
+
+_RUN, _LOCK, _STEP, _PASS = "run.json", "lock", ".safetensors", ".json"
+_MASK = "mask"  # beside a module's own tensors in a step's file
+
+Fingerprint = Mapping[str, str]
+
+
+class ProgressError(ValueError):
+    """The progress on disk is of another run; the message says what differs."""
+
+
+@dataclass
+class Step:
+    """One layer's share of a pass."""
+
+    restored: bool = False  # read from disk: there is nothing to do
+    changed: list[nn.Module] = field(default_factory=list)
+
+
+class Progress:
+    """What a run has finished so far, in a folder that it creates with the first step.
+
+    :param folder: where the files go
+    :param fingerprint: what the result depends on, name -> value
+    :param modifiers: of the recipe, in order
+    :raises ProgressError: if the folder holds the progress of another run, or another
+        process is at work in it
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: Fingerprint, modifiers: Sequence[Modifier]
+    ):
+        self.folder, self.fingerprint = folder, dict(fingerprint)
+        self.modifiers = list(modifiers)
+        self._lock: IO | None = None
+        self._names: dict[nn.Module, str] = {}
+        self._finished: set[str] = set()
+        if (folder / _RUN).exists():
+            self._open()
+
+    @property
+    def steps(self) -> int:
+        """Steps on disk."""
+        return len(self._finished)
+
+    def _open(self) -> None:
+        self._take()
+        path = self.folder / _RUN
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ProgressError(f"{path} is no JSON ({error}); remove it") from None
+        differing = [
+            f"{name} (was {found.get(name)!r}, is {value!r})"
+            for name, value in self.fingerprint.items()
+            if found.get(name) != value
+        ]
+        if differing:
+            raise ProgressError(
+                f"{self.folder} holds the progress of another run, which differs in "
+                f"{', '.join(differing)}; give the same command to resume it, or "
+                "remove the folder to start anew"
+            )
+        self._finished = {p.name for p in self.folder.glob(f"[0-9]*{_STEP}")}
+
+    def _take(self) -> None:
+        """Lock the folder; the lock goes with the process, however it ends."""
+        if not is_source_process():
+            return
+        self._lock = (self.folder / _LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ProgressError(
+                f"another process is at work in {self.folder.parent}; wait for it or "
+                "name another output"
+            ) from None
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def has(self, modifier: Modifier, layer: str) -> bool:
+        """Whether a step was on disk when the run started, or is now."""
+        return self._file(modifier, layer) in self._finished
+
+    def _file(self, modifier: Modifier, layer: str) -> str:
+        return f"{self._stem(modifier)} {layer}{_STEP}"
+
+    def _stem(self, modifier: Modifier) -> str:
+        position = next(i for i, m in enumerate(self.modifiers) if m is modifier)
+        return f"{position:02d} {type(modifier).__name__}"
+
+    @torch.no_grad()
+    def save(
+        self,
+        model: nn.Module,
+        modifier: Modifier,
+        layer: str,
+        changed: Iterable[nn.Module],
+        entries: Sequence[journal.Entry],
+    ) -> None:
+        """Write a step; in a distributed run one process does."""
+        if not is_source_process():
+            return
+        tensors: dict[str, Tensor] = {}
+        for module in changed:
+            name = self._name(model, module)
+            for key, value in _own_tensors(module).items():
+                # a clone: safetensors refuses tensors that share memory
+                tensors[f"{name}:{key}"] = value.detach().cpu().clone().contiguous()
+            if (kept := recall(module)) is not None:
+                tensors[f"{name}:{_MASK}"] = _packed(kept)
+        if self._lock is None:
+            self._create()
+        file = self._file(modifier, layer)
+        metadata = {"journal": json.dumps([asdict(entry) for entry in entries])}
+        partial = self.folder / f".{file}"
+        save_file(tensors, partial, metadata)
+        _publish(partial, self.folder / file)
+        self._finished.add(file)
+
+    def _create(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take()
+        partial = self.folder / f".{_RUN}"
+        partial.write_text(json.dumps(self.fingerprint, indent=2), encoding="utf-8")
+        _publish(partial, self.folder / _RUN)
+
+    @torch.no_grad()
+    def restore(
+        self, model: nn.Module, modifier: Modifier, layer: str
+    ) -> list[nn.Module]:
+        """Give the modules that a step has changed what it has written.
+
+        :return: these modules
+        """
+        modules: dict[str, nn.Module] = {}
+        path = self.folder / self._file(modifier, layer)
+        with safe_open(path, "pt") as file:
+            entries = json.loads(file.metadata()["journal"])
+            for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                name, _, tensor = key.rpartition(":")
+                modules.setdefault(name, model.get_submodule(name))
+                if tensor != _MASK:
+                    update_offload_parameter(
+                        modules[name], tensor, file.get_tensor(key)
+                    )
+            for name, module in modules.items():
+                forget(module)
+                if f"{name}:{_MASK}" in file.keys():  # noqa: SIM118
+                    shape = cast(Tensor, module.weight).shape
+                    bits = file.get_tensor(f"{name}:{_MASK}")
+                    remember(module, _unpacked(bits, shape))
+        journal.entries(model).extend(journal.Entry(**entry) for entry in entries)
+        return list(modules.values())
+
+    def _name(self, model: nn.Module, module: nn.Module) -> str:
+        if module not in self._names:
+            self._names = {m: name for name, m in model.named_modules()}
+        return self._names[module]
+
+    def finish(self, model: nn.Module, modifier: Modifier) -> None:
+        """Note that the pass of a modifier is complete, if it can be taken up."""
+        if isinstance(modifier, SparsityModifierBase | GPTQModifier):
+            # activation scales are known at the end only, so ours write again, too
+            layers = [self._name(model, module) for module in modifier._module_names]
+            for module, name in zip(modifier._module_names, layers, strict=True):
+                self.save(model, modifier, name, [module], [])
+        elif isinstance(modifier, Resumable):
+            layers = list(modifier.done)
+        else:
+            return
+        if is_source_process() and self._lock is not None:
+            name = f"{self._stem(modifier)}{_PASS}"
+            partial = self.folder / f".{name}"
+            partial.write_text(json.dumps(layers), encoding="utf-8")
+            _publish(partial, self.folder / name)
+
+    def finished(self, modifier: Modifier) -> list[str] | None:
+        """The steps of a pass that was complete when the run started, or None."""
+        path = self.folder / f"{self._stem(modifier)}{_PASS}"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A modifier whose work is within ``step``, layer by layer."""
+
+    @property
+    def done(self) -> dict[str, int]:
+        """Layer -> how many of its modules have changed."""
+
+
+_active: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+@contextmanager
+def recorded(progress: Progress) -> Iterator[None]:
+    """Record the run within, and take up what is on disk already."""
+    token = _active.set(progress)
+    original = SequentialPipeline.__dict__["__call__"]
+
+    def call(model: nn.Module, dataloader: Any, dataset_args: Any) -> None:
+        # the independent pipeline leaves one modifier at a time in the recipe
+        (modifier,) = active_session().lifecycle.recipe.modifiers
+        layers = progress.finished(modifier)
+        if layers is None:
+            original.__func__(model, dataloader, dataset_args)
+            progress.finish(model, modifier)
+            return
+        logger.info(f"{type(modifier).__name__}: finished before, read from disk")
+        LifecycleCallbacks.calibration_start()
+        for layer in layers:
+            changed = progress.restore(model, modifier, layer)
+            if isinstance(modifier, Resumable):
+                modifier.done[layer] = len(changed)
+        LifecycleCallbacks.calibration_end()
+
+    SequentialPipeline.__call__ = staticmethod(call)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SequentialPipeline.__call__ = original  # type: ignore[method-assign]
+        _active.reset(token)
+
+
+@contextmanager
+def step(model: nn.Module, modifier: Resumable, layer: str) -> Iterator[Step]:
+    """One layer's share of a modifier's pass; without a recorded run, only counted.
+
+    Within, do the work unless it is ``restored``, and name the modules ``changed``.
+    """
+    progress = _active.get()
+    current = Step()
+    if progress is not None and progress.has(cast(Modifier, modifier), layer):
+        current.restored = True
+        current.changed = progress.restore(model, cast(Modifier, modifier), layer)
+        logger.info(f"{type(modifier).__name__}: {layer} finished before, read")
+    before = len(journal.entries(model))
+    yield current
+    if progress is not None and not current.restored:
+        new = journal.entries(model)[before:]
+        progress.save(model, cast(Modifier, modifier), layer, current.changed, new)
+    modifier.done[layer] = len(current.changed)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module, not those of its children."""
+    named = [
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ]
+    return dict(named)
+
+
+def _packed(kept: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(kept.numpy().ravel(), bitorder="little"))
+
+
+def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
+    flags = np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little")
+    return torch.from_numpy(flags.view(bool)).view(shape)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Rename a file that is complete into place, so that it outlives a power cut."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
