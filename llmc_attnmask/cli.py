@@ -6,7 +6,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -61,18 +61,22 @@ def prune(
     """Apply a recipe to a model and write the checkpoint."""
     from llmc_attnmask.pruning import prune as run
 
-    saved = run(
-        model,
-        recipe,
-        output,
-        dataset,
-        text_column=text_column,
-        num_samples=num_samples,
-        max_length=max_length,
-        seed=seed,
-        storage=storage,
-        resume=resume,
-    )
+    try:
+        saved = run(
+            model,
+            recipe,
+            output,
+            dataset,
+            text_column=text_column,
+            num_samples=num_samples,
+            max_length=max_length,
+            seed=seed,
+            storage=storage,
+            resume=resume,
+        )
+    except KeyboardInterrupt as interrupt:
+        _err.print(escape("interrupted" + _notes(interrupt)), soft_wrap=True)
+        raise typer.Exit(130) from None
     _out.print(f"saved {saved}", soft_wrap=True)
 
 
@@ -198,13 +202,11 @@ def _one_line(message: Warning | str, category: type[Warning], *_: Any) -> str:
 
 
 def main() -> None:
-    """Exit code 0, 1 with one line on stderr, or 2 (click's) for wrong usage."""
+    """Exit code 0, 1 with one line on stderr, 2 for wrong usage, 130 if interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = _one_line  # type: ignore[assignment]
     try:
         app()
-    except KeyboardInterrupt as interrupt:
-        _fail("interrupted" + escape(_notes(interrupt)))
     except Exception as error:
         if os.environ.get("LLMC_ATTNMASK_TRACEBACK"):
             raise
@@ -212,16 +214,12 @@ def main() -> None:
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else " (LLMC_ATTNMASK_TRACEBACK=1 shows where)"
         message = escape(f"{kind}{error}{hint}{_notes(error)}")
-        _fail(f"[red]error:[/red] {message}")
+        _err.print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
+        sys.exit(1)
 
 
 def _notes(error: BaseException) -> str:
     return "".join(f"; {note}" for note in getattr(error, "__notes__", []))
-
-
-def _fail(message: str) -> NoReturn:
-    _err.print(message, soft_wrap=True, highlight=False)
-    sys.exit(1)
 
 
 if __name__ == "__main__":

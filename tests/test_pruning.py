@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.checkpoint.atomic import PROGRESS
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.pruning import prune
@@ -181,10 +182,12 @@ def test_the_seed_reaches_a_modifier_whose_recipe_sets_none(tmp_path):
     assert (first / name).read_bytes() != (second / name).read_bytes()
 
 
-def test_a_failure_while_saving_leaves_nothing(tmp_path, nothing_written, monkeypatch):
+def test_a_failure_while_saving_leaves_only_the_progress(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         prune(MODEL_DIR, RECIPES / "attention_2of4.yaml", tmp_path / "out", **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [PROGRESS]
