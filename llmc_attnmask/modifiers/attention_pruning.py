@@ -11,11 +11,8 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import (
-    AttentionReplica,
-    ModuleInputs,
-    UnsupportedAttentionError,
-)
+from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.output_path import check_output_path
 from llmc_attnmask.attention.projections import (
     Projection,

@@ -18,7 +18,7 @@ from pydantic import Field, PrivateAttr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import ModuleInputs
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.modifiers.fields import Names, check_finite, listed
 from llmc_attnmask.modifiers.progress import step

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import ModuleInputs, isolated_copy
+from llmc_attnmask.attention.capture import isolated_copy
+from llmc_attnmask.attention.inputs import ModuleInputs
 
 SAMPLES_AT_ONCE = 8
 

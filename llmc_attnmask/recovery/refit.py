@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import (
-    AttentionReplica,
-    ModuleInputs,
-    UnsupportedAttentionError,
-)
+from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import (
     Role,
     attention_modules,
