@@ -1,6 +1,7 @@
 """What a module was called with, kept to be replayed sample by sample."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,18 +9,37 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from llmc_attnmask.attention.capture import UnsupportedAttentionError
+from llmc_attnmask.attention.samples import Offload, SampleTensors
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Stands for a tensor among a sample's arguments."""
+
+    index: int
 
 
 class ModuleInputs:
-    """Arguments of one module's forward, collected sample by sample on CPU.
+    """Arguments of one module's forward, collected sample by sample.
 
     Masks and rotary tables that are equal from sample to sample are kept once.
+
+    :param offload: where the tensors are kept; with "disk" only what one batch needs
+        is in memory
     """
 
-    def __init__(self) -> None:
-        self._samples: list[tuple[Tensor, list[Any], Any]] = []
+    def __init__(self, offload: Offload = "cpu") -> None:
+        self.offload: Offload = offload
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all samples."""
+        self.hidden = SampleTensors(self.offload)  # the hidden states, [1, L, D]
+        self._others = SampleTensors(self.offload)
+        # of each sample the arguments' leaves, tensors as _Stored, and their structure
+        self._samples: list[tuple[list[Any], Any]] = []
         # (leaf position, shape, dtype) -> the last such tensor seen there
-        self._recent: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+        self._recent: dict[tuple[int, torch.Size, torch.dtype], _Stored] = {}
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -41,8 +61,8 @@ class ModuleInputs:
                 self._once(i, _sample_of(leaf, b, batch))
                 for i, leaf in enumerate(leaves)
             ]
-            own = hidden[b : b + 1].detach().to("cpu", copy=True)
-            self._samples.append((own, sample, structure))
+            self._samples.append((sample, structure))
+            self.hidden.append(hidden[b : b + 1].detach().to("cpu", copy=True))
 
     def _once(self, position: int, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -50,15 +70,9 @@ class ModuleInputs:
         leaf = leaf.detach().to("cpu")
         key = (position, leaf.shape, leaf.dtype)
         recent = self._recent.get(key)
-        if recent is not None and torch.equal(recent, leaf):
-            return recent
-        self._recent[key] = leaf.clone()
-        return self._recent[key]
-
-    @property
-    def hidden(self) -> list[Tensor]:
-        """The hidden states of every sample, [1, L, D]."""
-        return [hidden for hidden, _, _ in self._samples]
+        if recent is None or not torch.equal(self._others[recent.index], leaf):
+            recent = self._recent[key] = _Stored(self._others.append(leaf.clone()))
+        return recent
 
     def batch(
         self,
@@ -77,9 +91,10 @@ class ModuleInputs:
         samples = [self._samples[i] for i in indices]
         states = torch.cat([(hidden or self.hidden)[i] for i in indices])
         leaves = [
-            _joined(column) for column in zip(*(s[1] for s in samples), strict=True)
+            self._joined(column)
+            for column in zip(*(leaves for leaves, _ in samples), strict=True)
         ]
-        args, kwargs = tree_unflatten(leaves, samples[0][2])
+        args, kwargs = tree_unflatten(leaves, samples[0][1])
 
         masks = {k: kwargs.pop(k) for k in ("attention_mask",) if k in kwargs}
 
@@ -103,27 +118,31 @@ class ModuleInputs:
         """The given samples once, in batches of at most ``size`` of equal length."""
         pending: dict[torch.Size, list[int]] = {}
         for i in indices:
-            group = pending.setdefault(self._samples[i][0].shape, [])
+            shape = self.hidden.shape(i)
+            group = pending.setdefault(shape, [])
             group.append(i)
             if len(group) == size:
                 yield group
-                del pending[self._samples[i][0].shape]
+                del pending[shape]
         yield from pending.values()
+
+    def _joined(self, column: tuple[Any, ...]) -> Any:
+        """An argument of several samples as one; a row broadcasts over the batch."""
+        first = column[0]
+        if not isinstance(first, _Stored):
+            return first
+        if all(leaf == first for leaf in column):
+            return self._others[first.index]
+        tensors = [self._others[leaf.index] for leaf in column]
+        if tensors[0].ndim == 0 or tensors[0].shape[0] != 1:
+            raise UnsupportedAttentionError(
+                f"an argument of shape {tuple(tensors[0].shape)} differs from sample "
+                "to sample and has no batch dimension to join it on; calibrate with "
+                "batch_size: 1 in the modifier"
+            )
+        return torch.cat(tensors)
 
 
 def _sample_of(leaf: Any, b: int, batch: int) -> Any:
     shared = not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != batch
     return leaf if shared or batch == 1 else leaf[b : b + 1]
-
-
-def _joined(column: tuple[Any, ...]) -> Any:
-    first = column[0]
-    if not isinstance(first, Tensor) or all(leaf is first for leaf in column):
-        return first  # one row broadcasts over the batch
-    if first.ndim == 0 or first.shape[0] != 1:
-        raise UnsupportedAttentionError(
-            f"an argument of shape {tuple(first.shape)} differs from sample to sample "
-            "and has no batch dimension to join it on; calibrate with batch_size: 1 in "
-            "the modifier"
-        )
-    return torch.cat(column)

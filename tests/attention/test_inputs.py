@@ -19,21 +19,42 @@ def test_a_batch_equals_its_samples_one_by_one(random_llama):
 def test_equal_masks_and_rotary_tables_are_stored_once(random_llama):
     inputs = attention_inputs(random_llama, torch.randint(0, 64, (4, 9)))
     collected = next(iter(inputs.values()))
-    leaves = [[id(x) for x in sample[1]] for sample in collected._samples]
-    assert len({tuple(ids) for ids in leaves}) == 1
-    hidden = [sample[0] for sample in collected._samples]
-    assert not torch.equal(hidden[0], hidden[1])
+    assert len(collected) == len(collected.hidden) == 4
+    assert len(collected._others) == 4  # mask, position ids, cosines, sines
+    assert not torch.equal(collected.hidden[0], collected.hidden[1])
 
 
 def test_samples_of_two_lengths_in_turn_still_share_their_masks(random_llama):
     collected = ModuleInputs()
     for length in (5, 7, 5, 7):
         inputs = attention_inputs(random_llama, torch.randint(0, 64, (1, length)))
-        (hidden, leaves, structure), *_ = next(iter(inputs.values()))._samples
-        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, structure)
-        collected.append([*args], {**kwargs, "hidden_states": hidden})
-    shared = [[id(x) for x in sample[1]] for sample in collected._samples]
-    assert shared[0] == shared[2] and shared[1] == shared[3]
+        sample = next(iter(inputs.values()))
+        args, kwargs = sample.batch([0], torch.device("cpu"), torch.float32)
+        collected.append(args, kwargs)
+    assert len(collected._others) == 2 * 4
+
+
+def test_on_disk_every_batch_is_bit_equal_to_memory(random_llama):
+    module = random_llama.bfloat16().model.layers[0].self_attn
+    kept: list[ModuleInputs] = [ModuleInputs("cpu"), ModuleInputs("disk")]
+    for inputs in kept:
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, inputs=inputs: inputs.append(args, kwargs),
+            with_kwargs=True,
+        )
+    for length in (5, 7, 5):
+        tokens = torch.randint(0, 64, (2, length))
+        padded = torch.ones_like(tokens)
+        padded[0, -1] = 0  # a mask of its own
+        random_llama(tokens, attention_mask=padded)
+    device = torch.device("cpu")
+    groups = [list(inputs.batches(range(6), 3)) for inputs in kept]
+    assert groups[0] == groups[1] == [[0, 1, 4], [2, 3], [5]]
+    for batch in groups[0]:
+        memory, disk = (inputs.batch(batch, device, torch.float32) for inputs in kept)
+        leaves = (torch.utils._pytree.tree_leaves(x) for x in (memory, disk))
+        for a, b in zip(*leaves, strict=True):
+            assert a is b or (torch.equal(a, b) and a.dtype == b.dtype)
 
 
 def test_an_argument_without_batch_dimension_that_differs_is_refused():
