@@ -54,6 +54,13 @@ def prune(
         Literal["dense", "sparse-24-bitmask"] | None,
         typer.Option(help="Of 2:4 layers. [default: the recipe's, or dense]"),
     ] = None,
+    offload_activations: Annotated[
+        Literal["cpu", "disk"] | None,
+        typer.Option(help="Where the recipe sets none. [default: cpu]"),
+    ] = None,
+    offload_model: Annotated[
+        Literal["cpu", "disk"], typer.Option(help="Where weights wait for their turn.")
+    ] = "cpu",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was cut off.")
     ] = False,
@@ -72,6 +79,8 @@ def prune(
             max_length=max_length,
             seed=seed,
             storage=storage,
+            offload_activations=offload_activations,
+            offload_model=offload_model,
             resume=resume,
         )
     except KeyboardInterrupt as interrupt:

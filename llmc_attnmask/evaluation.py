@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llmc_attnmask.attention.capture import AttentionReplica, ModuleInputs
+from llmc_attnmask.attention.capture import AttentionReplica
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.checkpoint.load import load

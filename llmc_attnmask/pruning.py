@@ -1,14 +1,17 @@
 """Run a recipe on a model and save the result: ``oneshot`` with the checks up front."""
 
 import hashlib
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from compressed_tensors.offload import load_offloaded_model
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -19,6 +22,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
+from llmc_attnmask.attention.samples import Offload
 from llmc_attnmask.checkpoint.atomic import PROGRESS, check_new, new_folder
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.load import load
@@ -41,6 +45,8 @@ def prune(
     max_length: int | None = None,
     seed: int = 0,
     storage: Storage | None = None,
+    offload_activations: Offload | None = None,
+    offload_model: Offload = "cpu",
     resume: bool = False,
 ) -> Path:
     """Apply a recipe to a model and write the checkpoint.
@@ -57,6 +63,10 @@ def prune(
     :param seed: of torch's generator, and of every modifier whose recipe sets none
     :param storage: of the 2:4 layers; by default what the recipe's modifiers ask for,
         or dense
+    :param offload_activations: of every modifier that has this field and whose recipe
+        does not set it
+    :param offload_model: where weights wait for their turn: in memory, or in the
+        checkpoint's files and, once they have changed, in the temporary folder (TMPDIR)
     :param resume: go on with a run of the same arguments that was cut off, if the
         output folder holds one; the result is the same to the byte
     :return: the output folder
@@ -71,9 +81,9 @@ def prune(
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
     parsed = load_recipe(recipe)
     storage = storage or recipe_storage(parsed.modifiers)
-    for modifier in parsed.modifiers:
-        if hasattr(modifier, "seed") and "seed" not in modifier.model_fields_set:
-            modifier.seed = seed
+    _set_default(parsed.modifiers, "seed", seed)
+    if offload_activations:
+        _set_default(parsed.modifiers, "offload_activations", offload_activations)
     tokenizer = AutoTokenizer.from_pretrained(model)
     config = AutoConfig.from_pretrained(model)
     length = window_length(config, max_length)
@@ -83,12 +93,17 @@ def prune(
     progress = Progress(
         output / PROGRESS, _fingerprint(model, recipe, windows, seed), parsed.modifiers
     )
-    with _kept(progress):
-        loaded = load(model, **_dequantized(config))
+    with _kept(progress), _loaded(model, config, offload_model) as loaded:
         torch.manual_seed(seed)
         with recorded(progress):
             compress(loaded, tokenizer, parsed.modifiers, windows)
         return save(loaded, tokenizer, output, storage)
+
+
+def _set_default(modifiers: Iterable[Modifier], field: str, value: object) -> None:
+    for modifier in modifiers:
+        if hasattr(modifier, field) and field not in modifier.model_fields_set:
+            setattr(modifier, field, value)
 
 
 @contextmanager
@@ -105,6 +120,25 @@ def _kept(progress: Progress) -> Iterator[None]:
         raise
     finally:
         progress.close()
+
+
+@contextmanager
+def _loaded(
+    model: str | Path, config: PreTrainedConfig, offload: Offload
+) -> Iterator[PreTrainedModel]:
+    """The model; on disk it lasts as long as this does."""
+    if offload == "cpu":
+        yield load(model, **_dequantized(config))
+        return
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{model} is quantized or packed, which cannot be offloaded to disk; load "
+            "it into memory, or `llmc-attnmask unpack` it first if it is packed only"
+        )
+    with tempfile.TemporaryDirectory(prefix="offloaded-weights-") as folder:
+        with load_offloaded_model():
+            loaded = load(model, device_map={"": "disk"}, offload_folder=folder)
+        yield loaded
 
 
 def _fingerprint(

@@ -19,11 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import (
-    AttentionCall,
-    AttentionReplica,
-    ModuleInputs,
-)
+from llmc_attnmask.attention.capture import AttentionCall, AttentionReplica
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.matrix import (
     attention_context,
     attention_error,

@@ -23,7 +23,8 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from llmc_attnmask.attention.capture import AttentionReplica, ModuleInputs
+from llmc_attnmask.attention.capture import AttentionReplica
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import Projection, Role
 from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.objectives import (

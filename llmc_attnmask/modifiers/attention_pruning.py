@@ -11,11 +11,8 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import (
-    AttentionReplica,
-    ModuleInputs,
-    UnsupportedAttentionError,
-)
+from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.output_path import check_output_path
 from llmc_attnmask.attention.projections import (
     Projection,
@@ -23,6 +20,7 @@ from llmc_attnmask.attention.projections import (
     attention_modules,
     find_projections,
 )
+from llmc_attnmask.attention.samples import Offload
 from llmc_attnmask.journal import note
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.solver import SolverSettings, learn_masks
@@ -89,6 +87,8 @@ class AttentionMatrixPruningModifier(StoredModifier):
     :param batch_size: calibration samples per step, of one length: samples of many
         lengths make smaller batches. Padding counts as text
     :param seed: order of the calibration samples; same seed and machine, same bytes
+    :param offload_activations: where calibration activations are kept: "cpu", in
+        memory, or "disk", in the temporary folder (TMPDIR). Results are the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to what another modifier of the recipe asks for, or dense
     """
@@ -107,6 +107,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
     learning_rate: float = Field(default=0.1, gt=0)
     batch_size: int = Field(default=8, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
+    offload_activations: Offload = "cpu"
 
     _structure: MaskStructure = PrivateAttr()
     _layers: dict[str, "_Layer"] = PrivateAttr(default_factory=dict)
@@ -167,7 +168,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 with step(state.model, self, name) as work:
                     if not work.restored:
                         work.changed = self._prune(state.model, name, layer)
-                layer.inputs = ModuleInputs()
+                layer.inputs.clear()
         except BaseException:
             self.remove_hooks()  # the model outlives a run that failed
             self._layers = {}
@@ -226,7 +227,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 self._structure.groups(projection.of(weight))
             except ValueError as error:
                 raise ValueError(f"{name}.{projection.child}: {error}") from None
-        return _Layer(attention, projections, sparsity)
+        return _Layer(attention, projections, sparsity, self.offload_activations)
 
     def _prune(self, model: nn.Module, name: str, layer: "_Layer") -> list[nn.Module]:
         """Prune one attention module; returns its Linears that have changed."""
@@ -326,11 +327,12 @@ class _Layer:
         attention: nn.Module,
         projections: dict[Role, Projection],
         sparsity: float,
+        offload: Offload,
     ):
         self.attention = attention
         self.projections = projections
         self.sparsity = sparsity
-        self.inputs = ModuleInputs()
+        self.inputs = ModuleInputs(offload)
 
     def collect(self, *hook: Any) -> None:
         """Forward pre-hook: called with (module, args, kwargs)."""

@@ -18,8 +18,9 @@ from pydantic import Field, PrivateAttr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import ModuleInputs
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import attention_modules
+from llmc_attnmask.attention.samples import Offload, SampleTensors
 from llmc_attnmask.modifiers.fields import Names, check_finite, listed
 from llmc_attnmask.modifiers.progress import step
 from llmc_attnmask.modifiers.storage import StoredModifier
@@ -71,6 +72,8 @@ class MaskedRecoveryModifier(StoredModifier):
         to all blocks with attention
     :param ignore: blocks to leave alone, likewise
     :param seed: order of the calibration samples; same seed and machine, same bytes
+    :param offload_activations: where calibration activations are kept: "cpu", in
+        memory, or "disk", in the temporary folder (TMPDIR). Results are the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to what another modifier of the recipe asks for, or dense
     """
@@ -84,13 +87,14 @@ class MaskedRecoveryModifier(StoredModifier):
     targets: Names | None = None
     ignore: Names = Field(default_factory=list)
     seed: int = Field(default=0, ge=0, lt=2**63)
+    offload_activations: Offload = "cpu"
 
     _blocks: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _refined: set[str] = PrivateAttr(default_factory=set)
     _inputs: dict[str, ModuleInputs] = PrivateAttr(default_factory=dict)
     _dense: tempfile.TemporaryDirectory | None = PrivateAttr(default=None)
     # hidden states of the dense model on their way, by the blocks' container
-    _streams: dict[str, list[Tensor]] = PrivateAttr(default_factory=dict)
+    _streams: dict[str, SampleTensors] = PrivateAttr(default_factory=dict)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         check_finite(state.model)
@@ -132,7 +136,7 @@ class MaskedRecoveryModifier(StoredModifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         for name, block in self._blocks.items():
-            self._inputs[name] = ModuleInputs()
+            self._inputs[name] = ModuleInputs(self.offload_activations)
             self.register_hook(
                 block, self._collector(name), "forward_pre", with_kwargs=True
             )
@@ -151,7 +155,7 @@ class MaskedRecoveryModifier(StoredModifier):
             for name, inputs in self._inputs.items():
                 if len(inputs):
                     self._recover(state.model, name, inputs)
-                    self._inputs[name] = ModuleInputs()
+                    inputs.clear()
         except BaseException:
             self._close()  # the model outlives a run that failed
             raise
@@ -176,7 +180,7 @@ class MaskedRecoveryModifier(StoredModifier):
         block: nn.Module,
         dense: Block,
         inputs: ModuleInputs,
-        stream: list[Tensor],
+        stream: SampleTensors,
     ) -> list[nn.Module]:
         """Refine one block; returns its Linears that have changed."""
         started = time.perf_counter()

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import ModuleInputs, isolated_copy
+from llmc_attnmask.attention.capture import isolated_copy
+from llmc_attnmask.attention.inputs import ModuleInputs
+from llmc_attnmask.attention.samples import SampleTensors
 
 SAMPLES_AT_ONCE = 8
 
@@ -55,14 +57,15 @@ class Block:
         return self.inputs.batches(range(len(self.inputs)), SAMPLES_AT_ONCE)
 
     @torch.no_grad()
-    def outputs(self) -> list[Tensor]:
-        """Hidden states after the block of every sample, on CPU, as they came in."""
+    def outputs(self) -> SampleTensors:
+        """Hidden states after the block of every sample, kept as the inputs are."""
         inputs = self.inputs.hidden if self.hidden is None else self.hidden
-        found: dict[int, Tensor] = {}
+        dtype = inputs[0].dtype
+        found = SampleTensors(self.inputs.offload)
         for indices in self.batches():
-            output = self(indices).to("cpu", inputs[0].dtype)
-            found.update(zip(indices, output.split(1), strict=True))
-        return [found[i] for i in range(len(inputs))]
+            for i, output in zip(indices, self(indices).split(1), strict=True):
+                found[i] = output.to("cpu", dtype)
+        return found
 
     def linears(self) -> dict[str, nn.Linear]:
         return {

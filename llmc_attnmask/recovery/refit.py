@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import (
-    AttentionReplica,
-    ModuleInputs,
-    UnsupportedAttentionError,
-)
+from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import (
     Role,
     attention_modules,
@@ -64,7 +61,7 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
         roles: list[Role] = [r for r in ("q", "k") if projections[r].whole]
         if not roles:
             continue  # rows of others in the same Linear
-        inputs = ModuleInputs()
+        inputs = ModuleInputs(dense.inputs.offload)
         handle = attention.register_forward_pre_hook(
             lambda _, args, kwargs, inputs=inputs: inputs.append(args, kwargs),
             with_kwargs=True,
@@ -99,7 +96,7 @@ def _normal_equations(
         if group[0] not in now:
             continue  # an expert without tokens
         x = now[group[0]][0]
-        everything = (len(indices), pruned.inputs.hidden[indices[0]].shape[1])
+        everything = (len(indices), pruned.inputs.hidden.shape(indices[0])[1])
         rows = x.flatten(0, -2).float()
         product = rows.T @ rows
         hessian = hessian + product

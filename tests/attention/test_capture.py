@@ -6,10 +6,10 @@ import transformers
 
 from llmc_attnmask.attention.capture import (
     AttentionReplica,
-    ModuleInputs,
     UnsupportedAttentionError,
     uses_attention_interface,
 )
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.matrix import probabilities
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.evaluation import attention_inputs
@@ -93,56 +93,6 @@ def test_a_relative_position_bias_is_part_of_the_logits():
 def test_a_module_without_config_is_refused():
     with pytest.raises(UnsupportedAttentionError, match="no transformers config"):
         AttentionReplica(torch.nn.Linear(2, 2))
-
-
-def test_a_batch_equals_its_samples_one_by_one(random_llama):
-    inputs = attention_inputs(random_llama, torch.randint(0, 64, (3, 9)))
-    name, collected = next(iter(inputs.items()))
-    replica = AttentionReplica(random_llama.get_submodule(name))
-    together = replica(*collected.batch([0, 1, 2], replica.device, replica.dtype))
-    for i in range(3):
-        alone = replica(*collected.batch([i], replica.device, replica.dtype))
-        torch.testing.assert_close(together.query[i : i + 1], alone.query)
-
-
-def test_equal_masks_and_rotary_tables_are_stored_once(random_llama):
-    inputs = attention_inputs(random_llama, torch.randint(0, 64, (4, 9)))
-    collected = next(iter(inputs.values()))
-    leaves = [[id(x) for x in sample[1]] for sample in collected._samples]
-    assert len({tuple(ids) for ids in leaves}) == 1
-    hidden = [sample[0] for sample in collected._samples]
-    assert not torch.equal(hidden[0], hidden[1])
-
-
-def test_samples_of_two_lengths_in_turn_still_share_their_masks(random_llama):
-    collected = ModuleInputs()
-    for length in (5, 7, 5, 7):
-        inputs = attention_inputs(random_llama, torch.randint(0, 64, (1, length)))
-        (hidden, leaves, structure), *_ = next(iter(inputs.values()))._samples
-        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, structure)
-        collected.append([*args], {**kwargs, "hidden_states": hidden})
-    shared = [[id(x) for x in sample[1]] for sample in collected._samples]
-    assert shared[0] == shared[2] and shared[1] == shared[3]
-
-
-def test_an_argument_without_batch_dimension_that_differs_is_refused():
-    inputs = ModuleInputs()
-    for i in range(2):
-        inputs.append([torch.zeros(1, 5, 2)], {"scales": torch.full((3,), float(i))})
-    with pytest.raises(UnsupportedAttentionError, match=r"shape \(3,\) differs"):
-        inputs.batch([0, 1], torch.device("cpu"), torch.float32)
-
-
-def test_minibatches_use_every_sample_and_never_mix_lengths():
-    inputs = ModuleInputs()
-    lengths = [5, 7, 5, 5, 7]
-    for length in lengths:
-        inputs.append([torch.zeros(1, length, 2)], {})
-    generator = torch.Generator().manual_seed(0)
-    batches = inputs.minibatches(range(5), 2, generator)
-    epoch = [next(batches) for _ in range(3)]
-    assert sorted(i for batch in epoch for i in batch) == [0, 1, 2, 3, 4]
-    assert all(len({lengths[i] for i in batch}) == 1 for batch in epoch)
 
 
 def test_a_causal_module_without_a_mask_is_refused(random_llama):

@@ -5,11 +5,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llmc_attnmask.attention import matrix
-from llmc_attnmask.attention.capture import (
-    AttentionCall,
-    AttentionReplica,
-    ModuleInputs,
-)
+from llmc_attnmask.attention.capture import AttentionCall, AttentionReplica
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.matrix import (
     attention_context,
     attention_error,

@@ -93,7 +93,7 @@ def test_no_steps_give_the_start_wandas_mask(layer):
     assert solution.error == solution.start_error
     replica, inputs, _ = layer
     weight = replica.module.get_parameter("q_proj.weight").detach()
-    x = torch.cat([sample[0] for sample in inputs._samples], dim=1)[0]
+    x = torch.cat(list(inputs.hidden), dim=1)[0]
     expected = TWO_OF_FOUR.mask(weight.abs() * x.norm(dim=0), 0.5)
     # but for the rounding of norms: nearly every entry
     assert (solution.masks["q"] == expected).float().mean() > 0.999

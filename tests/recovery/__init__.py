@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmc_attnmask.attention.capture import ModuleInputs
+from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.recovery.block import Block, changed_energy
 
