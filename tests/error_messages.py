@@ -54,13 +54,18 @@ def _of_module(tree: ast.Module) -> Iterator[tuple[int, str]]:
             # a function of this module that makes the text
             if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
                 maker = functions.get(value.func.id)
-                for inner in ast.walk(maker) if maker else ():
-                    if isinstance(inner, ast.Return) and inner.value is not None:
-                        if text := _text(inner.value, constants):
-                            yield inner.lineno, text
+                yield from _returned(maker, constants) if maker else ()
             elif text := _text(value, constants):
                 yield node.lineno, text
                 break  # what follows is a category, or what `%s` stands for
+
+
+def _returned(
+    maker: ast.FunctionDef, constants: dict[str, str]
+) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(maker):
+        if isinstance(node, ast.Return) and node.value is not None:
+            yield node.lineno, _text(node.value, constants)
 
 
 def _prints(function: ast.expr) -> bool:
