@@ -41,7 +41,10 @@ SECTIONS = [
     for _, group in itertools.groupby(BLOCKS, lambda b: (b.document, b.section))
     if (section := [b for b in group if b.language in ("bash", "python")])
 ]
-SMALL = ["--num-samples", "4", "--max-length", "64"]  # the last one given counts
+SMALL = {  # the last one given counts
+    "prune": ["--num-samples", "4", "--max-length", "64"],
+    "eval": ["--max-length", "64"],
+}
 FEW_STEPS = {"AttentionMatrixPruningModifier": 2, "MaskedRecoveryModifier": 2}
 DEFAULT_RECIPE = "block_2of4.yaml"
 
@@ -79,8 +82,7 @@ def workspace(tmp_path, monkeypatch, pruned) -> Path:
 def _call(command: str, monkeypatch, capsys) -> None:
     """A command of this package, in this process: importing takes seconds."""
     _, *arguments = shlex.split(command)
-    if arguments[0] == "prune":
-        arguments += SMALL
+    arguments += SMALL.get(arguments[0], [])
     monkeypatch.setattr(sys, "argv", ["llmc-attnmask", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
