@@ -49,6 +49,11 @@ _QUANTIZED_LOSSES = {
 Row = dict[str, Any]
 
 
+def _label(row: Row) -> str:
+    method = str(row["method"])
+    return _METHODS.get(method, method)
+
+
 def read(name: str) -> list[Row]:
     return json.loads((MEASUREMENTS / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -86,7 +91,7 @@ def accuracy() -> str:
         case = (row["scope"], row["structure"])
         stock = _find(("quality-qk", "quality-block"), *case, "SparseGPT")
         ratio = sum(row["gaps"]) / len(row["gaps"]) / stock["gaps"][0]
-        label = _METHODS.get(row["method"], row["method"])
+        label = _label(row)
         cells = [
             f"{_SCOPES[case[0]]}, {case[1]}" if case != previous else "",
             label,
@@ -137,7 +142,7 @@ def cost() -> str:
         if row["method"] == "dense":
             continue
         seconds, peak = _mean(row, "seconds"), _mean(row, "peak_gb")
-        label = _METHODS.get(row["method"], row["method"]).strip("*")
+        label = _label(row).strip("*")
         lines.append(f"| {label} | {seconds:.0f} | {peak:.2f} GB | {_gap(row)} |")
     return "\n".join(lines)
 
