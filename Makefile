@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= out
 
-.PHONY: demo test test-fast test-serving lint bench-quality bench-quantization paper clean
+.PHONY: demo test test-fast test-serving lint bench-quality bench-quantization paper docs clean
 .DEFAULT_GOAL := demo
 
 # torch first: a plain resolve may fetch another build of it
@@ -64,6 +64,9 @@ bench-quantization: $(INSTALLED)  ## GPTQ with and without masks: OUT/quantizati
 
 paper: $(INSTALLED)  ## the paper's synthetic experiment: CSV and plots in OUT/paper
 	$(QUIET) $(BIN)/python -m llmc_attnmask.paper.experiment $(OUT)/paper
+
+docs: $(INSTALLED)  ## the documentation as a site: OUT/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(OUT)/site
 
 clean:
 	rm -rf $(VENV) $(SERVING) $(OUT)

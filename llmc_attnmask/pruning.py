@@ -72,8 +72,8 @@ def prune(
     :return: the output folder
     :raises FileExistsError: if the output folder exists and is not empty
     :raises ProgressError: if it holds the progress of another run
-    :raises RecipeError, DatasetError, ValueError: for bad input, before anything is
-        written
+    :raises ValueError: for bad input, before anything is written; ``RecipeError`` and
+        ``DatasetError`` are such
     """
     output = Path(output)
     check_new(output, resume)

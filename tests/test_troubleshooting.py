@@ -1,0 +1,89 @@
+"""docs/troubleshooting.md names every message that a user can meet, and no other."""
+
+import re
+
+from tests.error_messages import HOLE, ROOT, Message, messages
+
+PAGE = ROOT / "docs" / "troubleshooting.md"
+OTHERS = "\n## Messages of others\n"  # from here on, not this package's
+# no command, recipe or checkpoint leads to these, only a call with wrong arguments
+INTERNAL = {
+    "module ... has no attribute ...",
+    "output_weight > 0 needs the output_projection's weight",
+    "the mask is ...; expected torch.bool ..., as the weight",
+    "the weight is ...; expected two dimensions",
+    "... inputs are not divisible by 4, so there are no groups of four",
+    "the bitmask is ...; expected torch.uint8",
+    "not 2:4: row ... has ... in a group of columns",
+    "a ... tensor of shape ... is no mask for this weight",
+    "weight is ...; expected ... for inputs of shape ...",
+    "the weight has ... columns; 2:4 kernels need a multiple of",
+}
+
+
+def on_page() -> list[str]:
+    """Messages in the first column of the page's tables."""
+    text, _, _ = PAGE.read_text(encoding="utf-8").partition(OTHERS)
+    cells = re.findall(r"^\| (`.*?`)(?: \(warning\))? \|", text, re.MULTILINE)
+    return [cell.strip("`") for cell in cells]
+
+
+def says(entry: str, message: Message) -> bool:
+    """Whether an entry, in which ``...`` stands for anything, is about a message."""
+    parts = [re.escape(part) for part in entry.split("...")]
+    return re.search(".*".join(parts), message.text) is not None
+
+
+def test_every_message_of_the_code_is_on_the_page():
+    entries = [*on_page(), *INTERNAL]
+    missing = [m for m in messages() if not any(says(e, m) for e in entries)]
+    rows = "\n".join(
+        f"  {m.place}\n    | `{m.text.replace(HOLE, '...')}` | WHY | WHAT TO DO |"
+        for m in missing
+    )
+    assert not missing, (
+        f"docs/troubleshooting.md does not name {len(missing)} messages; add these "
+        "rows, shortened to what a user would search for, under the moment at which "
+        f"they appear:\n{rows}\n(or to INTERNAL in this test, if no user can meet them)"
+    )
+
+
+def test_the_page_names_no_message_that_is_gone():
+    found = messages()
+    gone = [e for e in [*on_page(), *INTERNAL] if not any(says(e, m) for m in found)]
+    assert not gone, (
+        "no source has a message like these any more; remove or mend their rows in "
+        "docs/troubleshooting.md (or INTERNAL in this test):\n  " + "\n  ".join(gone)
+    )
+
+
+def test_entries_are_long_enough_to_be_about_one_thing():
+    for entry in on_page():
+        letters = re.sub(r"[^A-Za-z]", "", entry)
+        assert len(letters) >= 9, f"{entry!r} could be anything"
+
+
+def test_a_message_is_found_wherever_it_is_made(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "module.py").write_text(
+        'NAME = "the constant"\n'
+        "def f(x):\n"
+        '    raise ValueError(f"{x!r} is bad for {NAME}; "\n'
+        '                     "expected something else")\n'
+        "def g(x):\n"
+        "    raise KeyError(made(x))\n"
+        "def made(x):\n"
+        '    return f"made elsewhere for {x}"\n'
+        "def h(x):\n"
+        '    warnings.warn(f"careful with {x}, please", UserWarning, stacklevel=2)\n'
+        "    raise ValueError(f'{x}: {x}')\n"
+    )
+    assert messages(package) == [
+        Message(
+            f"{HOLE} is bad for the constant; expected something else",
+            "package/module.py:3",
+        ),
+        Message(f"made elsewhere for {HOLE}", "package/module.py:8"),
+        Message(f"careful with {HOLE}, please", "package/module.py:10"),
+    ]
