@@ -1,5 +1,6 @@
 """``MaskedRecoveryModifier``: llm-compressor's life cycle around block recovery."""
 
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -12,12 +13,17 @@ from compressed_tensors.offload import (
     update_offload_parameter,
 )
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmc_attnmask.attention.capture import (
+    UnsupportedAttentionError,
+    uses_attention_interface,
+)
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.attention.samples import Offload, SampleTensors
@@ -100,6 +106,8 @@ class MaskedRecoveryModifier(StoredModifier):
         check_finite(state.model)
         self._blocks = _decoder_blocks(state.model)
         self._refined = self._select(state.model)
+        self._check_place()
+        self._check_attention()
         self._dense = tempfile.TemporaryDirectory(prefix="dense-blocks-")
         for name, block in self._blocks.items():
             with align_module_device(block):
@@ -116,6 +124,30 @@ class MaskedRecoveryModifier(StoredModifier):
                 self._file(name),
             )
         return True
+
+    def _check_place(self) -> None:
+        """Refuse to come after quantization, whose rounded weights would move."""
+        recipe = active_session().lifecycle.recipe.modifiers
+        for modifier in itertools.takewhile(lambda m: m is not self, recipe):
+            if isinstance(modifier, QuantizationMixin):
+                raise ValueError(
+                    f"MaskedRecoveryModifier comes after {type(modifier).__name__} and "
+                    "would move rounded weights; put it before, right after the "
+                    "pruning modifiers"
+                )
+
+    def _check_attention(self) -> None:
+        """Refuse to weigh attention matrices that cannot be seen."""
+        if not self.attention_weight:
+            return
+        for name in sorted(self._refined):
+            for child, attention in attention_modules(self._blocks[name]).items():
+                if not uses_attention_interface(attention):
+                    raise UnsupportedAttentionError(
+                        f"{name}.{child}: {type(attention).__name__} computes its "
+                        "softmax itself, so its attention matrix cannot be seen; set "
+                        "attention_weight to 0"
+                    )
 
     def _file(self, name: str) -> Path:
         assert self._dense is not None

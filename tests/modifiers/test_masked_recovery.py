@@ -4,7 +4,12 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    PreTrainedModel,
+)
 
 from llmc_attnmask import (
     ALPSPruningModifier,
@@ -130,6 +135,20 @@ def test_the_same_seed_gives_the_same_bytes(run):
 def test_recovery_without_a_pruner_is_refused(run):
     with pytest.raises(ValueError, match="put a pruning modifier before"):
         run(MaskedRecoveryModifier(steps=1))
+
+
+def test_recovery_after_quantization_is_refused(run):
+    quantizer = MaskedGPTQModifier(scheme="W8A8", **LINEARS)
+    with pytest.raises(ValueError, match=r"after MaskedGPTQModifier .* put it before"):
+        run(PRUNERS["wanda"](), quantizer, MaskedRecoveryModifier())
+
+
+def test_an_attention_weight_where_no_attention_can_be_seen_is_refused(run):
+    config = BloomConfig(vocab_size=2048, hidden_size=32, n_layer=1, n_head=4)
+    bloom = BloomForCausalLM(config)
+    bloom.config.name_or_path = str(MODEL_DIR)
+    with pytest.raises(ValueError, match=r"BloomAttention .* attention_weight to 0"):
+        run(MaskedRecoveryModifier(attention_weight=0.1), model=bloom)
 
 
 def test_a_model_that_is_pruned_already_is_refused(run):
