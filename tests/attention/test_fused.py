@@ -130,7 +130,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from llmc_attnmask.attention import fused
+from llmc_attnmask.attention import fused, fused_kernels
 
 capability, width = int(sys.argv[1]), int(sys.argv[2])
 tile = fused.tile_size(width)
@@ -139,9 +139,9 @@ sizes = dict(dh=width, dv=width, WIDTH=width, VALUE_WIDTH=width, ROWS=tile,
 integers = ("heads", "groups", "length", "keys")
 floats = ("scaling", "softcap", "matrix_weight")
 found = {}
-for name in ("_statistics", "_change", "_query_gradient", "_key_gradient"):
-    kernel = getattr(fused, name)
-    flag = "HAS_SINKS" if name == "_statistics" else "OUTPUT"
+for name in ("statistics", "change", "query_gradient", "key_gradient"):
+    kernel = getattr(fused_kernels, name)
+    flag = "HAS_SINKS" if name == "statistics" else "OUTPUT"
     constants = {**sizes, flag: True}
     signature = {
         argument: "constexpr" if argument in constants
