@@ -75,20 +75,26 @@ def on_page_content(html_text: str, **_: object) -> str:
     """LaTeX to MathML."""
     text = re.sub(
         r'<span class="arithmatex">\\\((.*?)\\\)</span>',
-        lambda found: convert(html.unescape(found[1])),
+        lambda found: _mathml(found[1], "inline"),
         html_text,
         flags=re.DOTALL,
     )
     return re.sub(
         r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>',
-        lambda found: (
-            '<div class="formula">'
-            + convert(html.unescape(found[1]), display="block")
-            + "</div>"
-        ),
+        lambda found: f'<div class="formula">{_mathml(found[1], "block")}</div>',
         text,
         flags=re.DOTALL,
     )
+
+
+def _mathml(escaped: str, display: str) -> str:
+    mathml = convert(html.unescape(escaped), display=display)
+    # bars grow with whatever is beside them, unless told not to
+    mathml = re.sub(
+        "<mo>(&#x02016;|&#x0007C;)</mo>", r'<mo stretchy="false">\1</mo>', mathml
+    )
+    # browsers know bold letters and digits by their code points only
+    return mathml.replace('<mn mathvariant="bold">1</mn>', "<mn>\U0001d7cf</mn>")
 
 
 def commands() -> str:
