@@ -32,7 +32,6 @@ _METHODS = {
     "ours accuracy": "**ours, `update_weights: true`**",
     "ours + recovery": "**ours with recovery**",
 }
-_QUANTIZED = {"W4A16, group 64": "W4A16 in groups of 64", "W8A8": "W8A8 in INT8"}
 # recipe -> where its loss was measured; the others were not
 _LOSSES = {
     "attention_2of4": ("quality-qk", "q/k", "2:4", "ours light"),
@@ -112,30 +111,6 @@ def _find(files: tuple[str, ...], scope: str, structure: str, method: str) -> Ro
     raise KeyError(f"{files} have no row {wanted}")
 
 
-def after_quantization() -> str:
-    lines = ["| | entries filled in again | added perplexity | x stock's |"]
-    lines += ["|---|--:|--:|--:|"]
-    previous = ""
-    for row in read("quantization"):
-        scheme, method = row["scheme"], row["method"]
-        if not scheme:
-            continue
-        ours = method == "MaskedGPTQModifier"
-        label = f"**`{method}`**" if ours else method.replace("stock", "stock GPTQ")
-        if scheme != previous:
-            label = f"{_QUANTIZED[scheme]}, {label}"
-        ratio = "1" if method == "stock" else f"{row['added_ratio']:.2f}"
-        cells = [
-            label,
-            f"{_mean(row, 'broken'):,.0f}",
-            _short(sum(row["added"]) / len(row["added"])),
-            _bold(ratio, label),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-        previous = scheme
-    return "\n".join(lines)
-
-
 def cost() -> str:
     lines = ["| | seconds | peak memory, imports included | gap |", "|---|--:|--:|--:|"]
     for row in read("cost"):
@@ -169,7 +144,6 @@ def loss_of(recipe: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
-    "after-quantization": after_quantization,
     "cost": cost,
     "quality-qk": lambda: _as_written(quality, "quality-qk"),
     "quality-block": lambda: _as_written(quality, "quality-block"),

@@ -21,10 +21,11 @@ import pytest
 import yaml
 from latex2mathml.converter import convert
 
-from llmc_attnmask import pack, unpack
+from llmc_attnmask import compare, pack, unpack
 from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.cli import main
 from llmc_attnmask.recipe import load_recipe
+from llmc_attnmask.serving.table import KernelTable, Row
 from tests.checkpoint.checkpoints import prune_2of4
 from tests.documents import DOCUMENTS, NOT_RUN, ROOT, blocks, first_word
 
@@ -231,7 +232,24 @@ def test_formulas_are_formulas(block):
     assert "&amp;</mo>" not in mathml
 
 
+@pytest.mark.parametrize("block", in_language("text"))
+def test_what_commands_print_has_the_form_it_is_shown_in(block):
+    title, header, *rows = (
+        re.split(r" {2,}", x.strip()) for x in block.text.split("\n")
+    )
+    rows = [row for row in rows if row != [""]]
+    assert all(len(row) == len(header) for row in rows)
+    if "kernels of the 2:4 layers" in title[0]:
+        table = KernelTable()
+        table.expect("one more")  # a table that is complete is logged and emptied
+        for count, kind, *rest in rows:
+            for layer in range(int(count)):
+                table.add(f"{kind} {layer}", Row(kind, *rest))
+        assert block.text.split("\n", 1)[1].rstrip() == table.render()
+    else:
+        assert header == [column.header for column in compare._table("", []).columns]
+
+
 def test_every_block_has_a_language_that_a_test_is_about():
-    # `text` is what a command prints
     known = {"bash", "json", "math", "python", "text", "yaml"}
     assert [b.place for b in BLOCKS if b.language not in known] == []

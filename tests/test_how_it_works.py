@@ -1,0 +1,37 @@
+"""docs/how-it-works.md has the numbers that the code has."""
+
+import pytest
+
+from llmc_attnmask import AttentionMatrixPruningModifier, MaskedRecoveryModifier
+from llmc_attnmask.masks import least_squares, objectives, solver
+from llmc_attnmask.modifiers import attention_pruning
+from llmc_attnmask.quantization import gptq
+from llmc_attnmask.recovery import refit
+from tests.documents import ROOT
+
+WORDS = {4: "four", 8: "eight"}
+FIELDS = AttentionMatrixPruningModifier.model_fields
+PHRASES = [
+    f"{least_squares._STAGES} stages of {least_squares._ITERATIONS_PER_STAGE} iter",
+    f"from {least_squares._FIRST_PENALTY} to {least_squares._LAST_PENALTY:g} in",
+    f"{least_squares._SOLVE_ITERATIONS} steps of conjugate gradients",
+    rf"$\delta = {least_squares._DAMPENING}$ of its mean diagonal",
+    rf"$T = {solver._COLD}^{{\min(1, \, p / {solver._ANNEALED})}}$",
+    f"from {solver._HOT:g} down to {solver._COLD}",
+    f"{WORDS[solver._CHECKS].capitalize()} times in a run",
+    f"{WORDS[solver._PATIENCE]} checks without a better one",
+    f"steps of {solver._SURVIVOR_STEP} standard deviations",
+    f"One sample in {WORDS[objectives._HELD_BACK_ONE_IN]} is held back",
+    f"{attention_pruning._STEPS[True]} steps of Adam move the survivors on",
+    f"the default of {FIELDS['output_weight'].default}",
+    f"`l2_penalty`, {FIELDS['l2_penalty'].default:g} by default",
+    f"(with $w = {refit._OUTPUT_WEIGHT}$)",
+    f"{MaskedRecoveryModifier.model_fields['steps'].default} steps of Adam move all",
+    f"up to {WORDS[gptq._SWEEPS]} sweeps",
+]
+
+
+@pytest.mark.parametrize("phrase", PHRASES)
+def test_constants_are_those_of_the_code(phrase):
+    text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    assert phrase in " ".join(text.split())
