@@ -1,5 +1,7 @@
 """docs/how-it-works.md has the numbers that the code has."""
 
+import re
+
 import pytest
 
 from llmc_attnmask import AttentionMatrixPruningModifier, MaskedRecoveryModifier
@@ -16,7 +18,7 @@ PHRASES = [
     f"from {least_squares._FIRST_PENALTY} to {least_squares._LAST_PENALTY:g} in",
     f"{least_squares._SOLVE_ITERATIONS} steps of conjugate gradients",
     rf"$\delta = {least_squares._DAMPENING}$ of its mean diagonal",
-    rf"$T = {solver._COLD}^{{\min(1, \, p / {solver._ANNEALED})}}$",
+    rf"$T = {solver._COLD}^{{\min(1, p / {solver._ANNEALED})}}$",
     f"from {solver._HOT:g} down to {solver._COLD}",
     f"{WORDS[solver._CHECKS].capitalize()} times in a run",
     f"{WORDS[solver._PATIENCE]} checks without a better one",
@@ -35,3 +37,12 @@ PHRASES = [
 def test_constants_are_those_of_the_code(phrase):
     text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     assert phrase in " ".join(text.split())
+
+
+def test_formulas_within_lines_survive_markdown():
+    """GitHub takes a backslash before punctuation as Markdown's, not as LaTeX's."""
+    text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    prose = re.sub(r"```math\n.*?```", "", text, flags=re.DOTALL)
+    inline = re.findall(r"\$([^$]+)\$", prose)
+    assert len(inline) > 50
+    assert [x for x in inline if re.search(r"\\[^A-Za-z ]", x)] == []
