@@ -91,6 +91,7 @@ def _call(command: str, monkeypatch, capsys) -> None:
     assert not code, f"`{command}` ended with {code}: {errors}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS)
 def test_commands_and_python_run(section, workspace, pruned, monkeypatch, capsys):
     written = " ".join(block.text for block in section)
