@@ -11,8 +11,6 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +21,7 @@ from llmc_attnmask.checkpoint.atomic import PROGRESS, check_new, new_folder
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.save import save_as
+from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
 from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
 from llmc_attnmask.evaluation import window_length
 from llmc_attnmask.modifiers.progress import Progress, recorded
@@ -69,13 +68,15 @@ def prune(
     check_new(output, resume)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed is {seed}; expected at least 0 and less than 2^63")
     parsed = load_recipe(recipe)
     storage = storage or recipe_storage(parsed.modifiers)
     for modifier in parsed.modifiers:
         if hasattr(modifier, "seed") and "seed" not in modifier.model_fields_set:
             modifier.seed = seed
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    config = AutoConfig.from_pretrained(model)
+    tokenizer = read_tokenizer(model)
+    config = read_config(model)
     length = window_length(config, max_length)
     windows = calibration_windows(
         load_texts(dataset, text_column), tokenizer, num_samples, length

@@ -1,6 +1,7 @@
 """Strategies for hostile input: folders, recipes, data files, configs, arguments."""
 
 import json
+import re
 import struct
 from typing import Any
 
@@ -26,9 +27,7 @@ SPECIAL_JSON = [
     "",
 ]
 
-scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 values = st.recursive(
     scalars,
     lambda inner: (
@@ -103,7 +102,11 @@ def _packed(draw: st.DrawFn) -> list[tuple[str, dict[str, Any], bytes]]:
     shape = draw(st.sampled_from([[rows, 4 * groups], [0, 0], [2**62, 4], [-1, 4]]))
     entries = [
         ("compressed", {"dtype": dtype, "shape": [rows, 2 * groups]}, values),
-        ("bitmask", {"dtype": "U8", "shape": [rows, mask]}, bytes([byte] * rows * mask)),
+        (
+            "bitmask",
+            {"dtype": "U8", "shape": [rows, mask]},
+            bytes([byte] * rows * mask),
+        ),
         ("shape", {"dtype": "I64", "shape": [2, 1]}, struct.pack("<2q", *shape)),
     ]
     for entry in entries:  # a header that lies where no byte stands against it
@@ -122,7 +125,9 @@ def _packed(draw: st.DrawFn) -> list[tuple[str, dict[str, Any], bytes]]:
 @st.composite
 def safetensors(draw: st.DrawFn) -> bytes:
     """A safetensors file: often good, else with a header that lies."""
-    entries = [entry for part in draw(st.lists(_packed(), max_size=2)) for entry in part]
+    entries = [
+        entry for part in draw(st.lists(_packed(), max_size=2)) for entry in part
+    ]
     entries += draw(st.lists(_entry(), max_size=4))
     pairs: list[tuple[str, Any]] = []
     start = 0
@@ -229,11 +234,12 @@ def folders(draw: st.DrawFn) -> Folder:
     return {"files": files, "links": links, "pipes": pipes}
 
 
+_SCALARS = """\
+0.5|"2:4"|2:4|1:2:3:4|.nan|-.inf|1e400|0x|~|*a|<<|'|[q, k]|9999-99-99|!!int ''|!!float ''
+!!bool maybe|!!timestamp x|!!binary x|!!python/object/apply:os.system [true]|&a 1|&a [*a]
+{a: *b}|- x"""
 _scalar_yaml = st.sampled_from(
-    ["0.5", '"2:4"', "2:4", "1:2:3:4", ".nan", "-.inf", "1e400", "0x", "!!int ''"]
-    + ["!!float ''", "!!bool maybe", "!!timestamp x", "9999-99-99", "!!binary x", "~"]
-    + ["!!python/object/apply:os.system [true]", "*a", "&a 1", "&a [*a]", "[q, k]"]
-    + ["{a: *b}", "<<", "'", "\t", "- x", "\x00", "9" * 5000, "[" * 3000, "{a: " * 400]
+    [*re.split(r"[|\n]", _SCALARS), "\t", "\0", "9" * 5000, "[" * 3000, "{a: " * 400]
 ) | st.text(max_size=6)
 _modifiers = st.sampled_from(
     [
@@ -249,10 +255,10 @@ _modifiers = st.sampled_from(
         "__init__",
     ]
 )
-_fields = st.sampled_from(
-    ["sparsity", "mask_structure", "targets", "ignore", "scheme", "config_groups"]
-    + ["seed", "steps", "projections", "storage", "block_size", "mappings", "__class__"]
-)
+_FIELDS = """\
+sparsity mask_structure targets ignore scheme config_groups seed steps projections
+storage block_size mappings __class__"""
+_fields = st.sampled_from(_FIELDS.split())
 
 
 @st.composite
@@ -260,9 +266,13 @@ def recipes(draw: st.DrawFn) -> bytes:
     """A recipe: of the right shape with odd values, aliases or tags, or no recipe."""
     kind = draw(st.sampled_from(["fields", "fields", "values", "aliases", "text"]))
     if kind == "values":
-        return draw(mutated(json_text(values).map(lambda t: t.encode("utf-8", "replace"))))
+        return draw(
+            mutated(json_text(values).map(lambda t: t.encode("utf-8", "replace")))
+        )
     if kind == "text":
-        return draw(mutated(st.sampled_from([b"a_stage:\n  b_modifiers: {}\n", b"- *a"])))
+        return draw(
+            mutated(st.sampled_from([b"a_stage:\n  b_modifiers: {}\n", b"- *a"]))
+        )
     if kind == "aliases":
         width, depth = draw(st.integers(1, 12)), draw(st.integers(1, 12))
         lists = draw(st.booleans())
@@ -273,7 +283,9 @@ def recipes(draw: st.DrawFn) -> bytes:
             lines.append(f"a{i}_stage: &a{i} {many}")
         return "\n".join(lines).encode()
     lines = []
-    for stage in draw(st.lists(st.sampled_from(["a_stage", "b_stage", "c"]), max_size=2)):
+    for stage in draw(
+        st.lists(st.sampled_from(["a_stage", "b_stage", "c"]), max_size=2)
+    ):
         lines.append(f"{stage}:\n  b_modifiers:")
         for name in draw(st.lists(_modifiers, max_size=2)):
             lines.append(f"    {name}:")
@@ -290,12 +302,11 @@ datasets = mutated(
     )
 )
 
-_words = st.sampled_from(
-    ["prune", "eval", "inspect", "pack", "unpack", "--json", "--only-2of4", "--help"]
-    + ["--recipe", "--output", "--num-samples", "--max-length", "--seed", "--storage"]
-    + ["--dataset", "--text-column", "--reference", "--text", "FOLDER", "NEW", "RECIPE"]
-    + ["-1", "0", "10" * 30, "nan", "dense", "builtin:pydoc", "[/x]", "\x1b[2J", ""]
-)
+_WORDS = """\
+prune eval inspect pack unpack --json --only-2of4 --help --recipe --output --num-samples
+--max-length --seed --storage --dataset --text-column --reference --text --resume FOLDER
+NEW RECIPE -1 0 nan dense builtin:pydoc [/x]"""
+_words = st.sampled_from([*_WORDS.split(), "10" * 30, "\x1b[2J", ""])
 arguments = st.lists(_words | st.text(max_size=5), max_size=8)
 
 LLAMA = {

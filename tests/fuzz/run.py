@@ -2,9 +2,9 @@
 
     python -m tests.fuzz.run --minutes 10
 
-Each target runs in a process of its own that may take two gigabytes more than it starts
-with, and 20 seconds for an input. A finding is stored with its traceback under ``--out``;
-``--replay FILE`` runs it again.
+Each target runs in a process of its own that may take two gigabytes more than it
+starts with, and 20 seconds for an input. A finding is stored with its traceback under
+``--out``; ``--replay FILE`` runs it again.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def _hang(*_: object) -> None:
 
 
 def _place(error: BaseException) -> str:
-    """What a finding is known by: the error and the last line of ours it went through."""
+    """What a finding is known by: the error and the last line of ours."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "llmc_attnmask" in f.filename] or list(frames)
     where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
