@@ -38,7 +38,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
-    recipe: Annotated[Path, typer.Option(help="YAML recipe of llm-compressor.")],
+    recipe: Annotated[Path, typer.Option(help="YAML file, or a shipped one.")],
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     dataset: DatasetOption = "builtin:pydoc",
     text_column: Annotated[str, typer.Option(help="Key of the text.")] = "text",

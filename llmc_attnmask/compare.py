@@ -42,7 +42,7 @@ from llmc_attnmask.evaluation import attention_errors, load_model, perplexity
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers import AttentionMatrixPruningModifier
 from llmc_attnmask.pruning import compress, save
-from llmc_attnmask.recipe import load_recipe
+from llmc_attnmask.recipe import find_recipe, load_recipe
 
 _ROLES: tuple[Role, ...] = ("q", "k")
 _ERROR_WINDOWS = 128  # the attention error is measured on so many evaluation windows
@@ -211,11 +211,8 @@ def main() -> None:
     parser.add_argument(
         "--recipe",
         nargs="+",
-        default=[
-            Path("recipes/attention_2of4.yaml"),
-            Path("recipes/attention_2of4_updated.yaml"),
-        ],
-        type=Path,
+        default=["attention_2of4", "attention_2of4_updated"],
+        help="files, or names of recipes that the package ships",
     )
     parser.add_argument("--calibration", default=BUILTIN)
     parser.add_argument("--evaluation", default=BUILTIN)
@@ -232,9 +229,10 @@ def main() -> None:
     evaluation = evaluation_windows(
         load_texts(args.evaluation, split="evaluation"), tokenizer, args.max_length
     )
+    recipes = [find_recipe(recipe) for recipe in args.recipe]
     console = Console()
     rows = []
-    for row in compare(args.model, args.recipe, calibration, evaluation, args.keep):
+    for row in compare(args.model, recipes, calibration, evaluation, args.keep):
         console.print(f"measured {row.method}", style="dim")
         rows.append(row)
     console.print(_table(f"q and k of {args.model}", rows))

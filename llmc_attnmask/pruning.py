@@ -26,7 +26,7 @@ from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
 from llmc_attnmask.evaluation import window_length
 from llmc_attnmask.modifiers.progress import Progress, recorded
 from llmc_attnmask.modifiers.storage import recipe_storage
-from llmc_attnmask.recipe import load_recipe
+from llmc_attnmask.recipe import find_recipe, load_recipe
 
 
 def prune(
@@ -48,7 +48,8 @@ def prune(
     complete; only then a ``config.json`` is there.
 
     :param model: local folder or hub name
-    :param recipe: YAML file; any llm-compressor recipe, ours in it or not
+    :param recipe: YAML file, or the name of a recipe that the package ships; any
+        llm-compressor recipe, ours in it or not
     :param output: folder to create; must not exist, or be empty
     :param dataset: calibration text, see ``load_texts``
     :param num_samples: calibration windows, at equal spacing over the text
@@ -70,6 +71,7 @@ def prune(
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed is {seed}; expected at least 0 and less than 2^63")
+    recipe = find_recipe(recipe)
     parsed = load_recipe(recipe)
     storage = storage or recipe_storage(parsed.modifiers)
     for modifier in parsed.modifiers:

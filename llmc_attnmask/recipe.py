@@ -1,5 +1,6 @@
 """Check a recipe before anything runs: llm-compressor drops what it does not know."""
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ import yaml
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 
+from llmc_attnmask.builtin import recipes
+
 _BYTES = 1 << 20  # of a recipe at most: YAML takes seconds for a megabyte
 _NODES = 10_000  # of a recipe at most, with its aliases written out
+_NUMBERED = re.compile(r"_stage_(\d+)\Z")
 _SHAPE = """expected this shape:
 
 prune_stage:
@@ -77,13 +81,14 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_
 def load_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe and create its modifiers.
 
+    :param path: a file, or the name of a recipe that the package ships
     :raises RecipeError: for a file that is no YAML mapping, keys that llm-compressor
         silently ignores, unknown modifiers and wrong fields
     """
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"recipe {path} does not exist")
+    path = find_recipe(path)
     content = _read(path)
+    if isinstance(content, dict):
+        content = _with_stages(path, content)
     _check_shape(path, content)
     try:
         recipe = Recipe.from_dict(content)
@@ -99,6 +104,35 @@ def load_recipe(path: str | Path) -> Recipe:
     if not recipe.modifiers:
         raise RecipeError(f"recipe {path} names no modifier; {_SHAPE}")
     return recipe
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe.
+
+    :param recipe: a file, or the name of a recipe that the package ships
+    :raises RecipeError: if there is none, with the names of those shipped
+    """
+    if Path(recipe).is_file():
+        return Path(recipe)
+    shipped = recipes()
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    raise RecipeError(
+        f"recipe {recipe} does not exist; expected a file, or the name of a shipped "
+        f"recipe: {', '.join(shipped)}"
+    )
+
+
+def _with_stages(path: Path, content: dict[Any, Any]) -> dict[Any, Any]:
+    """The content with stages named so that llm-compressor reads them.
+
+    Its own recipe.yaml of a second run numbers them, ``default_stage_0``, and its
+    reader drops those.
+    """
+    renamed = {_NUMBERED.sub(r"_\1_stage", str(k)): v for k, v in content.items()}
+    if len(renamed) < len(content):
+        raise RecipeError(f"recipe {path} has two stages of one name")
+    return renamed
 
 
 def _read(path: Path) -> Any:

@@ -213,7 +213,7 @@ def _read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     if not path.is_file():  # opening a pipe would wait for ever
         raise ValueError(f"{path} is not a file but a folder, a pipe or a broken link")
     try:
-        with safe_open(path, framework="pt"):  # checks offsets against shapes and size
+        with safe_open(path, framework="np"):  # checks offsets against shapes and size
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -49,9 +49,14 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         read_weights(directory, config)
     if not is_packed(stored(config)):
         with reading(model):
-            return AutoModelForCausalLM.from_pretrained(
-                model, trust_remote_code=trust, use_safetensors=True, **kwargs
+            made: Any = AutoModelForCausalLM.from_pretrained(
+                model,
+                trust_remote_code=trust,
+                use_safetensors=True,
+                output_loading_info=True,
+                **kwargs,
             )
+        return _complete(model, *made)
     if not directory.is_dir():
         directory = Path(snapshot_download(str(model), **hub))
     checkpoint = open_checkpoint(directory)
@@ -76,17 +81,25 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     with reading(directory):
-        loaded, report = kind.from_pretrained(
+        made = kind.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, **kwargs
         )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{directory} has no {missing[0]}, nor {len(missing) - 1} more of the "
-            f"tensors that {kind.__name__} needs; the checkpoint is incomplete"
-        )
+    loaded = _complete(directory, *made)
     loaded.name_or_path = loaded.config.name_or_path = str(model)
     if (directory / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(directory)
+    return loaded
+
+
+def _complete(
+    model: str | Path, loaded: PreTrainedModel, report: dict[str, Any]
+) -> PreTrainedModel:
+    """Refuse what transformers would have filled with random values."""
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{model} has no {missing[0]}, nor {len(missing) - 1} more of the tensors "
+            f"that {type(loaded).__name__} needs; the checkpoint is incomplete"
+        )
     return loaded
 
 

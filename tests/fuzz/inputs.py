@@ -235,9 +235,9 @@ def folders(draw: st.DrawFn) -> Folder:
 
 
 _SCALARS = """\
-0.5|"2:4"|2:4|1:2:3:4|.nan|-.inf|1e400|0x|~|*a|<<|'|[q, k]|9999-99-99|!!int ''|!!float ''
-!!bool maybe|!!timestamp x|!!binary x|!!python/object/apply:os.system [true]|&a 1|&a [*a]
-{a: *b}|- x"""
+0.5|"2:4"|2:4|1:2:3:4|.nan|-.inf|1e400|0x|~|*a|<<|'|[q, k]|9999-99-99|!!int ''
+!!float ''|!!bool maybe|!!timestamp x|!!binary x|!!python/object/apply:os.system [true]
+&a 1|&a [*a]|{a: *b}|- x"""
 _scalar_yaml = st.sampled_from(
     [*re.split(r"[|\n]", _SCALARS), "\t", "\0", "9" * 5000, "[" * 3000, "{a: " * 400]
 ) | st.text(max_size=6)
