@@ -38,7 +38,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
-    recipe: Annotated[Path, typer.Option(help="YAML recipe of llm-compressor.")],
+    recipe: Annotated[Path, typer.Option(help="YAML file, or a shipped one.")],
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     dataset: DatasetOption = "builtin:pydoc",
     text_column: Annotated[str, typer.Option(help="Key of the text.")] = "text",
@@ -84,9 +84,9 @@ def prune(
             resume=resume,
         )
     except KeyboardInterrupt as interrupt:
-        _err.print(escape("interrupted" + _notes(interrupt)), soft_wrap=True)
+        _err.print(_plain("interrupted" + _notes(interrupt)), soft_wrap=True)
         raise typer.Exit(130) from None
-    _out.print(f"saved {saved}", soft_wrap=True)
+    _out.print(_plain(f"saved {saved}"), soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -117,18 +117,18 @@ def evaluate(
     if as_json:
         print(json.dumps([asdict(result) for result in results], indent=2))
         return
-    table = Table(title=f"Perplexity on {text}")
+    table = Table(title=_plain(f"Perplexity on {text}"))
     for column in ("model", "perplexity", "to reference", "windows", "tokens", "bos"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for result in results:
         ratio = result.perplexity / results[0].perplexity if reference else None
         table.add_row(
-            result.model,
+            _plain(result.model),
             f"{result.perplexity:.3f}",
             f"{ratio:.3f} x" if ratio else "",
             f"{result.windows} x {result.window_length}",
             str(result.tokens),
-            result.bos,
+            _plain(result.bos),
         )
     _out.print(table)
 
@@ -145,12 +145,12 @@ def inspect(
     if as_json:
         print(json.dumps([asdict(layer) for layer in layers], indent=2))
         return
-    table = Table(title=str(directory))
+    table = Table(title=_plain(str(directory)))
     for column in ("layer", "format", "shape", "zeros", "2:4", "MB"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for layer in layers:
         table.add_row(
-            layer.name,
+            _plain(layer.name),
             layer.format,
             " x ".join(map(str, layer.shape)),
             "" if layer.sparsity is None else f"{layer.sparsity:.4f}",
@@ -199,11 +199,17 @@ def _show_conversion(conversion: "Conversion", as_json: bool) -> None:
         return
     before, after = conversion.bytes_before / 1e6, conversion.bytes_after / 1e6
     _out.print(
-        f"saved {conversion.output}: {len(conversion.layers)} layers, "
+        f"saved {_plain(conversion.output)}: {len(conversion.layers)} layers, "
         f"{before:.1f} MB -> {after:.1f} MB",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _plain(text: str) -> str:
+    """Text that may be somebody else's, for a terminal: no markup, no control codes."""
+    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return escape("".join(shown))
 
 
 def _one_line(message: Warning | str, category: type[Warning], *_: Any) -> str:
@@ -222,7 +228,7 @@ def main() -> None:
         expected = isinstance(error, OSError | ValueError | ImportError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else " (LLMC_ATTNMASK_TRACEBACK=1 shows where)"
-        message = escape(f"{kind}{error}{hint}{_notes(error)}")
+        message = _plain(f"{kind}{error}{hint}{_notes(error)}")
         _err.print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
         sys.exit(1)
 

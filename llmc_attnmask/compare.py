@@ -22,7 +22,7 @@ from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmc_attnmask.attention.projections import (
     Role,
@@ -31,6 +31,7 @@ from llmc_attnmask.attention.projections import (
 )
 from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.checkpoint.source import read_tokenizer
 from llmc_attnmask.data import (
     BUILTIN,
     calibration_windows,
@@ -41,7 +42,7 @@ from llmc_attnmask.evaluation import attention_errors, load_model, perplexity
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers import AttentionMatrixPruningModifier
 from llmc_attnmask.pruning import compress, save
-from llmc_attnmask.recipe import load_recipe
+from llmc_attnmask.recipe import find_recipe, load_recipe
 
 _ROLES: tuple[Role, ...] = ("q", "k")
 _ERROR_WINDOWS = 128  # the attention error is measured on so many evaluation windows
@@ -74,7 +75,7 @@ def compare(
     :param keep: folder in which each recipe's checkpoint stays, under the recipe's
         name; by default they are measured and removed
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = read_tokenizer(model)
     dense = load_model(model)
     ours = _attention_modifier(recipes[0])
     structure = MaskStructure.parse(ours.mask_structure)
@@ -118,7 +119,7 @@ def compare(
     }
     methods |= {name: by_recipe(recipe) for name, recipe in by_name.items()}
     for name, method in methods.items():
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        loaded = load(model, dtype="auto")
         start = time.perf_counter()
         method(loaded)
         seconds = time.perf_counter() - start
@@ -210,11 +211,8 @@ def main() -> None:
     parser.add_argument(
         "--recipe",
         nargs="+",
-        default=[
-            Path("recipes/attention_2of4.yaml"),
-            Path("recipes/attention_2of4_updated.yaml"),
-        ],
-        type=Path,
+        default=["attention_2of4", "attention_2of4_updated"],
+        help="files, or names of recipes that the package ships",
     )
     parser.add_argument("--calibration", default=BUILTIN)
     parser.add_argument("--evaluation", default=BUILTIN)
@@ -224,16 +222,17 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = read_tokenizer(args.model)
     calibration = calibration_windows(
         load_texts(args.calibration), tokenizer, args.num_samples, args.max_length
     )
     evaluation = evaluation_windows(
         load_texts(args.evaluation, split="evaluation"), tokenizer, args.max_length
     )
+    recipes = [find_recipe(recipe) for recipe in args.recipe]
     console = Console()
     rows = []
-    for row in compare(args.model, args.recipe, calibration, evaluation, args.keep):
+    for row in compare(args.model, recipes, calibration, evaluation, args.keep):
         console.print(f"measured {row.method}", style="dim")
         rows.append(row)
     console.print(_table(f"q and k of {args.model}", rows))

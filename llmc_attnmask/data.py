@@ -5,7 +5,7 @@ the tokenizer has none), documents joined in order. Calibration takes windows at
 spacing, evaluation every non-overlapping window.
 """
 
-import json
+import reprlib
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmc_attnmask.builtin import pydoc
+from llmc_attnmask.checkpoint.json_files import parse
 
 BUILTIN = "builtin:pydoc"
 # Calibration looks at no more text than this many times what it takes.
@@ -53,10 +54,16 @@ def calibration_windows(
     """``count`` windows at equal spacing over the token stream.
 
     :return: int64 [count, length]
-    :raises DatasetError: if the texts are empty or shorter than one window
+    :raises DatasetError: if the texts are empty, shorter than one window, or have not
+        so many different ones
     """
     stream = token_stream(texts, tokenizer, most=count * length * _STREAM_TO_SAMPLE)
     _check_length(stream, length)
+    if count > len(stream) - length + 1:
+        raise DatasetError(
+            f"{len(stream)} tokens of text have no {count} different windows of "
+            f"{length}; give more text or ask for fewer"
+        )
     if len(stream) < count * length:
         warnings.warn(
             f"{len(stream)} tokens of text for {count} windows of {length}: they "
@@ -118,11 +125,12 @@ def _parsed(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, object]]:
         if not line.strip():
             continue
         try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse(line)
+        except ValueError as error:
             raise DatasetError(
-                f"{path}:{number} is not JSON ({error.msg}); expected one object a line"
+                f"{path}:{number} is not JSON ({error}); expected one object a line"
             ) from None
+        yield f"{path}:{number}", row
 
 
 def _from_hub(name: str, text_column: str, split: pydoc.Split) -> Iterator[str]:
@@ -144,9 +152,11 @@ def _from_hub(name: str, text_column: str, split: pydoc.Split) -> Iterator[str]:
 def _texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[str]:
     for place, row in rows:
         if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            columns = sorted(row) if isinstance(row, dict) else type(row).__name__
+            found = type(row).__name__
+            if isinstance(row, dict):
+                found = reprlib.repr(sorted(row))
             raise DatasetError(
-                f"{place} has no text in column {text_column!r} (found: {columns}); "
+                f"{place} has no text in column {text_column!r} (found: {found}); "
                 "name the column with --text-column"
             )
         if row[text_column].strip():

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.checkpoint.source import read_tokenizer
 from llmc_attnmask.data import BUILTIN, evaluation_windows, load_texts
 
 DEFAULT_LENGTH = 2048
@@ -57,7 +58,7 @@ def evaluate(
     for name in models:
         model = load_model(name)
         length = window_length(model.config, max_length)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = read_tokenizer(name)
         windows = evaluation_windows(texts, tokenizer, length)
         results.append(
             Evaluation(
@@ -83,6 +84,10 @@ def load_model(name: str | Path) -> PreTrainedModel:
 def window_length(config: object, asked: int | None) -> int:
     """The window to use: what was asked for, within the model's positions."""
     most = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    if not isinstance(most, int) or most < 2:
+        raise ValueError(
+            f"config.json has max_position_embeddings {most!r}; expected at least 2"
+        )
     if asked is None:
         return min(DEFAULT_LENGTH, most)
     if not 2 <= asked <= most:

@@ -14,8 +14,6 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,11 +25,12 @@ from llmc_attnmask.checkpoint.atomic import PROGRESS, check_new, new_folder
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.save import save_as
+from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
 from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
 from llmc_attnmask.evaluation import window_length
 from llmc_attnmask.modifiers.progress import Progress, recorded
 from llmc_attnmask.modifiers.storage import recipe_storage
-from llmc_attnmask.recipe import load_recipe
+from llmc_attnmask.recipe import find_recipe, load_recipe
 
 
 def prune(
@@ -55,7 +54,8 @@ def prune(
     complete; only then a ``config.json`` is there.
 
     :param model: local folder or hub name
-    :param recipe: YAML file; any llm-compressor recipe, ours in it or not
+    :param recipe: YAML file, or the name of a recipe that the package ships; any
+        llm-compressor recipe, ours in it or not
     :param output: folder to create; must not exist, or be empty
     :param dataset: calibration text, see ``load_texts``
     :param num_samples: calibration windows, at equal spacing over the text
@@ -79,13 +79,16 @@ def prune(
     check_new(output, resume)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed is {seed}; expected at least 0 and less than 2^63")
+    recipe = find_recipe(recipe)
     parsed = load_recipe(recipe)
     storage = storage or recipe_storage(parsed.modifiers)
     _set_default(parsed.modifiers, "seed", seed)
     if offload_activations:
         _set_default(parsed.modifiers, "offload_activations", offload_activations)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    config = AutoConfig.from_pretrained(model)
+    tokenizer = read_tokenizer(model)
+    config = read_config(model)
     length = window_length(config, max_length)
     windows = calibration_windows(
         load_texts(dataset, text_column), tokenizer, num_samples, length

@@ -1,11 +1,19 @@
 """Check a recipe before anything runs: llm-compressor drops what it does not know."""
 
+import re
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 
+from llmc_attnmask.builtin import recipes
+
+_BYTES = 1 << 20  # of a recipe at most: YAML takes seconds for a megabyte
+_NODES = 10_000  # of a recipe at most, with its aliases written out
+_NUMBERED = re.compile(r"_stage_(\d+)\Z")
 _SHAPE = """expected this shape:
 
 prune_stage:
@@ -19,39 +27,68 @@ class RecipeError(ValueError):
     """A recipe would not do what it says; the message names the place."""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, where YAML keeps the last."""
+class _Loader(yaml.SafeLoader):
+    """Refuses what could not be a recipe before it takes more than the file does."""
+
+    def compose_document(self) -> yaml.Node | None:
+        node = super().compose_document()
+        if node is not None and _nodes(node, {}) > _NODES:
+            raise yaml.constructor.ConstructorError(
+                problem=f"its aliases stand for more than {_NODES} values",
+                problem_mark=node.start_mark,
+            )
+        return node
+
+
+def _nodes(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """How many values a node stands for when its aliases are written out."""
+    if node in known:
+        if not known[node]:
+            raise yaml.constructor.ConstructorError(
+                problem="it contains itself", problem_mark=node.start_mark
+            )
+        return known[node]
+    known[node] = 0
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    known[node] = 1 + sum(_nodes(child, known) for child in children)
+    return known[node]
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
-        raise yaml.constructor.ConstructorError(
-            problem=f"{twice[0]!r} stands twice in one mapping, and only the last "
-            "would count",
-            problem_mark=node.start_mark,
-        )
+    """Refuse a key that stands twice in one mapping, where YAML keeps the last."""
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            continue  # refused below
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{key!r} stands twice in one mapping, and only the last would "
+                "count",
+                problem_mark=node.start_mark,
+            )
+        seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
-_UniqueKeyLoader.add_constructor(
-    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping
-)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe and create its modifiers.
 
+    :param path: a file, or the name of a recipe that the package ships
     :raises RecipeError: for a file that is no YAML mapping, keys that llm-compressor
         silently ignores, unknown modifiers and wrong fields
     """
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"recipe {path} does not exist")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not YAML: {error}") from None
+    path = find_recipe(path)
+    content = _read(path)
+    if isinstance(content, dict):
+        content = _with_stages(path, content)
     _check_shape(path, content)
     try:
         recipe = Recipe.from_dict(content)
@@ -59,9 +96,61 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"recipe {path}: {_described(error)}") from None
     except ValueError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
+    except Exception as error:  # stock modifiers check their fields as they happen to
+        raise RecipeError(
+            f"recipe {path} has fields that a modifier cannot take: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not recipe.modifiers:
         raise RecipeError(f"recipe {path} names no modifier; {_SHAPE}")
     return recipe
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe.
+
+    :param recipe: a file, or the name of a recipe that the package ships
+    :raises RecipeError: if there is none, with the names of those shipped
+    """
+    if Path(recipe).is_file():
+        return Path(recipe)
+    shipped = recipes()
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    raise RecipeError(
+        f"recipe {recipe} does not exist; expected a file, or the name of a shipped "
+        f"recipe: {', '.join(shipped)}"
+    )
+
+
+def _with_stages(path: Path, content: dict[Any, Any]) -> dict[Any, Any]:
+    """The content with stages named so that llm-compressor reads them.
+
+    Its own recipe.yaml of a second run numbers them, ``default_stage_0``, and its
+    reader drops those.
+    """
+    renamed = {_NUMBERED.sub(r"_\1_stage", str(k)): v for k, v in content.items()}
+    if len(renamed) < len(content):
+        raise RecipeError(f"recipe {path} has two stages of one name")
+    return renamed
+
+
+def _read(path: Path) -> Any:
+    if (size := path.stat().st_size) > _BYTES:
+        raise RecipeError(f"recipe {path} has {size} bytes; expected at most {_BYTES}")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not YAML: {error}") from None
+    except OSError:
+        raise
+    except RecursionError:
+        raise RecipeError(f"recipe {path} is nested too deep") from None
+    except Exception as error:  # PyYAML's of every kind, for scalars that are none
+        raise RecipeError(
+            f"recipe {path} has a value that does not fit its tag: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_shape(path: Path, content: object) -> None:

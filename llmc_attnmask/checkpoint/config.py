@@ -1,5 +1,6 @@
 """The part of config.json that says how weights are stored."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
@@ -27,8 +28,8 @@ def sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     found = sparsity.get("format") if isinstance(sparsity, Mapping) else sparsity
     if found not in ("dense", layout.NAME):
         raise ValueError(
-            f"config.json has a sparsity_config with format {found!r}; expected "
-            f'"dense" or "{layout.NAME}"'
+            f"config.json has a sparsity_config with format {reprlib.repr(found)}; "
+            f'expected "dense" or "{layout.NAME}"'
         )
     return sparsity
 
@@ -56,8 +57,9 @@ def packed_config(
     method = quantization.get("quant_method", "compressed-tensors")
     if method != "compressed-tensors":
         raise ValueError(
-            f"config.json says quant_method {method!r}; expected compressed-tensors or "
-            "no quantization, which is all that 2:4 storage goes with"
+            f"config.json says quant_method {reprlib.repr(method)}; expected "
+            "compressed-tensors or no quantization, which is all that 2:4 storage goes "
+            "with"
         )
     dense = [t for t in marker.read(changed) or [] if t not in set(targets)]
     marker.write(changed, dense)

@@ -4,8 +4,8 @@ Shard by shard, a few megabytes at once; files that hold no weights are copied.
 """
 
 import json
-import shutil
 import warnings
+from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from math import prod
@@ -21,9 +21,10 @@ from llmc_attnmask.checkpoint.files import (
     CONFIG,
     INDEX,
     Checkpoint,
-    ShardWriter,
+    TensorSpec,
     open_checkpoint,
 )
+from llmc_attnmask.checkpoint.folders import check_apart, copy_others
 from llmc_attnmask.checkpoint.linears import (
     decoder_linears,
     mixed_groups,
@@ -38,6 +39,7 @@ from llmc_attnmask.checkpoint.transfer import (
     is_two_of_four,
     not_two_of_four,
 )
+from llmc_attnmask.checkpoint.writer import ShardWriter
 
 
 class CheckpointWarning(UserWarning):
@@ -72,11 +74,13 @@ def pack(
     :param only_2of4: pack the layers that are 2:4 and leave the others dense
     :raises NotTwoOfFourError: for a layer that is not 2:4, unless ``only_2of4``
     :raises NothingToPackError: if no layer can be packed
-    :raises ValueError: if files cannot be read, or are packed already
+    :raises ValueError: if files cannot be read, or are packed already, or the output is
+        within the input
     :raises FileExistsError: if the output folder exists and is not empty
     :raises OSError: if it cannot be written; nothing half-written is left
     """
     check_new(Path(output))
+    check_apart(Path(directory), Path(output))
     checkpoint = open_checkpoint(directory)
     if is_packed(checkpoint.config):
         raise ValueError(
@@ -114,12 +118,13 @@ def unpack(directory: str | Path, output: str | Path) -> Conversion:
 
     :param directory: packed checkpoint of any origin
     :param output: folder to create; must not exist, or be empty
-    :raises ValueError: if it is not packed, its parts do not fit together, or files
-        cannot be read
+    :raises ValueError: if it is not packed, its parts do not fit together, files cannot
+        be read, or the output is within the input
     :raises FileExistsError: if the output folder exists and is not empty
     :raises OSError: if it cannot be written; nothing half-written is left
     """
     check_new(Path(output))
+    check_apart(Path(directory), Path(output))
     checkpoint = open_checkpoint(directory)
     packed = packed_layers(checkpoint)
     parts = {t.name for u in packed for t in (u.bitmask, u.shape)}
@@ -231,13 +236,16 @@ def _convert(
         shard: [spec for job in jobs for spec in job.outputs]
         for shard, jobs in transfers.items()
     }
+    _check_names(checkpoint, outputs)
     size = sum(spec.bytes for specs in outputs.values() for spec in specs)
     with new_folder(output) as partial:
-        for path in checkpoint.other_files():
-            if path.is_dir():
-                shutil.copytree(path, partial / path.name)
-            else:
-                shutil.copy(path, partial / path.name)
+        if pickled := copy_others(checkpoint, partial):
+            warnings.warn(
+                f"left out: {', '.join(pickled)}; pickled files may run code when they "
+                "are opened",
+                CheckpointWarning,
+                stacklevel=3,
+            )
         count = len(checkpoint.tensors)
         with tqdm(total=count, desc="writing", leave=False) as progress:
             for shard, jobs in transfers.items():
@@ -257,6 +265,17 @@ def _convert(
         write_json(partial / CONFIG, config)
     before = sum(tensor.bytes for tensor in checkpoint.tensors.values())
     return Conversion(str(output), list(layers), before, size)
+
+
+def _check_names(checkpoint: Checkpoint, outputs: dict[str, list[TensorSpec]]) -> None:
+    """Refuse a checkpoint that has a layer in both storages."""
+    count = Counter(spec.name for specs in outputs.values() for spec in specs)
+    if twice := [name for name, times in count.items() if times > 1]:
+        module = twice[0].rpartition(".")[0]
+        raise ValueError(
+            f"{checkpoint.directory} has {module} stored dense and packed at once; "
+            "remove the tensors of one of them"
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

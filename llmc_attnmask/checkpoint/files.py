@@ -1,10 +1,8 @@
 """A checkpoint folder: its config, its shards and where each tensor's bytes are."""
 
 import json
-import os
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -15,9 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmc_attnmask.checkpoint.json_files import read_mapping, unique
+
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 BLOCK = 1 << 20  # bytes read at once: what a processor's cache holds
+# Names of files that `torch.load` and `pickle` read: opening them may run code.
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 _DTYPES = {
     "F64": torch.float64,
@@ -124,14 +126,12 @@ class Checkpoint:
 
         :raises FileNotFoundError, ValueError: if there is none or it is no mapping
         """
-        return _read_json(self.directory / CONFIG)
+        return read_mapping(self.directory / CONFIG)
 
-    def other_files(self) -> Iterator[Path]:
-        """What belongs to the checkpoint beside config, index and weights."""
-        known = {CONFIG, INDEX, *self.shards}
-        for path in sorted(self.directory.iterdir()):
-            if path.name not in known and not path.name.startswith("."):
-                yield path
+
+def is_pickled(path: Path) -> bool:
+    """Whether a file is, by its name, of the kind that runs code when it is opened."""
+    return path.suffix in _PICKLED
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -146,14 +146,12 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     directory = Path(directory)
     index = None
     if (directory / INDEX).exists():
-        index = _read_json(directory / INDEX)
+        index = read_mapping(directory / INDEX)
         names = _indexed_files(directory, index)
     else:
         names = sorted(path.name for path in directory.glob("*.safetensors"))
     if not names:
-        raise FileNotFoundError(
-            f"{directory} has no .safetensors file, so it is not a checkpoint"
-        )
+        raise FileNotFoundError(_no_weights(directory))
     shards: dict[str, list[StoredTensor]] = {}
     metadata: dict[str, dict[str, str]] = {}
     places: dict[str, str] = {}
@@ -174,6 +172,16 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
                     "does not have it; the checkpoint is incomplete or mixed up"
                 )
     return Checkpoint(directory, shards, index, metadata)
+
+
+def _no_weights(directory: Path) -> str:
+    pickled = sorted(path.name for path in directory.glob("*") if is_pickled(path))
+    if pickled:
+        return (
+            f"{directory} has no .safetensors file but {pickled[0]}, which is pickled: "
+            "opening it may run code, so it is not read; convert it to safetensors"
+        )
+    return f"{directory} has no .safetensors file, so it is not a checkpoint"
 
 
 def _indexed_files(directory: Path, index: dict[str, Any]) -> list[str]:
@@ -201,31 +209,19 @@ def _indexed_files(directory: Path, index: dict[str, Any]) -> list[str]:
     return names
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} has no {path.name}, so it is not a checkpoint"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a mapping but {type(content).__name__}")
-    return content
-
-
 def _read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is not a file but a folder, a pipe or a broken link")
     try:
-        with safe_open(path, framework="pt"):  # checks offsets against shapes and size
+        with safe_open(path, framework="np"):  # checks offsets against shapes and size
             pass
-    except SafetensorError as error:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+    except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable safetensors file: {error}"
         ) from None
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
     tensors = [
         StoredTensor(
@@ -239,66 +235,10 @@ def _read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
         for name, entry in header.items()
         for start, end in [entry["data_offsets"]]
     ]
-    return sorted(tensors, key=lambda tensor: tensor.offset), metadata
-
-
-class ShardWriter:
-    """Writes a safetensors file whose tensors are known, their bytes in any order."""
-
-    def __init__(
-        self,
-        path: Path,
-        tensors: Sequence[TensorSpec],
-        metadata: dict[str, str],
-    ):
-        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        self._places: dict[str, int] = {}
-        end = 0
-        # the largest entries first, so that all are aligned
-        for tensor in sorted(tensors, key=lambda spec: (-spec.itemsize, spec.name)):
-            header[tensor.name] = {
-                "dtype": tensor.dtype,
-                "shape": tensor.shape,
-                "data_offsets": [end, end + tensor.bytes],
-            }
-            self._places[tensor.name] = end
-            end += tensor.bytes
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._path = path
-        self._start = 8 + len(encoded)
-        self._file = path.open("wb", buffering=0)
-        self._write_at(0, struct.pack("<Q", len(encoded)) + encoded)
-        with self._named():
-            self._file.truncate(self._start + end)
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, name: str, start: int, data: Tensor) -> None:
-        """Write a part of a tensor.
-
-        :param start: position of its first byte within the tensor
-        :param data: contiguous, of any dtype
-        """
-        if data.numel():
-            content = data.reshape(-1).view(torch.uint8).numpy()
-            self._write_at(self._start + self._places[name] + start, content.data)
-
-    def _write_at(self, position: int, content: bytes | memoryview) -> None:
-        view = memoryview(content)
-        with self._named():
-            while view:
-                count = os.pwrite(self._file.fileno(), view, position)
-                position, view = position + count, view[count:]
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Errors of the disk name the file, as those of ``open`` do."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
+    for tensor in tensors:  # without a byte a header may claim any size
+        if not tensor.bytes and prod(max(1, n) for n in tensor.shape) >= 1 << 63:
+            raise ValueError(
+                f"{path} is not a readable safetensors file: {tensor.name} has the "
+                f"shape {list(tensor.shape)}, which no tensor can have"
+            )
+    return sorted(tensors, key=lambda tensor: tensor.offset), metadata or {}

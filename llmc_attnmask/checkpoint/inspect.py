@@ -1,14 +1,22 @@
 """What is in a checkpoint, layer by layer, read from its safetensors files alone."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.convert import packed_parts
-from llmc_attnmask.checkpoint.files import StoredTensor, open_checkpoint
+from llmc_attnmask.checkpoint.files import (
+    StoredTensor,
+    TensorSpec,
+    open_checkpoint,
+)
 from llmc_attnmask.checkpoint.transfer import Unpack
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -21,12 +29,14 @@ class LayerInfo:
     format: str
     shape: tuple[int, ...]  # of the dense matrix, but of the words if "packed"
     sparsity: float | None  # share of entries that are zero; None if packed
-    two_of_four: bool | None  # at most two non-zeros in every four inputs of a row
+    # at most two of every four inputs of a row are not +0.0, which is what can be
+    # packed: -0.0, left where a weight was multiplied by its mask, is a zero but no gap
+    two_of_four: bool | None
     bytes: int
 
 
 def inspect(directory: str | Path) -> list[LayerInfo]:
-    """Every weight matrix of a checkpoint, one tensor in memory at a time.
+    """Every weight matrix of a checkpoint, a megabyte or so in memory at once.
 
     :param directory: folder with .safetensors files
     :raises FileNotFoundError: if there are none, or the index names one that is missing
@@ -47,12 +57,12 @@ def inspect(directory: str | Path) -> list[LayerInfo]:
 def _packed(layer: Unpack) -> LayerInfo:
     parts = (layer.compressed, layer.bitmask, layer.shape)
     (spec,) = layer.outputs
-    weight = layer.load()
+    zeros = sum(_zeros(rows, spec.torch_dtype) for _, rows in layer.rows())
     return LayerInfo(
         name=layer.module,
-        format=f"{_dtype(weight)} {layout.NAME}",
+        format=f"{_dtype(spec)} {layout.NAME}",
         shape=spec.shape,
-        sparsity=_sparsity(_is_zero(weight)),
+        sparsity=zeros / max(1, prod(spec.shape)),
         two_of_four=True,
         bytes=sum(part.bytes for part in parts),
     )
@@ -64,24 +74,34 @@ def _dense(tensor: StoredTensor) -> LayerInfo | None:
         return None
     if kind == "weight_packed":
         return LayerInfo(module, "packed", tensor.shape, None, None, tensor.bytes)
-    weight = tensor.load()
-    zero = _is_zero(weight)
-    two_of_four = weight.shape[1] % 4 == 0 and bool(
-        (zero.view(-1, 4).sum(-1) >= 2).all()
-    )
+    dtype = tensor.torch_dtype
+    in_groups = tensor.shape[1] % 4 == 0
+    zeros, crowded = 0, not in_groups
+    for _, block in tensor.blocks(tensor.itemsize * (4 if in_groups else 1)):
+        bits = block.view(_BITS[tensor.itemsize])
+        zeros += _zeros(bits, dtype)
+        if not crowded:
+            crowded = bool((bits.view(-1, 4).bool().sum(-1) > 2).any())
     return LayerInfo(
-        module, _dtype(weight), tensor.shape, _sparsity(zero), two_of_four, tensor.bytes
+        name=module,
+        format=_dtype(tensor),
+        shape=tensor.shape,
+        sparsity=zeros / max(1, prod(tensor.shape)),
+        two_of_four=not crowded,
+        bytes=tensor.bytes,
     )
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype(tensor: TensorSpec) -> str:
+    return str(tensor.torch_dtype).removeprefix("torch.")
 
 
-def _sparsity(zero: Tensor) -> float:
-    return zero.sum().item() / max(1, zero.numel())
+def _zeros(bits: Tensor, dtype: torch.dtype) -> int:
+    """How many entries are zero, those of a negative sign, too.
 
-
-def _is_zero(tensor: Tensor) -> Tensor:
-    # float8 has no comparison on every device
-    return (tensor.float() if tensor.element_size() == 1 else tensor) == 0
+    :param bits: the entries as integers of their size, any shape
+    """
+    zeros = int((bits == 0).sum())
+    if dtype.is_floating_point:
+        zeros += int((bits == torch.iinfo(bits.dtype).min).sum())
+    return zeros

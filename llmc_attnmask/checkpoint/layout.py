@@ -127,27 +127,40 @@ def _checked_shape(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
+def check_shapes(
+    compressed: Sequence[int], bitmask: Sequence[int], shape: Sequence[int] | Tensor
+) -> None:
+    """Refuse parts that are not of one weight.
+
+    :param compressed: the shape of ``compressed``
+    :param bitmask: the shape of ``bitmask``
+    :param shape: the content of ``shape``, R and C
+    :raises ValueError: with all three
+    """
+    if len(compressed) != 2:
+        raise ValueError(f"compressed is {list(compressed)}; expected two dimensions")
+    rows, columns = compressed[0], compressed[1] * 2
+    found = shape.tolist() if isinstance(shape, Tensor) else list(shape)
+    mask = [rows, _mask_bytes(columns)]
+    if found != [rows, columns] or list(bitmask) != mask or columns % 4:
+        raise ValueError(
+            f"compressed {list(compressed)}, bitmask {list(bitmask)} and shape {found} "
+            "disagree; expected [R, C / 2], [R, ceil(C / 8)] and [R, C]"
+        )
+
+
 def _agreed_shape(
     compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int]
 ) -> tuple[int, int]:
-    if compressed.ndim != 2:
-        raise ValueError(
-            f"compressed is {list(compressed.shape)}; expected two dimensions"
-        )
-    rows, columns = compressed.shape[0], compressed.shape[1] * 2
-    if isinstance(shape, Tensor):  # a meta tensor says nothing
-        shape = (rows, columns) if shape.is_meta else shape.flatten().tolist()
-    mask = [rows, _mask_bytes(columns)]
-    if list(shape) != [rows, columns] or list(bitmask.shape) != mask or columns % 4:
-        raise ValueError(
-            f"compressed {list(compressed.shape)}, bitmask {list(bitmask.shape)} and "
-            f"shape {list(shape)} disagree; expected [R, C / 2], [R, ceil(C / 8)] and "
-            "[R, C]"
-        )
+    if isinstance(shape, Tensor) and shape.is_meta:  # which says nothing
+        shape = [n * (i + 1) for i, n in enumerate(compressed.shape)]
+    if isinstance(shape, Tensor):
+        shape = shape.flatten()
+    check_shapes(compressed.shape, bitmask.shape, shape)
     if bitmask.dtype != torch.uint8:
         raise ValueError(f"the bitmask is {bitmask.dtype}; expected torch.uint8")
     _bits(compressed)
-    return rows, columns
+    return compressed.shape[0], compressed.shape[1] * 2
 
 
 def _bits(tensor: Tensor) -> Tensor:

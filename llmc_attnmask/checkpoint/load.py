@@ -8,7 +8,6 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -17,6 +16,12 @@ from transformers import (
 from llmc_attnmask.checkpoint.config import dense_config, is_packed
 from llmc_attnmask.checkpoint.convert import packed_layers
 from llmc_attnmask.checkpoint.files import TensorSpec, open_checkpoint
+from llmc_attnmask.checkpoint.source import (
+    read_config,
+    read_weights,
+    reading,
+    stored,
+)
 
 # Arguments of from_pretrained that say which files are meant.
 _HUB = ("revision", "cache_dir", "token", "local_files_only")
@@ -29,17 +34,29 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     fill the packed layers of a packed one with random weights. Those are unpacked as
     the model takes them, so that the peak is the dense model and one tensor.
 
+    Pickled weights are never read, and no code of the model's own runs unless the
+    caller passes ``trust_remote_code=True``.
+
     :param model: local folder or hub name
     :param kwargs: of ``from_pretrained``, such as ``dtype`` and ``revision``
     :raises ValueError: if files cannot be read or do not fit together
     """
-    trust = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
+    trust = kwargs.pop("trust_remote_code", False)
     hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-    config = AutoConfig.from_pretrained(model, **trust, **hub)
-    stored = {"quantization_config": getattr(config, "quantization_config", None)}
-    if not is_packed(stored):
-        return AutoModelForCausalLM.from_pretrained(model, **trust, **kwargs)
+    config = read_config(model, trust_remote_code=trust, **hub)
     directory = Path(model)
+    if directory.is_dir() and not trust:
+        read_weights(directory, config)
+    if not is_packed(stored(config)):
+        with reading(model):
+            made: Any = AutoModelForCausalLM.from_pretrained(
+                model,
+                trust_remote_code=trust,
+                use_safetensors=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        return _complete(model, *made)
     if not directory.is_dir():
         directory = Path(snapshot_download(str(model), **hub))
     checkpoint = open_checkpoint(directory)
@@ -52,7 +69,7 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     for layer in packed:
         (spec,) = layer.outputs
         state[spec.name] = _Lazy(spec, layer.load)
-    quantization = dense_config(stored, []).get("quantization_config")
+    quantization = dense_config(stored(config), []).get("quantization_config")
     if quantization is None:
         del config.quantization_config
     else:
@@ -63,17 +80,26 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
             "it cannot be loaded packed; `llmc-attnmask unpack` it first"
         )
     kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    loaded, report = kind.from_pretrained(
-        None, config=config, state_dict=state, output_loading_info=True, **kwargs
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{directory} has no {missing[0]}, nor {len(missing) - 1} more of the "
-            f"tensors that {kind.__name__} needs; the checkpoint is incomplete"
+    with reading(directory):
+        made = kind.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **kwargs
         )
+    loaded = _complete(directory, *made)
     loaded.name_or_path = loaded.config.name_or_path = str(model)
     if (directory / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(directory)
+    return loaded
+
+
+def _complete(
+    model: str | Path, loaded: PreTrainedModel, report: dict[str, Any]
+) -> PreTrainedModel:
+    """Refuse what transformers would have filled with random values."""
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{model} has no {missing[0]}, nor {len(missing) - 1} more of the tensors "
+            f"that {type(loaded).__name__} needs; the checkpoint is incomplete"
+        )
     return loaded
 
 

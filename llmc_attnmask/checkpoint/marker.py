@@ -10,6 +10,7 @@ A top-level key that transformers keeps and ignores, and vLLM, too:
 ``targets`` are module names, spelled as the checkpoint's tensors are.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,5 @@ def read(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def _malformed(note: object, expected: str) -> ValueError:
-    shown = str(note)
-    shown = shown if len(shown) < 100 else shown[:97] + "..."
+    shown = reprlib.repr(note)  # however long or deep it is
     return ValueError(f"config.json has {KEY!r}: {shown}; expected {expected}")

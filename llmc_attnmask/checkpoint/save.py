@@ -8,6 +8,7 @@ bit, in what was written.
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -101,15 +102,14 @@ def store(directory: Path, storage: Storage) -> None:
     mark(directory)
     if storage == "dense":
         return
-    packed = directory / ".packed"
-    try:
-        pack(directory, packed, only_2of4=True)
-    except NothingToPackError as error:
-        warnings.warn(f"{error}; saved dense", CheckpointWarning, stacklevel=2)
-        return
-    for path in packed.iterdir():
-        path.replace(directory / path.name)
-    packed.rmdir()
+    with TemporaryDirectory(prefix=".packed-", dir=directory.parent) as packed:
+        try:
+            pack(directory, packed, only_2of4=True)
+        except NothingToPackError as error:
+            warnings.warn(f"{error}; saved dense", CheckpointWarning, stacklevel=2)
+            return
+        for path in Path(packed).iterdir():
+            path.replace(directory / path.name)
 
 
 def mark(directory: Path) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmc_attnmask.checkpoint import layout
-from llmc_attnmask.checkpoint.files import ShardWriter, StoredTensor, TensorSpec
+from llmc_attnmask.checkpoint.files import StoredTensor, TensorSpec
+from llmc_attnmask.checkpoint.writer import ShardWriter
 
 # The layout is about bits, not about values: any dtype of that many bytes will do.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -98,14 +99,13 @@ class Unpack:
                 )
             if self.bitmask.dtype != "U8":
                 raise ValueError(f"bitmask is {self.bitmask.dtype}; expected U8")
-            layout.unpack(
-                torch.empty(
-                    self.compressed.shape,
-                    dtype=_INTEGERS.get(self.compressed.itemsize, torch.int64),
-                    device="meta",
-                ),
-                torch.empty(self.bitmask.shape, dtype=torch.uint8, device="meta"),
-                self.shape.load(),
+            if self.compressed.bytes and self.compressed.itemsize not in _INTEGERS:
+                raise ValueError(
+                    f"compressed is {self.compressed.dtype}, of "
+                    f"{self.compressed.itemsize} bytes per entry; expected 1, 2 or 4"
+                )
+            layout.check_shapes(
+                self.compressed.shape, self.bitmask.shape, self.shape.load().flatten()
             )
         except ValueError as error:
             raise ValueError(f"{self.module} in {self.bitmask.file}: {error}") from None
@@ -176,9 +176,21 @@ def not_two_of_four(tensor: StoredTensor) -> layout.NotTwoOfFourError:
             f"{crowded} of its {prod(tensor.shape) // 4} groups of four inputs have "
             "more than two values that are not +0.0"
         )
+        if negative := _negative_zeros(tensor):
+            found += f" ({negative} entries are -0.0, as W * mask leaves them)"
     return layout.NotTwoOfFourError(
         f"{tensor.name} in {tensor.file} is not 2:4: {found}; prune it, or pack only "
         "what is 2:4 with --only-2of4 (only_2of4=True)"
+    )
+
+
+def _negative_zeros(tensor: StoredTensor) -> int:
+    if tensor.dtype.startswith("I"):
+        return 0
+    return sum(
+        int((bits == torch.iinfo(bits.dtype).min).sum())
+        for _, block in tensor.blocks(tensor.itemsize)
+        for bits in [block.view(_INTEGERS[tensor.itemsize])]
     )
 
 

@@ -1,15 +1,18 @@
 """Which checkpoints are ours, and which of their layers are 2:4; from config.json."""
 
-import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import regex
 
 from llmc_attnmask.checkpoint import layout, marker
 
 METHOD = "llmc_attnmask"  # the name of our quantization method in vLLM
 QUANTIZATION = "quantization_config"
 SPARSITY = "sparsity_config"
+_SECONDS = 1  # that one pattern may take with one name
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,15 @@ class Sparsity:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return name == pattern
+    if not pattern.startswith("re:"):
+        return name == pattern
+    try:
+        return regex.match(pattern[3:], name, timeout=_SECONDS) is not None
+    except TimeoutError:  # the checkpoint's author chose it, by mistake or not
+        raise ValueError(
+            f"config.json has a {SPARSITY} with the pattern {pattern!r}, which takes "
+            f"more than {_SECONDS} s to compare with {name!r}; name the modules instead"
+        ) from None
 
 
 def annotate(config: dict[str, Any]) -> bool:
@@ -49,7 +58,10 @@ def annotate(config: dict[str, Any]) -> bool:
     """
     if marker.read(config) is None:
         return False
-    quantization = dict(config.get(QUANTIZATION) or {"quant_method": METHOD})
+    found = config.get(QUANTIZATION) or {"quant_method": METHOD}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"config.json has a {QUANTIZATION} that is no mapping")
+    quantization = dict(found)
     quantization[marker.KEY] = config[marker.KEY]
     config[QUANTIZATION] = quantization
     return True
@@ -59,7 +71,7 @@ def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
     """The 2:4 layers that a quantization_config names; None if it is not ours.
 
     :param quantization: ``quantization_config``, after ``annotate``
-    :raises ValueError: for a malformed note
+    :raises ValueError: for a malformed note, or names that are none
     """
     if quantization.get("quant_method") not in ("compressed-tensors", METHOD):
         return None
@@ -72,6 +84,22 @@ def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
         and sparsity.get("format") == layout.NAME
         and sparsity.get("sparsity_structure") == marker.STRUCTURE
     ):
-        packed = tuple(sparsity.get("targets") or ())
-        ignore = tuple(sparsity.get("ignore") or ())
+        packed = _names(sparsity, "targets")
+        ignore = _names(sparsity, "ignore")
     return Sparsity(packed, dense, ignore) if packed or dense else None
+
+
+def _names(sparsity: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """The names and patterns under a key, checked."""
+    found = sparsity.get(key) or []
+    try:
+        if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+            raise ValueError("expected a list of module names")
+        for name in found:
+            if name.startswith("re:"):
+                regex.compile(name[3:])
+    except (ValueError, regex.error, RecursionError) as error:
+        raise ValueError(
+            f"config.json has a {SPARSITY} with {key} {reprlib.repr(found)}: {error}"
+        ) from None
+    return tuple(found)

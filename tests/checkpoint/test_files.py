@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from llmc_attnmask.checkpoint.convert import pack
-from llmc_attnmask.checkpoint.files import ShardWriter, TensorSpec, open_checkpoint
+from llmc_attnmask.checkpoint.files import TensorSpec, open_checkpoint
 from llmc_attnmask.checkpoint.inspect import inspect
+from llmc_attnmask.checkpoint.writer import ShardWriter
 from tests.checkpoint.checkpoints import decoder, read, write
 
 INDEX = "model.safetensors.index.json"
