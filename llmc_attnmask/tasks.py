@@ -51,15 +51,15 @@ def evaluate_tasks(
     :raises ImportError: without lm-evaluation-harness
     :raises ValueError: for tasks that do not exist or whose data cannot be read
     """
-    manager = _task_manager(include_path)
-    names = _matched(manager, tasks)
+    manager, names = _ready(tasks, include_path)
     found: list[TaskResult] = []
     for model in [*([reference] if reference else []), *models]:
         found += _results(str(model), _run(model, names, manager), found, reference)
     return found
 
 
-def _task_manager(include_path: str | Path | None) -> Any:
+def _ready(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+    """The harness's task manager and the tasks by name, their data at hand."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -67,13 +67,21 @@ def _task_manager(include_path: str | Path | None) -> Any:
             f"tasks are run by lm-evaluation-harness, which is missing ({error}); "
             'pip install "llmc-attnmask[eval]"'
         ) from None
-    if include_path is not None and not Path(include_path).is_dir():
+    if include_path is None:
+        manager = TaskManager()
+        return manager, _matched(manager, tasks)
+    if not Path(include_path).is_dir():
         raise ValueError(f"{include_path} is no folder of tasks")
-    return TaskManager(include_path=str(include_path) if include_path else None)
+    # the harness reads its own 14,000 files first unless it is told not to
+    manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    try:
+        return manager, _matched(manager, tasks)
+    except ValueError:
+        manager = TaskManager(include_path=str(include_path))
+        return manager, _matched(manager, tasks)
 
 
 def _matched(manager: Any, tasks: Sequence[str]) -> list[str]:
-    """The tasks by their names, once their data is known to be readable."""
     names: list[str] = []
     for task in tasks:
         matched = manager.match_tasks([task])
