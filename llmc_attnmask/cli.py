@@ -15,6 +15,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from llmc_attnmask.checkpoint.convert import Conversion
+    from llmc_attnmask.evaluation import Evaluation
+    from llmc_attnmask.tasks import TaskResult
 
 app = typer.Typer(
     add_completion=False,
@@ -96,9 +98,12 @@ def evaluate(
         str | None, typer.Option(help="Dense model to compare with.")
     ] = None,
     text: Annotated[
-        str,
-        typer.Option(help="builtin:pydoc, a .jsonl or text file, or a hub dataset."),
-    ] = "builtin:pydoc",
+        str | None,
+        typer.Option(
+            help="builtin:pydoc, a .jsonl or text file, or a hub dataset. "
+            "[default: builtin:pydoc, or none with --tasks]"
+        ),
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Key of the text.")] = "text",
     max_length: Annotated[
         int | None,
@@ -106,22 +111,45 @@ def evaluate(
             help="Tokens per window. [default: 2048 or the model's positions]"
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Of lm-evaluation-harness, separated by commas."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of further tasks, in YAML.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity over non-overlapping windows, side by side."""
-    from llmc_attnmask.evaluation import evaluate as run
+    """Perplexity over non-overlapping windows, or tasks, side by side."""
+    figures: dict[str, list] = {}
+    if tasks:
+        from llmc_attnmask.tasks import evaluate_tasks
 
-    results = run(
-        [*([reference] if reference else []), *models], text, max_length, text_column
-    )
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        figures["tasks"] = evaluate_tasks(models, names, include_path, reference)
+    if text or not tasks:
+        from llmc_attnmask.evaluation import evaluate as run
+
+        text = text or "builtin:pydoc"
+        compared = [*([reference] if reference else []), *models]
+        figures["perplexity"] = run(compared, text, max_length, text_column)
     if as_json:
-        print(json.dumps([asdict(result) for result in results], indent=2))
+        lists = {k: [asdict(x) for x in found] for k, found in figures.items()}
+        print(json.dumps(lists if tasks else lists["perplexity"], indent=2))
         return
-    table = Table(title=_plain(f"Perplexity on {text}"))
+    if "tasks" in figures:
+        _out.print(_task_table(figures["tasks"]))
+    if "perplexity" in figures:
+        title = f"Perplexity on {text}"
+        _out.print(_perplexity_table(figures["perplexity"], title, bool(reference)))
+
+
+def _perplexity_table(results: "list[Evaluation]", title: str, compare: bool) -> Table:
+    table = Table(title=_plain(title))
     for column in ("model", "perplexity", "to reference", "windows", "tokens", "bos"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for result in results:
-        ratio = result.perplexity / results[0].perplexity if reference else None
+        ratio = result.perplexity / results[0].perplexity if compare else None
         table.add_row(
             _plain(result.model),
             f"{result.perplexity:.3f}",
@@ -130,7 +158,28 @@ def evaluate(
             str(result.tokens),
             _plain(result.bos),
         )
-    _out.print(table)
+    return table
+
+
+def _task_table(results: "list[TaskResult]") -> Table:
+    """A row per metric, a column per model."""
+    table = Table(title="Tasks, with recovery of the reference")
+    for column in ("task", "metric", "samples"):
+        table.add_column(column)
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for result in results:
+        samples = "" if result.samples is None else str(result.samples)
+        cell = f"{result.value:.4f}"
+        if result.stderr is not None:
+            cell += f" ± {result.stderr:.4f}"
+        if result.recovery is not None:
+            cell += f" ({result.recovery:.1f} %)"
+        rows.setdefault((result.task, result.metric, samples), []).append(cell)
+    for model in dict.fromkeys(result.model for result in results):
+        table.add_column(_plain(model), justify="right")
+    for key, cells in rows.items():
+        table.add_row(*key, *cells)
+    return table
 
 
 @app.command()
