@@ -118,6 +118,13 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="Folder of further tasks, in YAML.")
     ] = None,
+    update_report: Annotated[
+        bool,
+        typer.Option(
+            "--update-report",
+            help="Add the figures to the report and model card in each folder.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity over non-overlapping windows, or tasks, side by side."""
@@ -133,6 +140,15 @@ def evaluate(
         text = text or "builtin:pydoc"
         compared = [*([reference] if reference else []), *models]
         figures["perplexity"] = run(compared, text, max_length, text_column)
+    if update_report:
+        from llmc_attnmask.report.files import add_evaluation
+
+        for model in models:
+            measured = {
+                kind: [x for x in found if x.model in (reference, model)]
+                for kind, found in figures.items()
+            }
+            add_evaluation(model, **measured)
     if as_json:
         lists = {k: [asdict(x) for x in found] for k, found in figures.items()}
         print(json.dumps(lists if tasks else lists["perplexity"], indent=2))
@@ -207,6 +223,21 @@ def inspect(
             f"{layer.bytes / 1e6:.3f}",
         )
     _out.print(table)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write report.html anew: what was pruned, what it cost, plots."""
+    from llmc_attnmask.report.files import PAGE, render
+
+    numbers = render(directory)
+    if as_json:
+        print(json.dumps(numbers, indent=1))
+        return
+    _out.print(f"wrote {directory / PAGE}", soft_wrap=True)
 
 
 OutputArgument = Annotated[Path, typer.Argument(help="Folder to create.")]

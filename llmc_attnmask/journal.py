@@ -1,11 +1,15 @@
-"""What a run did, layer by layer: modifiers write it, the report reads it."""
+"""What a run did, layer by layer: modifiers write it, the report reads it.
+
+It goes with the model in memory, as plain attributes: copies of the model have theirs.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-_ATTRIBUTE = "_llmc_attnmask_journal"
+_ENTRIES = "_llmc_attnmask_journal"
+_FACTS = "_llmc_attnmask_facts"
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,23 @@ class Entry:
 
 
 def note(model: nn.Module, modifier: str, layer: str, **figures: Any) -> None:
-    """Add an entry to the journal of a model, which goes with it in memory."""
+    """Add an entry to the journal of a model."""
     entries(model).append(Entry(modifier, layer, figures))
 
 
 def entries(model: nn.Module) -> list[Entry]:
     """The journal of a model, oldest entry first; to be read, or added to."""
-    if not hasattr(model, _ATTRIBUTE):
-        setattr(model, _ATTRIBUTE, [])
-    return getattr(model, _ATTRIBUTE)
+    if not hasattr(model, _ENTRIES):
+        setattr(model, _ENTRIES, [])
+    return getattr(model, _ENTRIES)
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """What is known of the run as a whole; to be read, or added to.
+
+    ``modifiers``: name and fields of each; ``warnings``: their texts; ``options``: what
+    the run was started with. JSON values only.
+    """
+    if not hasattr(model, _FACTS):
+        setattr(model, _FACTS, {})
+    return getattr(model, _FACTS)

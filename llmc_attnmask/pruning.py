@@ -28,9 +28,12 @@ from llmc_attnmask.checkpoint.save import save_as
 from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
 from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
 from llmc_attnmask.evaluation import window_length
+from llmc_attnmask.journal import facts
 from llmc_attnmask.modifiers.progress import Progress, recorded
+from llmc_attnmask.modifiers.run import described
 from llmc_attnmask.modifiers.storage import recipe_storage
 from llmc_attnmask.recipe import find_recipe, load_recipe
+from llmc_attnmask.report.files import companions
 
 
 def prune(
@@ -98,6 +101,17 @@ def prune(
     )
     with _kept(progress), _loaded(model, config, offload_model) as loaded:
         torch.manual_seed(seed)
+        facts(loaded).update(
+            modifiers=described(parsed.modifiers),
+            options={
+                "dataset": str(dataset),
+                "text_column": text_column,
+                "num_samples": len(windows),
+                "max_length": length,
+                "seed": seed,
+                "storage": storage,
+            },
+        )
         with recorded(progress):
             compress(loaded, tokenizer, parsed.modifiers, windows)
         return save(loaded, tokenizer, output, storage)
@@ -207,7 +221,7 @@ def save(
     storage: Storage = "dense",
 ) -> Path:
     """Write a checkpoint beside its destination, then rename it into place."""
-    save_as(model, storage)
+    save_as(model, storage, companions)
     with new_folder(output) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

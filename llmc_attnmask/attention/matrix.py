@@ -69,6 +69,34 @@ def attention_norms(
     return AttentionNorms(matrix, output)
 
 
+def first_rows(call: AttentionCall, rows: int) -> Tensor:
+    """The attention of the first queries to every key.
+
+    :return: [B, H, min(rows, L), L]
+    """
+    first = slice(0, min(rows, call.query.shape[2]))
+    logits, _ = _logits(call, call.query, call.key, first, call.key.shape[2])
+    return _per_head(_softmax(logits, call), call)
+
+
+@torch.no_grad()
+def attention_change(
+    reference: AttentionCall, query: Tensor, key: Tensor, output_projection: Tensor
+) -> AttentionNorms:
+    """E and Eo apart, not differentiable; arguments as those of ``attention_error``."""
+    matrix = output = 0.0
+    for rows, columns in _blocks(reference):
+        dense, pruned = (
+            _softmax(_logits(reference, q, k, rows, columns)[0], reference)
+            for q, k in ((reference.query, reference.key), (query, key))
+        )
+        change = pruned - dense
+        matrix += change.square().sum().item()
+        reached = _to_output(change, reference, output_projection)
+        output += reached.square().sum().item()
+    return AttentionNorms(matrix, output)
+
+
 def attention_error(
     reference: AttentionCall,
     query: Tensor,

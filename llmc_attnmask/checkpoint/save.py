@@ -32,6 +32,8 @@ from llmc_attnmask.checkpoint.convert import (
 )
 from llmc_attnmask.checkpoint.files import CONFIG, open_checkpoint
 
+Companions = Callable[[PreTrainedModel], Callable[[Path, Path], None]]
+
 
 class _SaveAs:
     """``save_pretrained`` of one model, in place of llm-compressor's around it."""
@@ -40,9 +42,14 @@ class _SaveAs:
     _overridden = True
 
     def __init__(
-        self, model: PreTrainedModel, upstream: Callable[..., None], storage: Storage
+        self,
+        model: PreTrainedModel,
+        upstream: Callable[..., None],
+        storage: Storage,
+        companions: Companions | None,
     ):
         self.model, self.upstream, self.storage = model, upstream, storage
+        self.companions = companions
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("push_to_hub"):
@@ -55,22 +62,32 @@ class _SaveAs:
         if not is_source_process():  # upstream lets only one process write
             self.upstream(save_directory, *args, **kwargs)
         else:
+            # asked before upstream compresses the weights that are in the model
+            write = self.companions(self.model) if self.companions else None
             with updated_folder(output) as partial:
                 self.upstream(str(partial), *args, **kwargs)
                 store(partial, self.storage)
+                if write is not None:
+                    write(partial, output)
         if dist.is_initialized():
             dist.barrier()
 
 
-def save_as(model: PreTrainedModel, storage: Storage) -> None:
+def save_as(
+    model: PreTrainedModel, storage: Storage, companions: Companions | None = None
+) -> None:
     """Have ``model.save_pretrained`` write this storage from now on.
 
     :param model: as ``oneshot`` has prepared it, so that its ``save_pretrained`` is
         llm-compressor's
+    :param companions: called with the model before it is written; what that returns
+        is called with the folder in which the checkpoint lies before it appears, and
+        with the folder where it will appear, to add files of its own
     """
     current = model.save_pretrained
     upstream = current.upstream if isinstance(current, _SaveAs) else current
-    model.save_pretrained = _SaveAs(model, upstream, storage)  # type: ignore[assignment]
+    save = _SaveAs(model, upstream, storage, companions)
+    model.save_pretrained = save  # type: ignore[assignment]
 
 
 def _restore_experts(model: PreTrainedModel) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from llmc_attnmask.attention.capture import AttentionCall, AttentionReplica
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.matrix import (
+    AttentionNorms,
+    attention_change,
     attention_context,
     attention_error,
     attention_norms,
@@ -33,6 +35,7 @@ _SAMPLES_AT_ONCE = 8
 _HELD_BACK_ONE_IN = 8  # samples that choose the best mask instead of teaching it
 
 Weights = Mapping[Role, Tensor]  # projection -> weight [rows, columns]
+Curvature = dict[Role, tuple[Tensor, Tensor | None]]  # H and G, see ``curvature``
 
 
 class Objective(ABC):
@@ -85,7 +88,7 @@ class Objective(ABC):
         return total / len(self.held_back)
 
     @abstractmethod
-    def curvature(self) -> dict[Role, tuple[Tensor, Tensor | None]]:
+    def curvature(self) -> Curvature:
         """H and G of each projection at the dense weights, up to a common factor.
 
         :return: [columns, columns] and [heads, rows / heads, rows / heads]; None where
@@ -162,10 +165,27 @@ class MatrixObjective(Objective):
             norms = attention_norms(self.call(batch), self.output_projection())
             matrix += norms.matrix
             output += norms.output
+        self.norms = AttentionNorms(matrix, output)
         self.matrix_weight = (1 - output_weight) * len(self.held_back) / matrix
         # an output projection of zeros lets no error through
         share = output_weight / output if output else 0.0
         self.output_weight = share * len(self.held_back)
+
+    @torch.no_grad()
+    def held_back_errors(self, weights: Weights) -> AttentionNorms:
+        """The two errors of the formula, each relative, before they are weighed."""
+        matrix = output = 0.0
+        for batch in self.batches(self.held_back):
+            pruned = self.call(batch, weights)
+            change = attention_change(
+                self.call(batch), pruned.query, pruned.key, self.output_projection()
+            )
+            matrix += change.matrix
+            output += change.output
+        return AttentionNorms(
+            matrix / self.norms.matrix,
+            output / self.norms.output if self.norms.output else 0.0,
+        )
 
     def error(self, batch: list[int], weights: Weights) -> Tensor:
         with torch.no_grad():
@@ -181,7 +201,7 @@ class MatrixObjective(Objective):
         )
         return total / len(batch)
 
-    def curvature(self) -> dict[Role, tuple[Tensor, Tensor | None]]:
+    def curvature(self) -> Curvature:
         generator = torch.Generator(self.replica.device).manual_seed(0)
         hessians: dict[Role, Tensor] = {}
         sensitivities: dict[Role, Tensor] = {}
@@ -262,7 +282,7 @@ class OutputObjective(Objective):
         output = context @ weights.get("o", self.output_projection()).T
         return (output - reference).square().sum() * (self.weight / len(batch))
 
-    def curvature(self) -> dict[Role, tuple[Tensor, Tensor | None]]:
+    def curvature(self) -> Curvature:
         """See the base class; v is seen through A~ and W_o, o's inputs are A~ V."""
         hessians: dict[Role, Tensor] = {}
         heads = 1
@@ -282,7 +302,7 @@ class OutputObjective(Objective):
                             )
                         x = x.flatten(0, -2)
                         _add(hessians, role, x.T @ x)
-        found: dict[Role, tuple[Tensor, Tensor | None]] = {}
+        found: Curvature = {}
         for role in self.roles:
             found[role] = (hessians[role], None)
             if role == "v":

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.inputs import ModuleInputs
+from llmc_attnmask.attention.matrix import AttentionNorms
 from llmc_attnmask.attention.projections import Projection, Role
 from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.objectives import (
+    Curvature,
     MatrixObjective,
     Objective,
     OutputObjective,
@@ -42,6 +44,8 @@ _HOT, _COLD = 1.0, 0.05  # temperatures, in units of the mean score
 _SURVIVOR_STEP = 0.01  # Adam's step of surviving weights, in standard deviations of W
 
 Tensors = dict[Role, Tensor]
+# dense weight [rows, columns], X^T X [columns, columns] -> pruned weight
+Peer = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class MaskSolution:
     start_error: float  # of the start, on the held-back samples
     error: float  # of what is returned, on the same samples
     curve: list[float] = field(default_factory=list)  # training loss per step
+    # of q and k: relative errors of the attention matrix and of what reaches the
+    # output, on the same samples, of this solution ("ours") and of other methods
+    compared: dict[str, AttentionNorms] = field(default_factory=dict)
 
 
 def learn_masks(
@@ -76,6 +83,7 @@ def learn_masks(
     structure: MaskStructure,
     sparsity: float,
     settings: SolverSettings,
+    peers: Mapping[str, Peer] | None = None,
 ) -> list[MaskSolution]:
     """Masks for the projections named in ``prune``; never worse than their start.
 
@@ -85,6 +93,7 @@ def learn_masks(
     :param inputs: calibration inputs of the module, at least one sample
     :param projections: all of q, k, v, o (o weighs the output error)
     :param sparsity: share of each projection's entries that is pruned
+    :param peers: other methods, by name, to compare the solution for q and k with
     :return: of q and k, on the attention matrix, and of v and o, on the attention
         output; those of them that ``prune`` names
     """
@@ -94,22 +103,42 @@ def learn_masks(
     pruned: Tensors = {}
     if roles := [role for role in prune if role in ("q", "k")]:
         matrix = MatrixObjective(*layer, roles, settings.output_weight)
-        solutions.append(_learn(matrix, *problem))
-        pruned = solutions[0].weights
+        curvature = matrix.curvature()
+        compared = _compare(matrix, curvature, peers or {})
+        found = _learn(matrix, curvature, *problem)
+        if compared:
+            ours = matrix.held_back_errors(found.weights)
+            found.compared = {"ours": ours, **compared}
+        solutions.append(found)
+        pruned = found.weights
     if rest := [role for role in prune if role in ("v", "o")]:
         output = OutputObjective(*layer, rest, pruned)
-        solutions.append(_learn(output, *problem))
+        solutions.append(_learn(output, output.curvature(), *problem))
     return solutions
+
+
+def _compare(
+    objective: MatrixObjective, curvature: Curvature, peers: Mapping[str, Peer]
+) -> dict[str, AttentionNorms]:
+    """Errors of other methods' weights, as far as they are numbers."""
+    found: dict[str, AttentionNorms] = {}
+    for name, peer in peers.items():
+        weights = {r: peer(objective.dense(r), h) for r, (h, _) in curvature.items()}
+        errors = objective.held_back_errors(weights)
+        if all(map(math.isfinite, errors)):
+            found[name] = errors
+    return found
 
 
 def _learn(
     objective: Objective,
+    curvature: Curvature,
     structure: MaskStructure,
     sparsity: float,
     settings: SolverSettings,
 ) -> MaskSolution:
     dense = {role: objective.dense(role) for role in objective.roles}
-    scores, masks, values = _start(objective, structure, sparsity, settings)
+    scores, masks, values = _start(objective, curvature, structure, sparsity, settings)
     weights = _pruned(masks, values)
     error = objective.held_back_error(weights)
     if not math.isfinite(error):
@@ -159,6 +188,7 @@ def _learn(
 
 def _start(
     objective: Objective,
+    curvature: Curvature,
     structure: MaskStructure,
     sparsity: float,
     settings: SolverSettings,
@@ -167,7 +197,7 @@ def _start(
     scores: Tensors = {}
     masks: Tensors = {}
     values: Tensors = {}
-    for role, (hessian, sensitivity) in objective.curvature().items():
+    for role, (hessian, sensitivity) in curvature.items():
         weight = objective.dense(role)
         scores[role] = _wanda_scores(weight, hessian)
         if settings.update_weights:

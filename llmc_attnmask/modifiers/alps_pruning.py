@@ -6,7 +6,6 @@ import torch
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
-from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
@@ -14,7 +13,9 @@ from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.fields import MaskStructureField, Names, check_finite
+from llmc_attnmask.modifiers.layers import Layer
 from llmc_attnmask.modifiers.progress import step
+from llmc_attnmask.modifiers.run import run_of
 from llmc_attnmask.modifiers.storage import StoredModifier
 
 
@@ -82,12 +83,14 @@ class ALPSPruningModifier(StoredModifier):
                 self._structure.groups(linear.weight)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+        run_of(self).expect(self, len(self._linears))
         return True
 
     def linears_to_prune(self) -> list[nn.Module]:
         return list(self._linears.values()) if self.sparsity else []
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        run_of(self).start_clock()
         for name, linear in self._linears.items():
             self.register_hook(linear, self._accumulate(name), "forward_pre")
 
@@ -111,11 +114,14 @@ class ALPSPruningModifier(StoredModifier):
             linear, hessian = self._linears[name], self._hessians.pop(name)
             with step(state.model, self, name) as work:
                 if not work.restored:
-                    self._prune(name, linear, hessian)
+                    self._prune(state.model, name, linear, hessian)
                     work.changed = [linear]
 
     @torch.no_grad()
-    def _prune(self, name: str, linear: nn.Linear, hessian: Tensor) -> None:
+    def _prune(
+        self, model: nn.Module, name: str, linear: nn.Linear, hessian: Tensor
+    ) -> None:
+        work = Layer(model, self, name)
         device = get_execution_device(linear)
         weight = linear.weight.detach().to(device, torch.float32)
         if not hessian.isfinite().all():
@@ -129,10 +135,11 @@ class ALPSPruningModifier(StoredModifier):
         )
         pruned = solve(hessian, target, start, kept)
         error = _output(pruned - weight, hessian) / _output(weight, hessian)
-        logger.log("METRIC", f"{name}: relative output error {error:.5f}")
         pruned = pruned.to(linear.weight.dtype).masked_fill(~kept, 0.0)
         update_offload_parameter(linear, "weight", pruned)
         remember(linear, kept)
+        zeros = int((~kept).sum())
+        work.done(device, {"output": [error]}, zeros=zeros, entries=kept.numel())
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.remove_hooks()

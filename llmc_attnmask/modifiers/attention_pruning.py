@@ -1,19 +1,23 @@
 """``AttentionMatrixPruningModifier``: llm-compressor's life cycle around the solver."""
 
-import time
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
-from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
+from llmc_attnmask.attention.capture import (
+    AttentionCall,
+    AttentionReplica,
+    UnsupportedAttentionError,
+)
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.output_path import check_output_path
+from llmc_attnmask.attention.pictures import heads_of, pictures, zeros_by_head
 from llmc_attnmask.attention.projections import (
     Projection,
     Role,
@@ -21,7 +25,6 @@ from llmc_attnmask.attention.projections import (
     find_projections,
 )
 from llmc_attnmask.attention.samples import Offload
-from llmc_attnmask.journal import note
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.solver import SolverSettings, learn_masks
 from llmc_attnmask.masks.structure import MaskStructure
@@ -31,10 +34,14 @@ from llmc_attnmask.modifiers.fields import (
     check_finite,
     listed,
 )
+from llmc_attnmask.modifiers.layers import Layer
+from llmc_attnmask.modifiers.peers import peers
 from llmc_attnmask.modifiers.progress import step
+from llmc_attnmask.modifiers.run import run_of
 from llmc_attnmask.modifiers.storage import StoredModifier
 
 _STEPS = {False: 200, True: 25}  # by update_weights, which starts from more
+_PICTURED = 6  # attention modules whose matrices the report shows
 
 
 class AttentionMatrixPruningModifier(StoredModifier):
@@ -111,6 +118,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
 
     _structure: MaskStructure = PrivateAttr()
     _layers: dict[str, "_Layer"] = PrivateAttr(default_factory=dict)
+    _pictured: set[str] = PrivateAttr(default_factory=set)
 
     @model_validator(mode="after")
     def _check_fields(self) -> "AttentionMatrixPruningModifier":
@@ -138,6 +146,8 @@ class AttentionMatrixPruningModifier(StoredModifier):
             sparsities *= len(names)
         for name, sparsity in zip(names, sparsities, strict=True):
             self._layers[name] = self._checked_layer(name, found[name], sparsity)
+        run_of(self).expect(self, len(names))
+        self._pictured = _spread(names, _PICTURED)
         return True
 
     def linears_to_prune(self) -> list[nn.Module]:
@@ -149,6 +159,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
         ]
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        run_of(self).start_clock()
         for layer in self._layers.values():
             self.register_hook(
                 layer.attention, layer.collect, "forward_pre", with_kwargs=True
@@ -231,7 +242,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
 
     def _prune(self, model: nn.Module, name: str, layer: "_Layer") -> list[nn.Module]:
         """Prune one attention module; returns its Linears that have changed."""
-        start = time.perf_counter()
+        work = Layer(model, self, name)
         replica = AttentionReplica(
             layer.attention, device=get_execution_device(layer.attention)
         )
@@ -244,28 +255,35 @@ class AttentionMatrixPruningModifier(StoredModifier):
             self._structure,
             layer.sparsity,
             self._settings(),
+            peers(self._structure, layer.sparsity),
         )
         masks: dict[Role, Tensor] = {}
         weights: dict[Role, Tensor] = {}
         for solution in solutions:
             masks |= solution.masks
             weights |= solution.weights
-            logger.log(
-                "METRIC",
-                f"{name} {', '.join(solution.masks)}: error {solution.start_error:.5f} "
-                f"-> {solution.error:.5f} on held-back samples",
-            )
-            note(
-                model,
-                type(self).__name__,
-                name,
-                projections=list(solution.masks),
-                start_error=solution.start_error,
-                error=solution.error,
-                curve=solution.curve,
-            )
         changed = self._write(layer, masks, weights)
-        logger.log("METRIC", f"{name}: {time.perf_counter() - start:.1f}s")
+        calls = _calls(replica, layer, weights)
+        heads = heads_of(calls[0])
+        work.done(
+            replica.device,
+            {_and(s.masks): [s.start_error, s.error] for s in solutions},
+            zeros=sum(int((~mask).sum()) for mask in masks.values()),
+            entries=sum(mask.numel() for mask in masks.values()),
+            curves={_and(s.masks): s.curve for s in solutions},
+            compared={
+                method: errors._asdict()
+                for solution in solutions
+                for method, errors in solution.compared.items()
+            },
+            zeros_by_head={
+                role: zeros_by_head(role, mask, heads[role])
+                for role, mask in masks.items()
+            },
+            pictures=[p.encode() for p in pictures(*calls)]
+            if name in self._pictured
+            else [],
+        )
         return changed
 
     def _check_output_path(
@@ -340,8 +358,36 @@ class _Layer:
         self.inputs.append(args, kwargs)
 
 
+@torch.no_grad()
+def _calls(
+    replica: AttentionReplica, layer: _Layer, weights: dict[Role, Tensor]
+) -> tuple[AttentionCall, AttentionCall]:
+    """The dense and the pruned softmax's inputs, of one sample."""
+    sample = [len(layer.inputs) - 1]
+    args, kwargs = layer.inputs.batch(sample, replica.device, replica.dtype)
+    parameters: dict[str, Tensor] = {}
+    for role in {"q", "k"} & weights.keys():
+        projection = layer.projections[role]
+        name = projection.parameter
+        if name not in parameters:
+            parameters[name] = replica.module.get_parameter(name).detach().clone()
+        projection.put(parameters[name], weights[role])
+    return replica(args, kwargs), replica(args, kwargs, parameters)
+
+
+def _and(names: Iterable[str]) -> str:
+    return " and ".join(names)
+
+
 def _linear(attention: nn.Module, projection: Projection) -> nn.Linear:
     return cast(nn.Linear, attention.get_submodule(projection.child))
+
+
+def _spread(names: list[str], most: int) -> set[str]:
+    """The first, the last and some at equal spacing between them."""
+    if len(names) <= most:
+        return set(names)
+    return {names[i * (len(names) - 1) // (most - 1)] for i in range(most)}
 
 
 def _as_list(sparsity: float | list[float]) -> list[float]:

@@ -2,7 +2,6 @@
 
 import itertools
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,6 @@ from compressed_tensors.offload import (
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
-from loguru import logger
 from pydantic import Field, PrivateAttr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,7 +26,9 @@ from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.attention.samples import Offload, SampleTensors
 from llmc_attnmask.modifiers.fields import Names, check_finite, listed
+from llmc_attnmask.modifiers.layers import Layer
 from llmc_attnmask.modifiers.progress import step
+from llmc_attnmask.modifiers.run import run_of
 from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.recovery.block import Block, block_error, changed_energy
 from llmc_attnmask.recovery.descent import DescentSettings, descend
@@ -108,6 +108,7 @@ class MaskedRecoveryModifier(StoredModifier):
         self._refined = self._select(state.model)
         self._check_place()
         self._check_attention()
+        run_of(self).expect(self, len(self._refined))
         self._dense = tempfile.TemporaryDirectory(prefix="dense-blocks-")
         for name, block in self._blocks.items():
             with align_module_device(block):
@@ -167,6 +168,7 @@ class MaskedRecoveryModifier(StoredModifier):
         return chosen
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        run_of(self).start_clock()
         for name, block in self._blocks.items():
             self._inputs[name] = ModuleInputs(self.offload_activations)
             self.register_hook(
@@ -204,19 +206,20 @@ class MaskedRecoveryModifier(StoredModifier):
             return
         with step(model, self, name) as work:
             if not work.restored:
-                work.changed = self._refine(name, block, dense, inputs, stream)
+                layer = Layer(model, self, name)
+                work.changed = self._refine(layer, block, dense, inputs, stream)
 
     def _refine(
         self,
-        name: str,
+        layer: Layer,
         block: nn.Module,
         dense: Block,
         inputs: ModuleInputs,
         stream: SampleTensors,
     ) -> list[nn.Module]:
         """Refine one block; returns its Linears that have changed."""
-        started = time.perf_counter()
-        device, wanted = dense.device, self._streams[name.rpartition(".")[0]]
+        device = dense.device
+        wanted = self._streams[layer.name.rpartition(".")[0]]
         with align_module_device(block):
             pruned = Block(block, inputs, device)
         kept = _masks(dense, pruned)
@@ -236,10 +239,11 @@ class MaskedRecoveryModifier(StoredModifier):
             dtype = cast(Tensor, linear.weight).dtype
             weight = pruned.linears()[child].weight.to(dtype).masked_fill(~mask, 0.0)
             update_offload_parameter(linear, "weight", weight)
-        logger.log(
-            "METRIC",
-            f"{name}: error {' -> '.join(f'{e / energy:.5f}' for e in errors)}, "
-            f"{time.perf_counter() - started:.1f}s",
+        layer.done(
+            device,
+            {"block output": [error / energy for error in errors]},
+            zeros=sum(int((~mask).sum()) for mask in kept.values()),
+            entries=sum(mask.numel() for mask in kept.values()),
         )
         return [block.get_submodule(child) for child in kept]
 

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from llmc_attnmask import journal
 from llmc_attnmask.masks.record import forget, recall, remember
+from llmc_attnmask.modifiers.run import run_of
 
 _RUN, _LOCK, _STEP, _PASS = "run.json", "lock", ".safetensors", ".json"
 _MASK = "mask"  # beside a module's own tensors in a step's file
@@ -255,6 +256,7 @@ def recorded(progress: Progress) -> Iterator[None]:
             changed = progress.restore(model, modifier, layer)
             if isinstance(modifier, Resumable):
                 modifier.done[layer] = len(changed)
+                run_of(modifier).layer_restored(modifier)
         LifecycleCallbacks.calibration_end()
 
     SequentialPipeline.__call__ = staticmethod(call)  # type: ignore[method-assign]
@@ -276,6 +278,7 @@ def step(model: nn.Module, modifier: Resumable, layer: str) -> Iterator[Step]:
     if progress is not None and progress.has(cast(Modifier, modifier), layer):
         current.restored = True
         current.changed = progress.restore(model, cast(Modifier, modifier), layer)
+        run_of(cast(Modifier, modifier)).layer_restored(cast(Modifier, modifier))
         logger.info(f"{type(modifier).__name__}: {layer} finished before, read")
     before = len(journal.entries(model))
     yield current

@@ -3,12 +3,17 @@
 from collections.abc import Iterable
 from typing import Any
 
+from compressed_tensors.distributed import is_source_process
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.save import save_as
+from llmc_attnmask.journal import facts
+from llmc_attnmask.modifiers.layers import summarise
+from llmc_attnmask.modifiers.run import described, end_run, run_of
+from llmc_attnmask.report.files import companions
 
 
 class StoredModifier(Modifier):
@@ -33,8 +38,20 @@ class StoredModifier(Modifier):
         recipe = active_session().lifecycle.recipe
         modifiers = recipe.modifiers if recipe else []
         storage = recipe_storage([self, *modifiers])
+        run = run_of(self, modifiers)
         super().initialize(state, **kwargs)
-        save_as(state.model, storage)
+        facts(state.model).update(
+            modifiers=described(run.modifiers), warnings=run.warnings
+        )
+        save_as(state.model, storage, companions)
+
+    def finalize(self, state: State, **kwargs: Any) -> None:
+        super().finalize(state, **kwargs)
+        ours = [m for m in run_of(self).modifiers if isinstance(m, StoredModifier)]
+        if self is ours[-1]:
+            if is_source_process():
+                summarise(state.model)
+            end_run()
 
 
 def recipe_storage(modifiers: Iterable[Modifier]) -> Storage:

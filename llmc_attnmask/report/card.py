@@ -1,0 +1,125 @@
+"""README.md: the model card, in the format of the Hugging Face hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, try_to_load_from_cache
+
+from llmc_attnmask.checkpoint.config import is_packed
+from llmc_attnmask.checkpoint.files import CONFIG
+from llmc_attnmask.checkpoint.json_files import read_mapping
+from llmc_attnmask.report import view
+from llmc_attnmask.report.page import environment
+
+_OURS = "<!-- written by llmc-attnmask -->"
+
+Report = Mapping[str, Any]
+
+
+def is_ours(text: str) -> bool:
+    """Whether a model card was written here, so that it may be overwritten."""
+    return _OURS in text
+
+
+def render(report: Report, directory: Path) -> str:
+    """The card of a checkpoint: what it is, how to serve it, what was measured.
+
+    :param directory: the checkpoint's folder, whose config.json is read
+    """
+    config = read_mapping(directory / CONFIG)
+    template = environment().get_template("card.md")
+    body = template.render(
+        report=report,
+        mark=_OURS,
+        name=_name(report["base_model"]),
+        base=report["base_model"],
+        on_hub=_on_hub(report["base_model"]),
+        packed=is_packed(config),
+        quantized=bool((config.get("quantization_config") or {}).get("config_groups")),
+        two_of_four=sum(bool(x["two_of_four"]) for x in report["checkpoint"]),
+        zeros=view.decoder_zeros(report),
+        attention=_attention_rows(report),
+        perplexities=view.perplexities(report),
+        reading=view.read_bytes(report),
+        recovery=_recovery(report),
+    )
+    front = yaml.safe_dump(_front_matter(report, config), sort_keys=False)
+    return f"---\n{front}---\n\n{body}"
+
+
+def _front_matter(report: Report, config: Mapping[str, Any]) -> dict[str, Any]:
+    base = report["base_model"]
+    quantized = bool((config.get("quantization_config") or {}).get("config_groups"))
+    front: dict[str, Any] = {"library_name": "transformers"}
+    if any("CausalLM" in name for name in config.get("architectures") or []):
+        front["pipeline_tag"] = "text-generation"
+    if base and _on_hub(base):
+        front["base_model"] = base
+        if quantized:
+            front["base_model_relation"] = "quantized"
+    if licence := _licence(base):
+        front |= licence
+    front["tags"] = ["llmc-attnmask", "llm-compressor", "pruned"]
+    if any(layer["two_of_four"] for layer in report["checkpoint"]):
+        front["tags"] += ["2:4", "sparse"]
+    if "quantization_config" in config:
+        front["tags"].append("compressed-tensors")
+    return front
+
+
+def _on_hub(base: str | None) -> bool:
+    """Whether it is a name on the hub and not a folder."""
+    if not base or Path(base).exists():
+        return False
+    return base.count("/") <= 1 and not base.startswith((".", "/", "~"))
+
+
+def _name(base: str | None) -> str:
+    return base.rstrip("/").rpartition("/")[2] if base else "a model"
+
+
+def _licence(base: str | None) -> dict[str, str]:
+    """License fields of the base model's own card, if it is on this machine."""
+    if not base:
+        return {}
+    path: Any = Path(base) / "README.md"
+    if _on_hub(base):
+        path = try_to_load_from_cache(base, "README.md")
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return {}
+    try:
+        data = ModelCard.load(path).data.to_dict()
+    except (ValueError, yaml.YAMLError):  # its front matter is none
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: str(data[name]) for name in names if data.get(name)}
+
+
+def _attention_rows(report: Report) -> list[tuple[str, float, float]]:
+    """Method, mean errors of the attention matrix and of what reaches the output."""
+    layers = view.attention_layers(report)
+    return [
+        (
+            name,
+            sum(layer["compared"][method]["matrix"] for layer in layers) / len(layers),
+            sum(layer["compared"][method]["output"] for layer in layers) / len(layers),
+        )
+        for method, name in view.METHODS.items()
+        if layers and all(method in layer["compared"] for layer in layers)
+    ]
+
+
+def _recovery(report: Report) -> tuple[float, float] | None:
+    """Mean error of the blocks' outputs before and after recovery."""
+    found = [
+        values
+        for layer in report["layers"]
+        for what, values in layer["errors"].items()
+        if what == "block output"
+    ]
+    if not found:
+        return None
+    before, after = (sum(v[i] for v in found) / len(found) for i in (0, -1))
+    return before, after

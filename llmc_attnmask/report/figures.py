@@ -1,0 +1,376 @@
+"""The figures of the page: Plotly's data and layout, and the table behind each.
+
+Colours are names of CSS variables ("--ours"), which the page fills in by its theme.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmc_attnmask.report import view
+
+Report = Mapping[str, Any]
+
+# colour, marker and line of each method: not by colour alone
+_STYLES: dict[str, tuple[str, str, str]] = {
+    "magnitude": ("--magnitude", "square-open", "dot"),
+    "Wanda": ("--wanda", "diamond-open", "dash"),
+    "SparseGPT": ("--sparsegpt", "triangle-up-open", "dashdot"),
+    "ours": ("--ours", "circle", "solid"),
+}
+_MOST_CELLS_WITH_TEXT = 160
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One chart."""
+
+    id: str
+    title: str
+    says: str  # what one sees in it, in a sentence: caption and text alternative
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    header: list[str]
+    rows: list[list[str]]
+    height: int = 320  # CSS pixels
+
+
+def errors(report: Report, kind: str) -> Figure | None:
+    """Attention error by layer, this run's among the other methods'.
+
+    :param kind: "matrix" or "output"
+    """
+    layers = view.attention_layers(report)
+    if not layers:
+        return None
+    names = [view.short(layer["layer"]) for layer in layers]
+    methods = [m for m in view.METHODS if all(m in x["compared"] for x in layers)]
+    data = []
+    for method in methods:
+        colour, symbol, dash = _STYLES[method]
+        ours = method == "ours"
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": view.METHODS[method],
+                "x": names,
+                "y": [layer["compared"][method][kind] for layer in layers],
+                "line": {"color": colour, "width": 3 if ours else 1.5, "dash": dash},
+                "marker": {"color": colour, "symbol": symbol, "size": 9},
+                "hovertemplate": "%{y:.5f}",
+            }
+        )
+    means = {m: view.mean_error(report, m, kind) or 0.0 for m in methods}
+    what = {
+        "matrix": "of the attention matrix, ‖A - Ã‖² / ‖A‖²",
+        "output": "that reaches the attention output, ‖(A - Ã) V Wₒ‖² / ‖A V Wₒ‖²",
+    }[kind]
+    listed = ", ".join(f"{view.METHODS[m]} {view.error(means[m])}" for m in methods)
+    return Figure(
+        id=f"error-{kind}",
+        title={"matrix": "Attention matrix", "output": "What reaches the output"}[kind],
+        says=f"Relative error {what}, on held-back calibration samples; lower is "
+        f"better. Mean over layers: {listed}.",
+        data=data,
+        layout={
+            "xaxis": {"title": {"text": "layer"}, "type": "category"},
+            "yaxis": _relative([y for trace in data for y in trace["y"]]),
+            "hovermode": "x unified",
+        },
+        header=["layer", *(view.METHODS[m] for m in methods)],
+        rows=[
+            [name, *(view.error(layer["compared"][m][kind]) for m in methods)]
+            for name, layer in zip(names, layers, strict=True)
+        ],
+    )
+
+
+def _relative(values: Sequence[float]) -> dict[str, Any]:
+    """An axis of relative errors: logarithmic, unless something is zero."""
+    title = {"title": {"text": "relative error"}, "tickformat": "~g"}
+    return title | _log(values)
+
+
+def _log(values: Sequence[float]) -> dict[str, Any]:
+    """A log axis with labels at 1, 2 and 5 of each decade, or at 1 if it has many."""
+    if min(values) <= 0:
+        return {"rangemode": "tozero"}
+    low, high = math.log10(min(values)), math.log10(max(values))
+    steps = (1, 2, 5) if high - low < 1.7 else (1,)
+    decades = range(math.floor(low) - 1, math.ceil(high) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    margin = 0.05 * (high - low) + 0.05
+    return {
+        "type": "log",
+        "tickvals": ticks,
+        "range": [low - margin, high + margin],
+        "minor": {"ticks": ""},
+    }
+
+
+def curves(report: Report) -> Figure | None:
+    """Training loss by step, a line per layer."""
+    found = [
+        (layer, what, curve)
+        for layer in report["layers"]
+        for what, curve in layer.get("curves", {}).items()
+        if curve
+    ]
+    if not found:
+        return None
+    kinds = list(dict.fromkeys(what for _, what, _ in found))
+    data = []
+    for i, (layer, what, curve) in enumerate(found):
+        share = i / max(1, len(found) - 1)
+        name = view.short(layer["layer"])
+        name = name if len(kinds) == 1 else f"{name}, {what}"
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": name,
+                "x": list(range(1, len(curve) + 1)),
+                "y": [float(f"{loss:.4g}") for loss in curve],
+                "line": {"color": f"--ramp:{share:.3f}", "width": 1.5},
+                "hovertemplate": f"layer {name}, step %{{x}}: %{{y:.5f}}"
+                "<extra></extra>",
+                "showlegend": len(found) <= 8,
+            }
+        )
+    first, last = found[0], found[-1]
+    return Figure(
+        id="curves",
+        title="Learning curves",
+        says="Training loss per step on mini-batches, a line per layer"
+        + (" (colour runs from the first to the last)" if len(found) > 8 else "")
+        + f". The first ends at {view.error(first[2][-1])}, the last at "
+        f"{view.error(last[2][-1])}.",
+        data=data,
+        layout={
+            "xaxis": {"title": {"text": "step"}},
+            "yaxis": {"title": {"text": "loss"}, "tickformat": "~g"}
+            | _log([y for trace in data for y in trace["y"]]),
+            "legend": {"title": {"text": "layer"}},
+        },
+        header=["layer", "projections", "steps", "first", "lowest", "last"],
+        rows=[
+            [
+                view.short(layer["layer"]),
+                what,
+                str(len(curve)),
+                view.error(curve[0]),
+                view.error(min(curve)),
+                view.error(curve[-1]),
+            ]
+            for layer, what, curve in found
+        ],
+    )
+
+
+def recovery(report: Report) -> Figure | None:
+    """What is left of each block's error after recovery."""
+    found = [
+        (view.short(layer["layer"]), values)
+        for layer in report["layers"]
+        for what, values in layer["errors"].items()
+        if what == "block output" and len(values) > 1
+    ]
+    if not found:
+        return None
+    names = [name for name, _ in found]
+    before, after = ([values[i] for _, values in found] for i in (0, -1))
+    joined: dict[str, list[Any]] = {"x": [], "y": []}
+    for name, values in found:
+        joined["x"] += [name, name, None]
+        joined["y"] += [values[0], values[-1], None]
+    share = sum(after) / sum(before)
+
+    def dots(name: str, y: list[float], colour: str, symbol: str) -> dict[str, Any]:
+        return {
+            "type": "scatter",
+            "mode": "markers",
+            "name": name,
+            "x": names,
+            "y": y,
+            "marker": {"color": colour, "symbol": symbol, "size": 10},
+            "hovertemplate": "%{y:.5f}",
+        }
+
+    lines = {
+        "type": "scatter",
+        "mode": "lines",
+        **joined,
+        "line": {"color": "--magnitude", "width": 2},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+    data = [
+        lines,
+        dots("pruned", before, "--sparsegpt", "triangle-up-open"),
+        dots("recovered", after, "--ours", "circle"),
+    ]
+    return Figure(
+        id="recovery",
+        title="Recovery of the blocks",
+        says="Relative error of each decoder block's output against the dense block's, "
+        f"before and after recovery: {share:.0%} of it is left.",
+        data=data,
+        layout={
+            "xaxis": {"title": {"text": "layer"}, "type": "category"},
+            "yaxis": _relative([*before, *after]),
+            "hovermode": "x unified",
+        },
+        header=["layer", "pruned", "recovered"],
+        rows=[[n, view.error(v[0]), view.error(v[-1])] for n, v in found],
+    )
+
+
+def zeros_by_projection(report: Report) -> Figure | None:
+    """Share of zeros in the files, layers down and Linears across."""
+    sums: dict[tuple[int, str], list[float]] = {}
+    for layer in report["checkpoint"]:
+        where = view.place(layer["name"])
+        if where and layer["sparsity"] is not None:
+            number, name = where
+            sums.setdefault((number, name.rpartition(".")[2]), []).append(
+                layer["sparsity"]
+            )
+    cells = {key: sum(values) / len(values) for key, values in sums.items()}
+    if not cells:
+        return None
+    return _map(
+        "zeros-projection",
+        "Zeros by projection",
+        cells,
+        _in_order([name for _, name in cells]),
+        "Share of zeros in each Linear of the files",
+    )
+
+
+def zeros_by_head(report: Report) -> Figure | None:
+    """Share of pruned entries, layers down and heads across."""
+    cells: dict[tuple[int, str], float] = {}
+    for i, layer in enumerate(report["layers"]):
+        where = view.place(layer["layer"])
+        for role, shares in layer.get("zeros_by_head", {}).items():
+            for head, share in enumerate(shares):
+                cells[where[0] if where else i, f"{role}{head}"] = share
+    if not cells:
+        return None
+    columns = sorted(
+        {name for _, name in cells}, key=lambda n: ("qkvo".index(n[0]), int(n[1:]))
+    )
+    return _map(
+        "zeros-head",
+        "Pruned entries by head",
+        cells,
+        columns,
+        "Share of entries that the learned masks prune in each head of a projection",
+    )
+
+
+def _in_order(names: Sequence[str]) -> list[str]:
+    """Names of Linears, attention's first, as a decoder runs through them."""
+    known = ["q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down"]
+    rank = {f"{name}_proj": i for i, name in enumerate(known)}
+    return sorted(dict.fromkeys(names), key=lambda n: (rank.get(n, len(rank)), n))
+
+
+def _map(
+    id_: str,
+    title: str,
+    cells: Mapping[tuple[int, str], float],
+    columns: list[str],
+    what: str,
+) -> Figure:
+    numbers = sorted({number for number, _ in cells})
+    values = [[cells.get((n, c)) for c in columns] for n in numbers]
+    low, high = min(cells.values()), max(cells.values())
+    trace: dict[str, Any] = {
+        "type": "heatmap",
+        "x": [column.removesuffix("_proj") for column in columns],
+        "y": [str(number) for number in numbers],
+        "z": values,
+        "zmin": 0,
+        "zmax": 1,
+        "xgap": 2,
+        "ygap": 2,
+        "colorscale": [[0, "--map-low"], [1, "--map-high"]],
+        "colorbar": {"tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
+        "hovertemplate": "layer %{y}, %{x}: %{z:.1%}<extra></extra>",
+    }
+    if len(cells) <= _MOST_CELLS_WITH_TEXT and len(columns) <= 12:
+        trace["texttemplate"] = "%{z:.0%}"
+    span = f"{low:.1%}" if high - low < 5e-4 else f"{low:.1%} to {high:.1%}"
+    return Figure(
+        id=id_,
+        title=title,
+        says=f"{what}: {span}.",
+        data=[trace],
+        layout={
+            "xaxis": {"type": "category", "side": "top", "showgrid": False},
+            "yaxis": {
+                "title": {"text": "layer"},
+                "type": "category",
+                "autorange": "reversed",
+                "showgrid": False,
+            },
+        },
+        header=["layer", *columns],
+        rows=[
+            [str(n), *("" if v is None else f"{v:.1%}" for v in row)]
+            for n, row in zip(numbers, values, strict=True)
+        ],
+        height=110 + 26 * min(len(numbers), 24),
+    )
+
+
+def reading(report: Report) -> Figure | None:
+    """Bytes that a token reads, by layer, from dense and from sparse kernels."""
+    by_place: dict[str, list[int]] = {}
+    for layer in report["reading"]:
+        where = view.place(layer["layer"])
+        name = str(where[0]) if where else "output layer"
+        sums = by_place.setdefault(name, [0, 0])
+        sums[0] += layer["dense"]
+        sums[1] += layer["sparse"]
+    if not by_place:
+        return None
+    names = list(by_place)
+    dense, sparse = view.read_bytes(report)
+
+    def bars(label: str, index: int, colour: str) -> dict[str, Any]:
+        return {
+            "type": "bar",
+            "name": label,
+            "x": names,
+            "y": [sums[index] / 1e6 for sums in by_place.values()],
+            "marker": {"color": colour},
+            "hovertemplate": "%{y:.3f} MB",
+        }
+
+    return Figure(
+        id="reading",
+        title="Read per generated token",
+        says=f"Weights that one token reads: {view.size(dense)} with dense kernels, "
+        f"{view.size(sparse)} with sparse ones. Decoding one sequence is bound by that "
+        f"reading, so the predicted speed-up is {dense / sparse:.2f} x; not measured.",
+        data=[
+            bars("dense kernels", 0, "--magnitude"),
+            bars("sparse kernels", 1, "--ours"),
+        ],
+        layout={
+            "barmode": "group",
+            "bargap": 0.3,
+            "xaxis": {"title": {"text": "layer"}, "type": "category"},
+            "yaxis": {"title": {"text": "MB"}, "rangemode": "tozero"},
+            "hovermode": "x unified",
+        },
+        header=["layer", "dense", "sparse", "predicted speed-up"],
+        rows=[
+            [name, view.size(a), view.size(b), f"{a / b:.2f} x"]
+            for name, (a, b) in by_place.items()
+        ],
+    )

@@ -1,0 +1,116 @@
+"""report.json, report.html and README.md in a checkpoint's folder."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from loguru import logger
+from transformers import PreTrainedModel
+
+from llmc_attnmask.evaluation import Evaluation
+from llmc_attnmask.report import card, page
+from llmc_attnmask.report.numbers import VERSION, Report, of_folder, of_model, reduced
+
+REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
+_KEPT_CARD = "README.previous.md"
+
+
+class ReportError(ValueError):
+    """A report.json that cannot be read; the message says why."""
+
+
+def companions(model: PreTrainedModel) -> Callable[[Path, Path], None]:
+    """Take a model's numbers; what is returned writes the files about them.
+
+    A checkpoint is worth more than its report: if that cannot be made, a warning says
+    so, and the checkpoint is saved without.
+    """
+    numbers = of_model(model)
+
+    def write(folder: Path, destination: Path) -> None:
+        try:
+            report = numbers | of_folder(folder)
+            keep_card(destination, folder)
+            _write(report, folder)
+        except Exception as error:
+            for name in (REPORT, PAGE, CARD):
+                (folder / name).unlink(missing_ok=True)
+            logger.warning(
+                f"the checkpoint is saved without report and model card: {error!r}"
+            )
+
+    return write
+
+
+def render(directory: str | Path) -> Report:
+    """Write report.html anew, from report.json and the checkpoint as it is now.
+
+    Without report.json the report tells what the files alone do.
+
+    :return: content of report.json
+    :raises FileNotFoundError, ValueError: if the folder is no checkpoint, or its
+        report.json cannot be read
+    :raises OSError: if the folder cannot be written to
+    """
+    directory = Path(directory)
+    report = read(directory) | of_folder(directory)
+    _put(directory / PAGE, page.render(report))
+    return report
+
+
+def add_evaluation(directory: str | Path, evaluations: list[Evaluation]) -> None:
+    """Note measured perplexities in the report, its page and the model card.
+
+    :param evaluations: the reference first, if there is one
+    """
+    directory = Path(directory)
+    report = read(directory) | of_folder(directory)
+    report["evaluation"] = [vars(evaluation) for evaluation in evaluations]
+    keep_card(directory, directory)
+    _write(report, directory)
+
+
+def read(directory: Path) -> Report:
+    """report.json of a checkpoint, or what stands for it where there is none."""
+    path = directory / REPORT
+    if not path.is_file():
+        return reduced()
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}; remove it") from None
+    if not isinstance(report, dict) or report.get("version") != VERSION:
+        raise ReportError(
+            f"{path} is no report of version {VERSION}: another llmc-attnmask may have "
+            "written it; remove it to see what the checkpoint itself tells"
+        )
+    return report
+
+
+def keep_card(destination: Path, folder: Path) -> None:
+    """Copy a model card that is not ours to where it is not overwritten."""
+    existing = destination / CARD
+    if not existing.is_file() or card.is_ours(existing.read_text(encoding="utf-8")):
+        return
+    if (destination / _KEPT_CARD).exists():
+        return  # kept by an earlier run
+    shutil.copy(existing, folder / _KEPT_CARD)
+    logger.info(f"the model card that was there is kept as {_KEPT_CARD}")
+
+
+def _write(report: Report, folder: Path) -> None:
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    _put(folder / REPORT, text + "\n")
+    _put(folder / PAGE, page.render(report))
+    _put(folder / CARD, card.render(report, folder))
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

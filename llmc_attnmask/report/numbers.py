@@ -1,0 +1,135 @@
+"""The numbers of one run, as ``report.json`` has them: ``schema.json`` describes it."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmc_attnmask import __version__
+from llmc_attnmask.checkpoint.files import open_checkpoint
+from llmc_attnmask.checkpoint.inspect import inspect
+from llmc_attnmask.journal import entries, facts
+from llmc_attnmask.masks.record import filled, recall
+from llmc_attnmask.report.reading import read_per_token
+
+VERSION = 1
+_PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+
+Report = dict[str, Any]
+
+
+def of_model(model: PreTrainedModel) -> Report:
+    """What a model in memory knows of its pruning, before it is written."""
+    known = facts(model)
+    return {
+        "version": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base_model": model.config.name_or_path or None,
+        "architecture": type(model).__name__,
+        "device": _device(),
+        "versions": _versions(),
+        "options": dict(known.get("options", {})),
+        "modifiers": list(known.get("modifiers", [])),
+        "warnings": list(known.get("warnings", [])),
+        "layers": [
+            {"modifier": e.modifier, "layer": e.layer, **e.figures}
+            for e in entries(model)
+        ],
+        "masks": _masks(model),
+        "evaluation": [],
+    }
+
+
+def of_folder(directory: Path) -> Report:
+    """What the files of a checkpoint tell without the run that wrote them."""
+    layers = inspect(directory)
+    two_of_four = {layer.name for layer in layers if layer.two_of_four}
+    reading = read_per_token(open_checkpoint(directory), two_of_four)
+    return {
+        "checkpoint": [asdict(layer) for layer in layers],
+        "reading": [asdict(layer) for layer in reading],
+        "recipe": _text(directory / "recipe.yaml"),
+    }
+
+
+def reduced() -> Report:
+    """In place of ``of_model`` where no run has left its numbers."""
+    return {
+        "version": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base_model": None,
+        "architecture": None,
+        "device": None,
+        "versions": {},
+        "options": {},
+        "modifiers": [],
+        "warnings": [],
+        "layers": [],
+        "masks": [],
+        "evaluation": [],
+    }
+
+
+def missing(report: Mapping[str, Any]) -> list[str]:
+    """What a report could tell and this one does not, in words."""
+    absent = []
+    if not report["modifiers"]:
+        absent.append(
+            "report.json of the run: errors, learning curves, attention matrices, "
+            "masks and versions are not known"
+        )
+    elif not any(layer.get("compared") for layer in report["layers"]):
+        absent.append(
+            "attention errors: no layer was pruned by AttentionMatrixPruningModifier"
+        )
+    if not report["evaluation"]:
+        absent.append(
+            "perplexity: `llmc-attnmask eval DIR --reference MODEL --update-report` "
+            "measures it"
+        )
+    return absent
+
+
+def _masks(model: nn.Module) -> list[dict[str, Any]]:
+    """Pruned entries of every layer with a mask, and those that are filled in again."""
+    found = []
+    for name, module in model.named_modules():
+        kept = recall(module)
+        weight = cast(Tensor | None, getattr(module, "weight", None))
+        if kept is not None and weight is not None and weight.is_floating_point():
+            found.append(
+                {
+                    "layer": name,
+                    "entries": kept.numel(),
+                    "pruned": int((~kept).sum()),
+                    "filled": filled(module),
+                }
+            )
+    return found
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    found = {"llmc-attnmask": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a serving environment has no llm-compressor
+            continue
+    return found
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -1,0 +1,87 @@
+"""report.html: one file that needs nothing else, offline, in light and in dark."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from llmc_attnmask.report import figures, view
+from llmc_attnmask.report.heads import heads
+from llmc_attnmask.report.numbers import missing
+from llmc_attnmask.report.tiles import tiles
+
+Report = Mapping[str, Any]
+
+
+@cache
+def environment() -> Environment:
+    """Templates that escape whatever comes from names and recipes."""
+    found = Environment(
+        loader=PackageLoader("llmc_attnmask.report"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.globals["view"] = view
+    return found
+
+
+def render(report: Report) -> str:
+    """The page of a report, about as large as Plotly is (5 MB)."""
+    sections = {
+        "error": [figures.errors(report, kind) for kind in ("matrix", "output")],
+        "learning": [figures.curves(report), figures.recovery(report)],
+        "zeros": [figures.zeros_by_projection(report), figures.zeros_by_head(report)],
+        "size": [figures.reading(report)],
+    }
+    present = {name: [f for f in found if f] for name, found in sections.items()}
+    drawn = [figure for found in present.values() for figure in found]
+    matrices = heads(report)
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            report=report,
+            title=_title(report),
+            tiles=tiles(report),
+            sections=present,
+            heads=matrices,
+            missing=missing(report),
+            masks=view.masks(report),
+            figures_json=_script_json(
+                {f.id: {"data": f.data, "layout": f.layout} for f in drawn}
+            ),
+            heads_json=_script_json([asdict(head) for head in matrices]),
+            style=Markup(_own("style.css")),
+            script=Markup(_own("page.js")),
+            plotly=Markup(_plotly()),
+        )
+    )
+
+
+def _title(report: Report) -> str:
+    base = report["base_model"]
+    return base.rstrip("/").rpartition("/")[2] if base else "checkpoint"
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON that no name in it can end the script element with."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _own(name: str) -> str:
+    path = files("llmc_attnmask.report") / "templates" / name
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    path = files("plotly") / "package_data" / "plotly.min.js"
+    return path.read_text(encoding="utf-8")

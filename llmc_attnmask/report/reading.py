@@ -1,0 +1,60 @@
+"""What a server reads per generated token: the model behind a predicted speed-up.
+
+One token of one sequence touches every weight once and computes little with it, so that
+its time is that of reading the weights. A sparse kernel reads two values of four and a
+bit per entry; a dense one reads every value. This leaves out the cache, activations and
+whatever a kernel falls short of the memory's bandwidth.
+"""
+
+from collections.abc import Set
+from dataclasses import dataclass
+from math import prod
+
+from llmc_attnmask.checkpoint.convert import packed_parts
+from llmc_attnmask.checkpoint.files import Checkpoint, TensorSpec
+from llmc_attnmask.checkpoint.linears import decoder_linears, mixed_groups
+
+_SPARSE_SIZES = {1, 2}  # bytes of a value that sparse kernels exist for
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Bytes of one Linear that one token reads."""
+
+    layer: str
+    dense: int  # by a dense kernel
+    sparse: int  # by a sparse kernel, or by a dense one where none applies
+
+
+def read_per_token(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[Reading]:
+    """Every Linear of the decoder layers, then the output layer.
+
+    A 2:4 layer that servers fuse with one that is not counts as dense.
+
+    :param two_of_four: names of the layers that are 2:4
+    """
+    dense = decoder_linears(checkpoint)
+    packed = {layer.module: layer.outputs[0] for layer in packed_parts(checkpoint)}
+    sparse = (dense.keys() & two_of_four) | packed.keys()
+    for inside, _ in mixed_groups(sparse, [*dense, *packed]):
+        sparse -= set(inside)
+    found = []
+    for name, tensor in [*dense.items(), *packed.items(), *_head(checkpoint)]:
+        full = prod(tensor.shape) * tensor.itemsize
+        short = full // 2 + prod(tensor.shape) // 8
+        applies = name in sparse and tensor.itemsize in _SPARSE_SIZES
+        found.append(Reading(name, full, short if applies else full))
+    for tensor in checkpoint.tensors.values():
+        name, _, kind = tensor.name.rpartition(".")
+        if kind == "weight_packed":  # 4-bit integers: no sparse kernel reads these
+            found.append(Reading(name, tensor.bytes, tensor.bytes))
+    return found
+
+
+def _head(checkpoint: Checkpoint) -> list[tuple[str, TensorSpec]]:
+    """The output layer, or the embedding that is it, too."""
+    for ending in ("lm_head.weight", "embed_out.weight", "embed_tokens.weight"):
+        for tensor in checkpoint.tensors.values():
+            if tensor.name.endswith(ending):
+                return [(tensor.name.removesuffix(".weight"), tensor)]
+    return []

@@ -1,0 +1,101 @@
+"""The few numbers that one looks for first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmc_attnmask.report import view
+
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number, what it is, and what to hold it against."""
+
+    name: str
+    value: str
+    note: str
+
+
+def tiles(report: Report) -> list[Tile]:
+    """Those that the report has numbers for."""
+    found = [
+        _attention(report),
+        _perplexity(report),
+        _zeros(report),
+        _disk(report),
+        _reading(report),
+        _masks(report),
+        _time(report),
+    ]
+    return [tile for tile in found if tile is not None]
+
+
+def _attention(report: Report) -> Tile | None:
+    ours = view.mean_error(report, "ours")
+    if ours is None:
+        return None
+    layers = view.attention_layers(report)
+    peers = {
+        name: view.mean_error(report, method)
+        for method, name in view.METHODS.items()
+        if method != "ours" and all(method in layer["compared"] for layer in layers)
+    }
+    note = f"mean of {len(layers)} layers"
+    known = {name: error for name, error in peers.items() if error}
+    if known and ours:
+        best = min(known, key=lambda name: known[name])
+        ratio = ours / known[best]
+        note = f"{ratio:.2f} x {best}'s {view.error(known[best])}"
+    return Tile("Attention error", view.error(ours), note)
+
+
+def _perplexity(report: Report) -> Tile | None:
+    pair = view.perplexities(report)
+    if pair is None:
+        return None
+    dense, pruned = (evaluation["perplexity"] for evaluation in pair)
+    return Tile(
+        "Perplexity", f"{pruned:.3f}", f"{pruned - dense:+.3f} to the reference"
+    )
+
+
+def _zeros(report: Report) -> Tile | None:
+    zeros = view.decoder_zeros(report)
+    if zeros is None:
+        return None
+    sparse = sum(bool(layer["two_of_four"]) for layer in report["checkpoint"])
+    return Tile("Zeros in the decoder", f"{zeros:.1%}", f"{sparse} layers are 2:4")
+
+
+def _disk(report: Report) -> Tile:
+    size = sum(layer["bytes"] for layer in report["checkpoint"])
+    packed = sum("24" in layer["format"] for layer in report["checkpoint"])
+    note = f"{packed} layers packed" if packed else "stored dense, zeros in place"
+    return Tile("Weights on disk", view.size(size), note)
+
+
+def _reading(report: Report) -> Tile | None:
+    dense, sparse = view.read_bytes(report)
+    if not dense:
+        return None
+    note = "fewer bytes per token" if sparse < dense else "nothing for sparse kernels"
+    return Tile("Decoding, predicted", f"{dense / sparse:.2f} x", note)
+
+
+def _masks(report: Report) -> Tile | None:
+    layers, pruned, filled = view.masks(report)
+    if not layers:
+        return None
+    kept = "all kept" if not filled else f"{filled} filled in again"
+    return Tile("Pruned entries", f"{pruned:,}", f"{kept}, {layers} layers")
+
+
+def _time(report: Report) -> Tile | None:
+    seconds = sum(layer["seconds"] for layer in report["layers"])
+    if not seconds:
+        return None
+    peak = max(layer["peak_bytes"] for layer in report["layers"])
+    value = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+    return Tile("Time", value, f"in our modifiers, peak memory {view.size(peak)}")

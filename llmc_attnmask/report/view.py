@@ -1,0 +1,100 @@
+"""What page and model card say of a report's numbers, in the terms they say it in."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+METHODS = {
+    "magnitude": "Magnitude",
+    "Wanda": "Wanda",
+    "SparseGPT": "SparseGPT",
+    "ours": "This run",
+}
+_PLACE = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?:\.(.*))?$")
+
+Report = Mapping[str, Any]
+
+
+def place(name: str) -> tuple[int, str] | None:
+    """Number of the decoder layer and the name within it, experts as one."""
+    match = _PLACE.search(name)
+    if match is None:
+        return None
+    return int(match[1]), re.sub(r"experts\.\d+\.", "experts.", match[2] or "")
+
+
+def short(name: str) -> str:
+    """A layer's number, or its name where it has none."""
+    found = place(name)
+    return name if found is None else str(found[0])
+
+
+def attention_layers(report: Report) -> list[Mapping[str, Any]]:
+    """Layers whose attention error was compared with other methods'."""
+    return [layer for layer in report["layers"] if layer.get("compared")]
+
+
+def mean_error(report: Report, method: str, kind: str = "matrix") -> float | None:
+    """Mean over layers of a method's relative attention error."""
+    layers = attention_layers(report)
+    if not layers:
+        return None
+    return sum(layer["compared"][method][kind] for layer in layers) / len(layers)
+
+
+def decoder_zeros(report: Report) -> float | None:
+    """Share of zeros in the decoder's Linears, as far as the files tell."""
+    known = [
+        layer
+        for layer in report["checkpoint"]
+        if layer["sparsity"] is not None and place(layer["name"])
+    ]
+    entries = sum(_entries(layer["shape"]) for layer in known)
+    if not entries:
+        return None
+    return (
+        sum(layer["sparsity"] * _entries(layer["shape"]) for layer in known) / entries
+    )
+
+
+def read_bytes(report: Report) -> tuple[int, int]:
+    """Bytes that one token reads, by dense kernels and by sparse ones."""
+    return (
+        sum(layer["dense"] for layer in report["reading"]),
+        sum(layer["sparse"] for layer in report["reading"]),
+    )
+
+
+def masks(report: Report) -> tuple[int, int, int]:
+    """Layers with a mask, pruned entries, and those of them that are filled in."""
+    found = report["masks"]
+    return (
+        len(found),
+        sum(mask["pruned"] for mask in found),
+        sum(mask["filled"] for mask in found),
+    )
+
+
+def perplexities(report: Report) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The reference's evaluation and this checkpoint's, if both were measured."""
+    evaluations: Sequence[Mapping[str, Any]] = report["evaluation"]
+    return (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else None
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def error(value: float) -> str:
+    """A relative error with three digits."""
+    return f"{value:.3g}" if value < 1e-4 else f"{value:.5f}"
+
+
+def _entries(shape: Sequence[int]) -> int:
+    rows, columns = shape
+    return rows * columns
