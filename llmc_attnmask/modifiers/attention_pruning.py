@@ -270,6 +270,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
             {_and(s.masks): [s.start_error, s.error] for s in solutions},
             zeros=sum(int((~mask).sum()) for mask in masks.values()),
             entries=sum(mask.numel() for mask in masks.values()),
+            samples=len(layer.inputs),
             curves={_and(s.masks): s.curve for s in solutions},
             compared={
                 method: errors._asdict()
@@ -366,12 +367,14 @@ def _calls(
     sample = [len(layer.inputs) - 1]
     args, kwargs = layer.inputs.batch(sample, replica.device, replica.dtype)
     parameters: dict[str, Tensor] = {}
-    for role in {"q", "k"} & weights.keys():
+    for role, weight in weights.items():
+        if role not in ("q", "k"):
+            continue
         projection = layer.projections[role]
         name = projection.parameter
         if name not in parameters:
             parameters[name] = replica.module.get_parameter(name).detach().clone()
-        projection.put(parameters[name], weights[role])
+        projection.put(parameters[name], weight)
     return replica(args, kwargs), replica(args, kwargs, parameters)
 
 

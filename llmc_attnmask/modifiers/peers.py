@@ -50,7 +50,7 @@ def _sparsegpt(
 ) -> Tensor:
     linear = _linear(weight)
     fields = SparseGPTModifier.model_fields
-    _, pruned = sgpt_sparsify.sparsify_weight(  # type: ignore[misc]
+    _, pruned = sgpt_sparsify.sparsify_weight(
         module=linear,
         hessians_dict={linear: hessian.clone()},  # it is inverted in place
         sparsity=sparsity,

@@ -121,7 +121,7 @@ def curves(report: Report) -> Figure | None:
     if not found:
         return None
     kinds = list(dict.fromkeys(what for _, what, _ in found))
-    data = []
+    data: list[dict[str, Any]] = []
     for i, (layer, what, curve) in enumerate(found):
         share = i / max(1, len(found) - 1)
         name = view.short(layer["layer"])
