@@ -302,7 +302,7 @@ def _map(
         "hovertemplate": "layer %{y}, %{x}: %{z:.1%}<extra></extra>",
     }
     if len(cells) <= _MOST_CELLS_WITH_TEXT and len(columns) <= 12:
-        trace["texttemplate"] = "%{z:.0%}"
+        trace |= {"texttemplate": "%{z:.0%}", "textfont": {"size": 11}}
     span = f"{low:.1%}" if high - low < 5e-4 else f"{low:.1%} to {high:.1%}"
     return Figure(
         id=id_,

@@ -1,5 +1,6 @@
 """report.json, report.html and README.md in a checkpoint's folder."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from llmc_attnmask.report import card, page
 from llmc_attnmask.report.numbers import VERSION, Report, of_folder, of_model, reduced
 
 REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
-_KEPT_CARD = "README.previous.md"
+_KEPT = "README.previous"
 
 
 class ReportError(ValueError):
@@ -93,10 +94,10 @@ def keep_card(destination: Path, folder: Path) -> None:
     existing = destination / CARD
     if not existing.is_file() or card.is_ours(existing.read_text(encoding="utf-8")):
         return
-    if (destination / _KEPT_CARD).exists():
-        return  # kept by an earlier run
-    shutil.copy(existing, folder / _KEPT_CARD)
-    logger.info(f"the model card that was there is kept as {_KEPT_CARD}")
+    names = itertools.chain([_KEPT], (f"{_KEPT}-{i}" for i in itertools.count(2)))
+    name = next(f"{n}.md" for n in names if not (destination / f"{n}.md").exists())
+    shutil.copy(existing, folder / name)
+    logger.info(f"the model card that was there is kept as {name}")
 
 
 def _write(report: Report, folder: Path) -> None:

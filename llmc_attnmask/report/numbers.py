@@ -53,7 +53,7 @@ def of_folder(directory: Path) -> Report:
     two_of_four = {layer.name for layer in layers if layer.two_of_four}
     reading = read_per_token(open_checkpoint(directory), two_of_four)
     return {
-        "checkpoint": [asdict(layer) for layer in layers],
+        "checkpoint": [asdict(layer) | {"shape": [*layer.shape]} for layer in layers],
         "reading": [asdict(layer) for layer in reading],
         "recipe": _text(directory / "recipe.yaml"),
     }
@@ -91,8 +91,8 @@ def missing(report: Mapping[str, Any]) -> list[str]:
         )
     if not report["evaluation"]:
         absent.append(
-            "perplexity: `llmc-attnmask eval DIR --reference MODEL --update-report` "
-            "measures it"
+            "perplexity: measured by llmc-attnmask eval DIR --reference MODEL "
+            "--update-report"
         )
     return absent
 

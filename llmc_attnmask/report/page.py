@@ -83,5 +83,11 @@ def _own(name: str) -> str:
 
 @cache
 def _plotly() -> str:
-    path = files("plotly") / "package_data" / "plotly.min.js"
+    try:
+        package = files("plotly")
+    except ModuleNotFoundError:
+        raise ImportError(
+            'the page needs plotly: pip install "llmc-attnmask[compress]"'
+        ) from None
+    path = package / "package_data" / "plotly.min.js"
     return path.read_text(encoding="utf-8")

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,18 @@ def test_learned_masks_have_the_structure_and_a_much_lower_error(layer, structur
         else:
             groups = (~mask).view(-1, parsed.group).sum(-1)
             assert (groups == parsed.pruned).all()
+
+
+def test_the_comparison_takes_the_errors_apart_that_the_objective_weighs(layer):
+    settings = replace(SETTINGS, steps=4, output_weight=0.75)
+    peers = {"dense": lambda weight, _: weight, "broken": lambda w, _: w * math.nan}
+    (solution,) = learn_masks(*layer, ("q", "k"), TWO_OF_FOUR, 0.5, settings, peers)
+    ours = solution.compared["ours"]
+    weighed = 0.25 * ours.matrix + 0.75 * ours.output
+    assert weighed == pytest.approx(solution.error, rel=1e-4)
+    assert solution.compared["dense"] == (0.0, 0.0)
+    assert "broken" not in solution.compared
+    assert not solve(layer, steps=0).compared  # none was asked for
 
 
 def test_the_result_is_never_worse_than_the_start(layer):

@@ -42,7 +42,7 @@
     zerolinecolor: colour("--rule"),
     fixedrange: true,
     ...own,
-    title: { standoff: 10, ...(own || {}).title },
+    title: { standoff: 10, font: { size: 13, color: colour("--soft") }, ...own.title },
   });
 
   const draw = (id, data, layout) => {

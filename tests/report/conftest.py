@@ -1,0 +1,36 @@
+"""One short run whose report the tests read: prune, recover, quantize."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.pruning import prune
+
+RECIPE = """
+prune_stage:
+  prune_modifiers:
+    AttentionMatrixPruningModifier:
+      {sparsity: 0.5, mask_structure: "2:4", projections: [q, k, v, o], steps: 4}
+    SparseGPTModifier:
+      {sparsity: 0.5, mask_structure: "2:4", targets: ["re:.*(gate|up|down)_proj$"]}
+    MaskedRecoveryModifier: {steps: 2, targets: ["model.layers.0", "model.layers.1"]}
+quant_stage:
+  quant_modifiers:
+    MaskedGPTQModifier: {scheme: W8A8, targets: [Linear], ignore: ["re:.*lm_head"]}
+"""
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory) -> Path:
+    """A checkpoint; to be read only."""
+    folder = tmp_path_factory.mktemp("pruned")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    few = {"num_samples": 9, "max_length": 48}
+    return prune(MODEL_DIR, folder / "recipe.yaml", folder / "out", **few)
+
+
+@pytest.fixture
+def report(pruned) -> dict:
+    return json.loads((pruned / "report.json").read_text(encoding="utf-8"))

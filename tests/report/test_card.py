@@ -1,0 +1,98 @@
+"""README.md: a card that the hub reads, with numbers of this run only."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.evaluation import Evaluation
+from llmc_attnmask.report import card, files
+from llmc_attnmask.report.files import add_evaluation, render
+
+
+@pytest.fixture
+def copy(pruned, tmp_path) -> Path:
+    return Path(shutil.copytree(pruned, tmp_path / "copy"))
+
+
+def evaluation(model: str, perplexity: float) -> Evaluation:
+    return Evaluation(model, perplexity, 10, 256, 2550, "none", "held_out.jsonl")
+
+
+def test_the_hub_reads_the_front_matter(pruned):
+    found = ModelCard.load(pruned / "README.md")
+    assert found.data.library_name == "transformers"
+    assert found.data.pipeline_tag == "text-generation"
+    assert {"2:4", "compressed-tensors", "llmc-attnmask"} <= set(found.data.tags)
+    # a folder is no model of the hub, and has said nothing of a license
+    assert found.data.base_model is None and found.data.license is None
+
+
+def test_the_card_has_the_runs_numbers_and_no_others(pruned, report):
+    text = (pruned / "README.md").read_text(encoding="utf-8")
+    layers = [x for x in report["layers"] if x.get("compared")]
+    for name, method in (("This run", "ours"), ("SparseGPT", "SparseGPT")):
+        mean = sum(x["compared"][method]["matrix"] for x in layers) / len(layers)
+        assert f"| {name} | {mean:.5f} |" in text
+    assert "Perplexity was not measured" in text
+    assert "MaskedGPTQModifier" in text and "vllm serve" in text
+
+
+def test_a_base_model_of_the_hub_is_named_and_a_license_taken_over(report, copy):
+    report["base_model"] = "org/model"
+    data = ModelCard(card.render(report, copy)).data
+    assert data.base_model == "org/model"
+    assert data.base_model_relation == "quantized"
+    with tempfile.TemporaryDirectory() as base:
+        (Path(base) / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+        report["base_model"] = base
+        data = ModelCard(card.render(report, copy)).data
+    assert data.license == "apache-2.0" and data.base_model is None
+
+
+def test_a_packed_checkpoint_says_how_it_is_loaded(copy, tmp_path, report):
+    packed = Path(pack(copy, tmp_path / "packed", only_2of4=True).output)
+    text = card.render(report, packed)
+    assert "llmc_attnmask.load" in text and "AutoModelForCausalLM" not in text
+
+
+def test_measured_perplexities_come_into_page_card_and_json(copy):
+    add_evaluation(copy, [evaluation("dense", 45.6), evaluation("copy", 47.25)])
+    assert "| this model | 47.250 |" in (copy / "README.md").read_text()
+    assert "+1.650 to the reference" in (copy / "report.html").read_text()
+    saved = json.loads((copy / "report.json").read_text())
+    assert [e["perplexity"] for e in saved["evaluation"]] == [45.6, 47.25]
+    assert not (copy / "README.previous.md").exists()
+    weights = "model.safetensors"
+    assert (copy / weights).exists()
+
+
+def test_a_card_that_somebody_else_wrote_is_kept(copy):
+    (copy / "README.md").write_text("# My own words")
+    add_evaluation(copy, [evaluation("copy", 47.25)])
+    assert (copy / "README.previous.md").read_text() == "# My own words"
+    assert card.is_ours((copy / "README.md").read_text())
+    (copy / "README.md").write_text("# Other words")
+    add_evaluation(copy, [evaluation("copy", 47.25)])
+    kept = sorted(path.name for path in copy.glob("README*"))
+    assert kept == ["README.md", "README.previous-2.md", "README.previous.md"]
+
+
+def test_rendering_again_writes_the_page_and_nothing_else(copy):
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    (copy / "report.html").unlink()
+    render(copy)
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "is not JSON"), ('{"version": 7}', "version 1")]
+)
+def test_a_report_that_cannot_be_read_says_what_to_do(copy, content, message):
+    (copy / "report.json").write_text(content)
+    with pytest.raises(files.ReportError, match=rf"{message}.*remove it"):
+        render(copy)
