@@ -1,11 +1,12 @@
 """README.md: the model card, in the format of the Hugging Face hub."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 
 from llmc_attnmask.checkpoint.config import is_packed
 from llmc_attnmask.checkpoint.files import CONFIG
@@ -89,9 +90,13 @@ def _licence(base: str | None) -> dict[str, str]:
         path = try_to_load_from_cache(base, "README.md")
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return {}
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"\s*---\r?\n(.*?)\n---", text, re.DOTALL)
     try:
-        data = ModelCard.load(path).data.to_dict()
-    except (ValueError, yaml.YAMLError):  # its front matter is none
+        data = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:  # a card that the hub would not read either
+        return {}
+    if not isinstance(data, dict):
         return {}
     names = ("license", "license_name", "license_link")
     return {name: str(data[name]) for name in names if data.get(name)}

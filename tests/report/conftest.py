@@ -18,7 +18,7 @@ prune_stage:
     MaskedRecoveryModifier: {steps: 2, targets: ["model.layers.0", "model.layers.1"]}
 quant_stage:
   quant_modifiers:
-    MaskedGPTQModifier: {scheme: W8A8, targets: [Linear], ignore: ["re:.*lm_head"]}
+    QuantizationModifier: {scheme: W8A8, targets: [Linear], ignore: ["re:.*lm_head"]}
 """
 
 
@@ -27,7 +27,9 @@ def pruned(tmp_path_factory) -> Path:
     """A checkpoint; to be read only."""
     folder = tmp_path_factory.mktemp("pruned")
     (folder / "recipe.yaml").write_text(RECIPE)
-    few = {"num_samples": 9, "max_length": 48}
+    text = folder / "calibration.txt"
+    text.write_text(" ".join(f"Item {i} of the list is {i * i}." for i in range(500)))
+    few = {"dataset": str(text), "num_samples": 9, "max_length": 48}
     return prune(MODEL_DIR, folder / "recipe.yaml", folder / "out", **few)
 
 

@@ -39,7 +39,7 @@ def test_the_card_has_the_runs_numbers_and_no_others(pruned, report):
         mean = sum(x["compared"][method]["matrix"] for x in layers) / len(layers)
         assert f"| {name} | {mean:.5f} |" in text
     assert "Perplexity was not measured" in text
-    assert "MaskedGPTQModifier" in text and "vllm serve" in text
+    assert "QuantizationModifier" in text and "vllm serve" in text
 
 
 def test_a_base_model_of_the_hub_is_named_and_a_license_taken_over(report, copy):

@@ -47,17 +47,17 @@ def test_a_run_fills_the_schema(report):
 
 def test_what_is_needed_to_run_it_again_is_there(report):
     assert report["options"]["num_samples"] == 9
-    assert report["options"]["dataset"] == "builtin:pydoc"
+    assert report["options"]["dataset"].endswith("calibration.txt")
     seeds = {m["name"]: m["fields"].get("seed") for m in report["modifiers"]}
     assert seeds == {
         "AttentionMatrixPruningModifier": 0,
         "SparseGPTModifier": None,
         "MaskedRecoveryModifier": 0,
-        "MaskedGPTQModifier": None,
+        "QuantizationModifier": None,
     }
     assert report["base_model"] == str(MODEL_DIR)
     assert {"llmc-attnmask", "torch", "llmcompressor"} <= report["versions"].keys()
-    assert "MaskedGPTQModifier" in report["recipe"]
+    assert "QuantizationModifier" in report["recipe"]
 
 
 def test_masks_are_counted_after_quantization(report):
