@@ -129,6 +129,9 @@ def evaluate(
 ) -> None:
     """Perplexity over non-overlapping windows, or tasks, side by side."""
     figures: dict[str, list] = {}
+    for model in models if update_report else []:
+        if not Path(model).is_dir():
+            raise ValueError(f"--update-report: {model} is no folder with a report")
     if tasks:
         from llmc_attnmask.tasks import evaluate_tasks
 

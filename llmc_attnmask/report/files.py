@@ -3,7 +3,8 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from loguru import logger
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from llmc_attnmask.evaluation import Evaluation
 from llmc_attnmask.report import card, page
 from llmc_attnmask.report.numbers import VERSION, Report, of_folder, of_model, reduced
+from llmc_attnmask.tasks import TaskResult
 
 REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
 _KEPT = "README.previous"
@@ -60,14 +62,24 @@ def render(directory: str | Path) -> Report:
     return report
 
 
-def add_evaluation(directory: str | Path, evaluations: list[Evaluation]) -> None:
-    """Note measured perplexities in the report, its page and the model card.
+def add_evaluation(
+    directory: str | Path,
+    perplexity: Sequence[Evaluation] = (),
+    tasks: Sequence[TaskResult] = (),
+) -> None:
+    """Note what was measured in the report, its page and the model card.
 
-    :param evaluations: the reference first, if there is one
+    What is not given stays as it was.
+
+    :param perplexity: the reference first, if there is one
+    :param tasks: likewise
     """
     directory = Path(directory)
     report = read(directory) | of_folder(directory)
-    report["evaluation"] = [vars(evaluation) for evaluation in evaluations]
+    if perplexity:
+        report["evaluation"] = [asdict(evaluation) for evaluation in perplexity]
+    if tasks:
+        report["tasks"] = [asdict(result) for result in tasks]
     keep_card(directory, directory)
     _write(report, directory)
 

@@ -44,6 +44,7 @@ def of_model(model: PreTrainedModel) -> Report:
         ],
         "masks": _masks(model),
         "evaluation": [],
+        "tasks": [],
     }
 
 
@@ -74,6 +75,7 @@ def reduced() -> Report:
         "layers": [],
         "masks": [],
         "evaluation": [],
+        "tasks": [],
     }
 
 
@@ -89,7 +91,7 @@ def missing(report: Mapping[str, Any]) -> list[str]:
         absent.append(
             "attention errors: no layer was pruned by AttentionMatrixPruningModifier"
         )
-    if not report["evaluation"]:
+    if not report["evaluation"] and not report["tasks"]:
         absent.append(
             "perplexity: measured by llmc-attnmask eval DIR --reference MODEL "
             "--update-report"

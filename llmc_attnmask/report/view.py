@@ -81,6 +81,30 @@ def perplexities(report: Report) -> tuple[Mapping[str, Any], Mapping[str, Any]] 
     return (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else None
 
 
+def tasks(report: Report) -> list[tuple[str, str, float, float | None, float | None]]:
+    """Task, metric, this checkpoint's value, the reference's, recovery in percent."""
+    results: Sequence[Mapping[str, Any]] = report["tasks"]
+    if not results:
+        return []
+    last = results[-1]["model"]
+    reference = {
+        (result["task"], result["metric"]): result["value"]
+        for result in results
+        if result["model"] != last
+    }
+    return [
+        (
+            result["task"],
+            result["metric"],
+            result["value"],
+            reference.get((result["task"], result["metric"])),
+            result["recovery"],
+        )
+        for result in results
+        if result["model"] == last
+    ]
+
+
 def size(count: float) -> str:
     """Bytes as people read them."""
     for unit in ("B", "kB", "MB"):

@@ -12,6 +12,8 @@ from llmc_attnmask.checkpoint.convert import pack
 from llmc_attnmask.evaluation import Evaluation
 from llmc_attnmask.report import card, files
 from llmc_attnmask.report.files import add_evaluation, render
+from llmc_attnmask.tasks import TaskResult
+from tests.report.test_numbers import check
 
 
 @pytest.fixture
@@ -69,6 +71,19 @@ def test_measured_perplexities_come_into_page_card_and_json(copy):
     assert not (copy / "README.previous.md").exists()
     weights = "model.safetensors"
     assert (copy / weights).exists()
+
+
+def test_tasks_come_beside_what_was_measured_before(copy):
+    add_evaluation(copy, [evaluation("dense", 45.6), evaluation("copy", 47.25)])
+    results = [
+        TaskResult(model, "arc", "acc", value, 0.01, 100, True, recovery)
+        for model, value, recovery in (("dense", 0.5, None), ("copy", 0.45, 90.0))
+    ]
+    add_evaluation(copy, tasks=results)
+    text = (copy / "README.md").read_text()
+    assert "| arc | acc | 0.5000 | 0.4500 | 90.0 % |" in text and "47.250" in text
+    assert "90.0 %" in (copy / "report.html").read_text()
+    check(json.loads((copy / "report.json").read_text()))
 
 
 def test_a_card_that_somebody_else_wrote_is_kept(copy):
