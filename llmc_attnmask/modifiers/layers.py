@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_source_process
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from torch import nn
@@ -29,7 +30,7 @@ class Layer:
         entries: int,
         **figures: Any,
     ) -> None:
-        """Note what was done in the journal and log one line.
+        """Note what was done in the journal and log one line, of one process.
 
         :param device: where it was computed
         :param errors: what is measured -> its error, first to last
@@ -50,11 +51,13 @@ class Layer:
             peak_bytes=peak,
             **figures,
         )
+        left = run_of(self.modifier).layer_done(self.modifier)
+        if not is_source_process():
+            return
         changes = (
             f"{what} error {' -> '.join(f'{error:.5f}' for error in values)}"
             for what, values in errors.items()
         )
-        left = run_of(self.modifier).layer_done(self.modifier)
         logger.log(
             "METRIC",
             f"{self.name}: {', '.join(changes)}, {zeros / max(1, entries):.1%} zeros, "
