@@ -1,6 +1,5 @@
 """``AttentionMatrixPruningModifier``: llm-compressor's life cycle around the solver."""
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -11,13 +10,11 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmc_attnmask.attention.capture import (
-    AttentionCall,
     AttentionReplica,
     UnsupportedAttentionError,
 )
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.output_path import check_output_path
-from llmc_attnmask.attention.pictures import heads_of, pictures, zeros_by_head
 from llmc_attnmask.attention.projections import (
     Projection,
     Role,
@@ -28,6 +25,7 @@ from llmc_attnmask.attention.samples import Offload
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.solver import SolverSettings, learn_masks
 from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.modifiers.attention_figures import figures, joined
 from llmc_attnmask.modifiers.fields import (
     MaskStructureField,
     Names,
@@ -263,27 +261,16 @@ class AttentionMatrixPruningModifier(StoredModifier):
             masks |= solution.masks
             weights |= solution.weights
         changed = self._write(layer, masks, weights)
-        calls = _calls(replica, layer, weights)
-        heads = heads_of(calls[0])
         work.done(
             replica.device,
-            {_and(s.masks): [s.start_error, s.error] for s in solutions},
-            zeros=sum(int((~mask).sum()) for mask in masks.values()),
-            entries=sum(mask.numel() for mask in masks.values()),
-            samples=len(layer.inputs),
-            curves={_and(s.masks): s.curve for s in solutions},
-            compared={
-                method: errors._asdict()
-                for solution in solutions
-                for method, errors in solution.compared.items()
-            },
-            zeros_by_head={
-                role: zeros_by_head(role, mask, heads[role])
-                for role, mask in masks.items()
-            },
-            pictures=[p.encode() for p in pictures(*calls)]
-            if name in self._pictured
-            else [],
+            {joined(s.masks): [s.start_error, s.error] for s in solutions},
+            **figures(
+                replica,
+                layer.inputs,
+                layer.projections,
+                solutions,
+                pictured=name in self._pictured,
+            ),
         )
         return changed
 
@@ -357,29 +344,6 @@ class _Layer:
         """Forward pre-hook: called with (module, args, kwargs)."""
         _, args, kwargs = hook
         self.inputs.append(args, kwargs)
-
-
-@torch.no_grad()
-def _calls(
-    replica: AttentionReplica, layer: _Layer, weights: dict[Role, Tensor]
-) -> tuple[AttentionCall, AttentionCall]:
-    """The dense and the pruned softmax's inputs, of one sample."""
-    sample = [len(layer.inputs) - 1]
-    args, kwargs = layer.inputs.batch(sample, replica.device, replica.dtype)
-    parameters: dict[str, Tensor] = {}
-    for role, weight in weights.items():
-        if role not in ("q", "k"):
-            continue
-        projection = layer.projections[role]
-        name = projection.parameter
-        if name not in parameters:
-            parameters[name] = replica.module.get_parameter(name).detach().clone()
-        projection.put(parameters[name], weight)
-    return replica(args, kwargs), replica(args, kwargs, parameters)
-
-
-def _and(names: Iterable[str]) -> str:
-    return " and ".join(names)
 
 
 def _linear(attention: nn.Module, projection: Projection) -> nn.Linear:

@@ -19,7 +19,8 @@ _STYLES: dict[str, tuple[str, str, str]] = {
     "SparseGPT": ("--sparsegpt", "triangle-up-open", "dashdot"),
     "ours": ("--ours", "circle", "solid"),
 }
-_MOST_CELLS_WITH_TEXT = 160
+MANY = 24  # layers, heads: from here on single ones are not marked out
+LAYERS = {"title": {"text": "layer"}, "type": "category", "tickangle": 0, "nticks": 12}
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ def errors(report: Report, kind: str) -> Figure | None:
         return None
     names = [view.short(layer["layer"]) for layer in layers]
     methods = [m for m in view.METHODS if all(m in x["compared"] for x in layers)]
-    data = []
+    data: list[dict[str, Any]] = []
     for method in methods:
         colour, symbol, dash = _STYLES[method]
         ours = method == "ours"
         data.append(
             {
                 "type": "scatter",
-                "mode": "lines+markers",
+                "mode": "lines+markers" if len(layers) < MANY else "lines",
                 "name": view.METHODS[method],
                 "x": names,
                 "y": [layer["compared"][method][kind] for layer in layers],
@@ -75,7 +76,7 @@ def errors(report: Report, kind: str) -> Figure | None:
         f"better. Mean over layers: {listed}.",
         data=data,
         layout={
-            "xaxis": {"title": {"text": "layer"}, "type": "category"},
+            "xaxis": LAYERS,
             "yaxis": _relative([y for trace in data for y in trace["y"]]),
             "hovermode": "x unified",
         },
@@ -194,7 +195,11 @@ def recovery(report: Report) -> Figure | None:
             "name": name,
             "x": names,
             "y": y,
-            "marker": {"color": colour, "symbol": symbol, "size": 10},
+            "marker": {
+                "color": colour,
+                "symbol": symbol,
+                "size": 10 if len(found) < MANY else 6,
+            },
             "hovertemplate": "%{y:.5f}",
         }
 
@@ -218,112 +223,12 @@ def recovery(report: Report) -> Figure | None:
         f"before and after recovery: {share:.0%} of it is left.",
         data=data,
         layout={
-            "xaxis": {"title": {"text": "layer"}, "type": "category"},
+            "xaxis": LAYERS,
             "yaxis": _relative([*before, *after]),
             "hovermode": "x unified",
         },
         header=["layer", "pruned", "recovered"],
         rows=[[n, view.error(v[0]), view.error(v[-1])] for n, v in found],
-    )
-
-
-def zeros_by_projection(report: Report) -> Figure | None:
-    """Share of zeros in the files, layers down and Linears across."""
-    sums: dict[tuple[int, str], list[float]] = {}
-    for layer in report["checkpoint"]:
-        where = view.place(layer["name"])
-        if where and layer["sparsity"] is not None:
-            number, name = where
-            sums.setdefault((number, name.rpartition(".")[2]), []).append(
-                layer["sparsity"]
-            )
-    cells = {key: sum(values) / len(values) for key, values in sums.items()}
-    if not cells:
-        return None
-    return _map(
-        "zeros-projection",
-        "Zeros by projection",
-        cells,
-        _in_order([name for _, name in cells]),
-        "Share of zeros in each Linear of the files",
-    )
-
-
-def zeros_by_head(report: Report) -> Figure | None:
-    """Share of pruned entries, layers down and heads across."""
-    cells: dict[tuple[int, str], float] = {}
-    for i, layer in enumerate(report["layers"]):
-        where = view.place(layer["layer"])
-        for role, shares in layer.get("zeros_by_head", {}).items():
-            for head, share in enumerate(shares):
-                cells[where[0] if where else i, f"{role}{head}"] = share
-    if not cells:
-        return None
-    columns = sorted(
-        {name for _, name in cells}, key=lambda n: ("qkvo".index(n[0]), int(n[1:]))
-    )
-    return _map(
-        "zeros-head",
-        "Pruned entries by head",
-        cells,
-        columns,
-        "Share of entries that the learned masks prune in each head of a projection",
-    )
-
-
-def _in_order(names: Sequence[str]) -> list[str]:
-    """Names of Linears, attention's first, as a decoder runs through them."""
-    known = ["q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down"]
-    rank = {f"{name}_proj": i for i, name in enumerate(known)}
-    return sorted(dict.fromkeys(names), key=lambda n: (rank.get(n, len(rank)), n))
-
-
-def _map(
-    id_: str,
-    title: str,
-    cells: Mapping[tuple[int, str], float],
-    columns: list[str],
-    what: str,
-) -> Figure:
-    numbers = sorted({number for number, _ in cells})
-    values = [[cells.get((n, c)) for c in columns] for n in numbers]
-    low, high = min(cells.values()), max(cells.values())
-    trace: dict[str, Any] = {
-        "type": "heatmap",
-        "x": [column.removesuffix("_proj") for column in columns],
-        "y": [str(number) for number in numbers],
-        "z": values,
-        "zmin": 0,
-        "zmax": 1,
-        "xgap": 2,
-        "ygap": 2,
-        "colorscale": [[0, "--map-low"], [1, "--map-high"]],
-        "colorbar": {"tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
-        "hovertemplate": "layer %{y}, %{x}: %{z:.1%}<extra></extra>",
-    }
-    if len(cells) <= _MOST_CELLS_WITH_TEXT and len(columns) <= 12:
-        trace |= {"texttemplate": "%{z:.0%}", "textfont": {"size": 11}}
-    span = f"{low:.1%}" if high - low < 5e-4 else f"{low:.1%} to {high:.1%}"
-    return Figure(
-        id=id_,
-        title=title,
-        says=f"{what}: {span}.",
-        data=[trace],
-        layout={
-            "xaxis": {"type": "category", "side": "top", "showgrid": False},
-            "yaxis": {
-                "title": {"text": "layer"},
-                "type": "category",
-                "autorange": "reversed",
-                "showgrid": False,
-            },
-        },
-        header=["layer", *columns],
-        rows=[
-            [str(n), *("" if v is None else f"{v:.1%}" for v in row)]
-            for n, row in zip(numbers, values, strict=True)
-        ],
-        height=110 + 26 * min(len(numbers), 24),
     )
 
 
@@ -364,7 +269,7 @@ def reading(report: Report) -> Figure | None:
         layout={
             "barmode": "group",
             "bargap": 0.3,
-            "xaxis": {"title": {"text": "layer"}, "type": "category"},
+            "xaxis": LAYERS,
             "yaxis": {"title": {"text": "MB"}, "rangemode": "tozero"},
             "hovermode": "x unified",
         },

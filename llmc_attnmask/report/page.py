@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from llmc_attnmask.report import figures, view
+from llmc_attnmask.report import figures, maps, view
 from llmc_attnmask.report.heads import heads
 from llmc_attnmask.report.numbers import missing
 from llmc_attnmask.report.tiles import tiles
@@ -37,7 +37,7 @@ def render(report: Report) -> str:
     sections = {
         "error": [figures.errors(report, kind) for kind in ("matrix", "output")],
         "learning": [figures.curves(report), figures.recovery(report)],
-        "zeros": [figures.zeros_by_projection(report), figures.zeros_by_head(report)],
+        "zeros": [maps.zeros_by_projection(report), maps.zeros_by_head(report)],
         "size": [figures.reading(report)],
     }
     present = {name: [f for f in found if f] for name, found in sections.items()}

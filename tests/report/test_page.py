@@ -12,7 +12,7 @@ import plotly.graph_objects
 import pytest
 
 from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.report import figures, page
+from llmc_attnmask.report import figures, maps, page
 from llmc_attnmask.report.heads import heads
 from llmc_attnmask.report.numbers import of_folder, reduced
 
@@ -87,8 +87,8 @@ def test_figures_are_what_plotly_knows(report):
         figures.errors(report, "output"),
         figures.curves(report),
         figures.recovery(report),
-        figures.zeros_by_projection(report),
-        figures.zeros_by_head(report),
+        maps.zeros_by_projection(report),
+        maps.zeros_by_head(report),
         figures.reading(report),
     ]
     for figure in drawn:
