@@ -21,18 +21,27 @@ from transformers import (
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from llmc_attnmask.attention.samples import Offload
+from llmc_attnmask.calibration import share
 from llmc_attnmask.checkpoint.atomic import PROGRESS, check_new, new_folder
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.save import save_as
 from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
 from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
+from llmc_attnmask.distributed import (
+    barrier,
+    is_source,
+    process_group,
+    rank,
+    world_size,
+)
 from llmc_attnmask.evaluation import window_length
 from llmc_attnmask.modifiers.progress import Progress, recorded
 from llmc_attnmask.modifiers.storage import recipe_storage
 from llmc_attnmask.recipe import find_recipe, load_recipe
 
 
+@process_group()
 def prune(
     model: str | Path,
     recipe: str | Path,
@@ -181,8 +190,12 @@ def compress(
 ) -> None:
     """Run modifiers on a model in memory, calibrated on the windows in their order.
 
-    :param windows: int64 [samples, length]
+    :param windows: int64 [samples, length]; the same on every rank, if there are
+        several, each of which takes its share
+    :raises ValueError: if there are fewer windows than ranks
     """
+    own = share(len(windows), windows.shape[1], rank(), world_size())
+    windows = windows[own]
     samples = Dataset.from_dict(
         {
             "input_ids": windows.tolist(),
@@ -206,9 +219,16 @@ def save(
     output: Path,
     storage: Storage = "dense",
 ) -> Path:
-    """Write a checkpoint beside its destination, then rename it into place."""
+    """Write a checkpoint beside its destination, then rename it into place.
+
+    Of several ranks one does; all return when it is there.
+    """
     save_as(model, storage)
-    with new_folder(output) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    if is_source():
+        with new_folder(output) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    else:
+        model.save_pretrained(output)  # has its share in gathering, and writes nothing
+    barrier()
     return output

@@ -26,6 +26,9 @@ from torch import Tensor
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import Projection, Role
+from llmc_attnmask.calibration import minibatches
+from llmc_attnmask.distributed import owner, rank, send_from
+from llmc_attnmask.faults import fault_of
 from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.objectives import (
     MatrixObjective,
@@ -66,6 +69,7 @@ class MaskSolution:
     start_error: float  # of the start, on the held-back samples
     error: float  # of what is returned, on the same samples
     curve: list[float] = field(default_factory=list)  # training loss per step
+    fallback: str | None = None  # what came out as no number, if anything did
 
 
 def learn_masks(
@@ -93,11 +97,13 @@ def learn_masks(
     solutions: list[MaskSolution] = []
     pruned: Tensors = {}
     if roles := [role for role in prune if role in ("q", "k")]:
-        matrix = MatrixObjective(*layer, roles, settings.output_weight)
+        matrix = MatrixObjective(
+            *layer, roles, settings.output_weight, settings.batch_size
+        )
         solutions.append(_learn(matrix, *problem))
         pruned = solutions[0].weights
     if rest := [role for role in prune if role in ("v", "o")]:
-        output = OutputObjective(*layer, rest, pruned)
+        output = OutputObjective(*layer, rest, pruned, settings.batch_size)
         solutions.append(_learn(output, *problem))
     return solutions
 
@@ -167,18 +173,23 @@ def _start(
     scores: Tensors = {}
     masks: Tensors = {}
     values: Tensors = {}
-    for role, (hessian, sensitivity) in objective.curvature().items():
+    for position, (role, (hessian, sensitivity)) in enumerate(
+        objective.curvature().items()
+    ):
         weight = objective.dense(role)
         scores[role] = _wanda_scores(weight, hessian)
-        if settings.update_weights:
+        masks[role] = structure.mask(scores[role], sparsity)
+        values[role] = weight
+        if not settings.update_weights:
+            continue
+        if owner(position) == rank():
             target = weight @ hessian
             masks[role], first = choose_mask(
                 hessian, target, weight, structure, sparsity, sensitivity
             )
             values[role] = solve(hessian, target, first, masks[role], sensitivity)
-        else:
-            masks[role] = structure.mask(scores[role], sparsity)
-            values[role] = weight
+        masks[role] = send_from(owner(position), masks[role])
+        values[role] = send_from(owner(position), values[role])
     return scores, masks, values
 
 
@@ -217,9 +228,7 @@ def _descend(
         {"params": [tensor.requires_grad_()], "peak": peak} for tensor, peak in learned
     )
     generator = torch.Generator().manual_seed(settings.seed)
-    batches = objective.inputs.minibatches(
-        objective.training, settings.batch_size, generator
-    )
+    batches = minibatches(objective.training, settings.batch_size, generator)
     check_every = max(1, settings.steps // _CHECKS)
     for step, batch in enumerate(itertools.islice(batches, settings.steps)):
         progress = step / settings.steps
@@ -227,19 +236,24 @@ def _descend(
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * progress))
         with torch.enable_grad():
             masks = relaxed(progress)
-            loss = objective.error(batch, {r: m * values[r] for r, m in masks.items()})
+            weights = {role: mask * values[role] for role, mask in masks.items()}
+            loss, gradients = objective.gradient(batch, weights)
+            graph = [w for w in weights.values() if w.requires_grad]
+            upstream = [gradients[r] for r, w in weights.items() if w.requires_grad]
             if settings.l2_penalty:
-                penalty = sum(mask.square().mean() for mask in masks.values())
-                loss = loss + settings.l2_penalty / 2 * penalty
-            if not loss.isfinite():
-                logger.warning(
-                    f"step {step}: the loss is {loss.item()}; the best mask stays"
-                )
-                break
-            optimizer.zero_grad()
-            loss.backward()
+                squares = torch.stack([m.square().mean() for m in masks.values()])
+                penalty = settings.l2_penalty / 2 * squares.sum()
+                loss += penalty.item()
+                graph.append(penalty)
+                upstream.append(torch.ones_like(penalty))
+        if fault := fault_of(loss, upstream):
+            best.fallback = f"step {step}: {fault}"
+            logger.warning(f"{best.fallback}; the best mask so far stays")
+            break
+        optimizer.zero_grad()
+        torch.autograd.backward(graph, upstream)
         optimizer.step()
-        best.curve.append(loss.item())
+        best.curve.append(loss)
         if (step + 1) % check_every == 0 or step + 1 == settings.steps:
             hard = found()
             weights = _pruned(hard, values)
