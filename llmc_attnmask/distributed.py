@@ -16,11 +16,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from compressed_tensors.offload import (
-    get_execution_device,
-    get_offloaded_device,
-    update_offload_parameter,
-)
+from compressed_tensors.offload import get_execution_device, update_offload_parameter
+from compressed_tensors.offload.cache import OffloadCache
 from torch import Tensor, nn
 
 _SOURCE = 0  # as compressed-tensors': the rank that writes
@@ -124,11 +121,14 @@ def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
         return
     value = send_from(_SOURCE, value)
     dist.barrier()
-    computing, kept = get_execution_device(module), get_offloaded_device(module)
-    shared = kept == "disk" or torch.device(kept).type == "cpu"
+    cache = module._parameters
+    kept = cache.offload_device if isinstance(cache, OffloadCache) else None
+    shared = kept == "disk" or (kept is not None and torch.device(kept).type == "cpu")
     if is_source() or not shared:
         update_offload_parameter(module, name, value)
-    elif torch.device(computing) != kept:  # this rank's own copy, if one is kept
+    elif (
+        torch.device(get_execution_device(module)) != kept
+    ):  # this rank's own copy, if one is kept
         with torch.no_grad():
             getattr(module, name).data.copy_(value)
     dist.barrier()

@@ -118,12 +118,20 @@ def _learn(
     scores, masks, values = _start(objective, structure, sparsity, settings)
     weights = _pruned(masks, values)
     error = objective.held_back_error(weights)
+    fallback: str | None = None
+    if settings.update_weights and not math.isfinite(error):
+        fallback = f"the error of the second-order solution is {error}"
+        logger.warning(f"{fallback}; Wanda's mask instead")
+        masks = {r: structure.mask(score, sparsity) for r, score in scores.items()}
+        values = {role: weight.clone() for role, weight in dense.items()}
+        weights = _pruned(masks, values)
+        error = objective.held_back_error(weights)
     if not math.isfinite(error):
         raise ValueError(
             f"the attention error is {error} before any step: the calibration inputs "
             "or the weights overflow or are no numbers"
         )
-    best = MaskSolution(masks, weights, error, error)
+    best = MaskSolution(masks, weights, error, error, fallback=fallback)
     kept = {role: structure.kept(w, sparsity) for role, w in dense.items()}
     entries = {role: structure.groups(w).shape[-1] for role, w in dense.items()}
     if all(kept[role] in (0, entries[role]) for role in dense):

@@ -21,6 +21,7 @@ from llmc_attnmask.distributed import (
     world_size,
     write_parameter,
 )
+from llmc_attnmask.journal import note
 from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.structure import MaskStructure
@@ -135,6 +136,13 @@ class ALPSPruningModifier(StoredModifier):
                     if not work.restored:
                         self._write(linear, solutions[name])
                         work.changed = [linear]
+                        note(
+                            state.model,
+                            type(self).__name__,
+                            name,
+                            error=solutions[name].error,
+                            fallback=solutions[name].fallback,
+                        )
 
     @torch.no_grad()
     def _solve(self, names: list[str]) -> dict[str, "_Solution"]:
@@ -162,8 +170,8 @@ class ALPSPruningModifier(StoredModifier):
                 logger.warning(f"{name}: {found.fallback}; Wanda's mask instead")
             solutions[name] = found
             change = found.weight.masked_fill(~found.kept, 0.0) - weight
-            error = _output(change, hessian) / _output(weight, hessian)
-            logger.log("METRIC", f"{name}: relative output error {error:.5f}")
+            found.error = _output(change, hessian) / _output(weight, hessian)
+            logger.log("METRIC", f"{name}: relative output error {found.error:.5f}")
         return solutions
 
     def _hessian(self, name: str) -> Tensor:
@@ -200,6 +208,7 @@ class _Solution:
     weight: Tensor  # float32 [rows, columns]
     kept: Tensor  # bool [rows, columns]
     fallback: str | None = None  # what came out as no number, if anything did
+    error: float = 0.0  # of the outputs, relative
 
     def sent_from(self, source: int) -> "_Solution":
         return _Solution(send_from(source, self.weight), send_from(source, self.kept))
