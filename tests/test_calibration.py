@@ -28,8 +28,15 @@ def collected(*lengths: int) -> ModuleInputs:
 
 @pytest.mark.parametrize(
     ("samples", "length", "size"),
-    [(128, 2048, 1), (128, 1024, 1), (128, 256, 4), (128, 100, 8), (24, 128, 2)]
-    + [(8, 64, 1), (1, 5, 1)],
+    [
+        (128, 2048, 1),
+        (128, 1024, 1),
+        (128, 256, 4),
+        (128, 100, 8),
+        (24, 128, 2),
+        (8, 64, 1),
+        (1, 5, 1),
+    ],
 )
 def test_units_are_few_tokens_and_there_are_enough_of_them(samples, length, size):
     assert unit_size(samples, length, CPU) == size
@@ -53,7 +60,7 @@ def test_a_units_size_divides_the_batch_size(batch_size, size):
 
 def test_ranks_have_disjoint_shares_of_whole_units():
     shares = [share(50, 256, rank, 3) for rank in range(3)]
-    assert sorted(sum(shares, [])) == list(range(50))
+    assert sorted(i for own in shares for i in own) == list(range(50))
     assert shares[1][:5] == [4, 5, 6, 7, 16]  # units of four, in turn
     alone = share(50, 256, 0, 1)
     assert alone == list(range(50))

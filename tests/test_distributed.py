@@ -1,4 +1,4 @@
-"""Several processes against one: gloo between CPU processes, as torchrun starts them."""
+"""Several processes against one: gloo between CPUs, as torchrun starts them."""
 
 import json
 import os
@@ -28,7 +28,8 @@ RECIPE = """
 prune_stage:
   light_modifiers:
     AttentionMatrixPruningModifier:
-      {sparsity: 0.5, mask_structure: "2:4", steps: 24, targets: ["re:.*[01].self_attn$"]}
+      {sparsity: 0.5, mask_structure: "2:4", steps: 24,
+       targets: ["re:.*[01].self_attn$"]}
   accurate_modifiers:
     AttentionMatrixPruningModifier:
       {sparsity: 0.6, projections: [q, k, v, o], update_weights: true, steps: 8,

@@ -93,7 +93,7 @@ def test_too_little_memory_for_one_sample_says_what_to_do():
     def run(samples: list[int]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(MemoryError, match="one calibration sample.*--max-length"):
+    with pytest.raises(MemoryError, match=r"one calibration sample.*--max-length"):
         list(Fitting()([Unit(0, 4, (0, 1, 2, 3))], run))
 
 
