@@ -126,9 +126,8 @@ def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     shared = kept == "disk" or (kept is not None and torch.device(kept).type == "cpu")
     if is_source() or not shared:
         update_offload_parameter(module, name, value)
-    elif (
-        torch.device(get_execution_device(module)) != kept
-    ):  # this rank's own copy, if one is kept
+    elif torch.device(get_execution_device(module)) != kept:
+        # this rank's own copy, if one is kept
         with torch.no_grad():
             getattr(module, name).data.copy_(value)
     dist.barrier()
