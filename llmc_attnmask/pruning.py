@@ -31,6 +31,7 @@ from llmc_attnmask.evaluation import window_length
 from llmc_attnmask.modifiers.progress import Progress, recorded
 from llmc_attnmask.modifiers.storage import recipe_storage
 from llmc_attnmask.recipe import find_recipe, load_recipe
+from llmc_attnmask.scratch import scratch
 
 
 def prune(
@@ -66,7 +67,7 @@ def prune(
     :param offload_activations: of every modifier that has this field and whose recipe
         does not set it
     :param offload_model: where weights wait for their turn: in memory, or in the
-        checkpoint's files and, once they have changed, in the temporary folder (TMPDIR)
+        checkpoint's files and, once they have changed, in TMPDIR or /var/tmp
     :param resume: go on with a run of the same arguments that was cut off, if the
         output folder holds one; the result is the same to the byte
     :return: the output folder
@@ -138,7 +139,9 @@ def _loaded(
             f"{model} is quantized or packed, which cannot be offloaded to disk; load "
             "it into memory, or `llmc-attnmask unpack` it first if it is packed only"
         )
-    with tempfile.TemporaryDirectory(prefix="offloaded-weights-") as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="offloaded-weights-", dir=scratch()
+    ) as folder:
         with load_offloaded_model():
             loaded = load(model, device_map={"": "disk"}, offload_folder=folder)
         yield loaded

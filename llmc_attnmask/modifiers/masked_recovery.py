@@ -33,6 +33,7 @@ from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.recovery.block import Block, block_error, changed_energy
 from llmc_attnmask.recovery.descent import DescentSettings, descend
 from llmc_attnmask.recovery.refit import refit
+from llmc_attnmask.scratch import scratch
 
 
 class MaskedRecoveryModifier(StoredModifier):
@@ -79,7 +80,7 @@ class MaskedRecoveryModifier(StoredModifier):
     :param ignore: blocks to leave alone, likewise
     :param seed: order of the calibration samples; same seed and machine, same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
-        memory, or "disk", in the temporary folder (TMPDIR). Results are the same
+        memory, or "disk", in TMPDIR or /var/tmp. Results are the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to what another modifier of the recipe asks for, or dense
     """
@@ -108,7 +109,7 @@ class MaskedRecoveryModifier(StoredModifier):
         self._refined = self._select(state.model)
         self._check_place()
         self._check_attention()
-        self._dense = tempfile.TemporaryDirectory(prefix="dense-blocks-")
+        self._dense = tempfile.TemporaryDirectory(prefix="dense-blocks-", dir=scratch())
         for name, block in self._blocks.items():
             with align_module_device(block):
                 weights = {k: v.detach().cpu() for k, v in block.state_dict().items()}

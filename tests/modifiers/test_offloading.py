@@ -67,7 +67,7 @@ def test_model_and_activations_on_disk_give_the_bytes_of_those_in_memory(
 ):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     files = [
         prune(
             MODEL_DIR,
@@ -120,7 +120,7 @@ def open_files() -> int:
 def test_activations_are_off_memory_and_off_disk_when_a_run_fails(
     in_memory, tokenizer, calibration, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(
         "llmc_attnmask.modifiers.attention_pruning.learn_masks",
         lambda _, inputs, *__: (_ for _ in ()).throw(KeyboardInterrupt(open_files())),
