@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from compressed_tensors.offload import load_offloaded_model
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
@@ -142,9 +141,13 @@ def _loaded(
     with tempfile.TemporaryDirectory(
         prefix="offloaded-weights-", dir=scratch()
     ) as folder:
-        with load_offloaded_model():
-            loaded = load(model, device_map={"": "disk"}, offload_folder=folder)
-        yield loaded
+        # accelerate's offloading, of which `oneshot` makes its own
+        yield load(
+            model,
+            device_map={"": "disk"},
+            offload_folder=folder,
+            offload_buffers=True,
+        )
 
 
 def _fingerprint(
