@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from compressed_tensors.offload import load_offloaded_model
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
@@ -39,6 +38,7 @@ from llmc_attnmask.evaluation import window_length
 from llmc_attnmask.modifiers.progress import Progress, recorded
 from llmc_attnmask.modifiers.storage import recipe_storage
 from llmc_attnmask.recipe import find_recipe, load_recipe
+from llmc_attnmask.scratch import scratch
 
 
 @process_group()
@@ -75,7 +75,7 @@ def prune(
     :param offload_activations: of every modifier that has this field and whose recipe
         does not set it
     :param offload_model: where weights wait for their turn: in memory, or in the
-        checkpoint's files and, once they have changed, in the temporary folder (TMPDIR)
+        checkpoint's files and, once they have changed, in TMPDIR or /var/tmp
     :param resume: go on with a run of the same arguments that was cut off, if the
         output folder holds one; the result is the same to the byte
     :return: the output folder
@@ -147,10 +147,16 @@ def _loaded(
             f"{model} is quantized or packed, which cannot be offloaded to disk; load "
             "it into memory, or `llmc-attnmask unpack` it first if it is packed only"
         )
-    with tempfile.TemporaryDirectory(prefix="offloaded-weights-") as folder:
-        with load_offloaded_model():
-            loaded = load(model, device_map={"": "disk"}, offload_folder=folder)
-        yield loaded
+    with tempfile.TemporaryDirectory(
+        prefix="offloaded-weights-", dir=scratch()
+    ) as folder:
+        # accelerate's offloading, of which `oneshot` makes its own
+        yield load(
+            model,
+            device_map={"": "disk"},
+            offload_folder=folder,
+            offload_buffers=True,
+        )
 
 
 def _fingerprint(

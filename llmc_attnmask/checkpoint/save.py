@@ -32,6 +32,10 @@ from llmc_attnmask.checkpoint.convert import (
 )
 from llmc_attnmask.checkpoint.files import CONFIG, open_checkpoint
 
+# Of a model that is offloaded to disk a whole shard is mapped into memory at once, and
+# llm-compressor's own default is 20 GB.
+_MAX_SHARD_SIZE = "2GB"
+
 
 class _SaveAs:
     """``save_pretrained`` of one model, in place of llm-compressor's around it."""
@@ -50,6 +54,7 @@ class _SaveAs:
                 "push_to_hub would upload the files before their 2:4 layers are marked "
                 "or packed; save without it, then upload the folder"
             )
+        kwargs.setdefault("max_shard_size", _MAX_SHARD_SIZE)
         output = Path(save_directory)
         _restore_experts(self.model)
         if not is_source_process():  # upstream lets only one process write

@@ -89,7 +89,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
         text
     :param seed: order of the calibration samples; same seed and machine, same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
-        memory, or "disk", in the temporary folder (TMPDIR). Results are the same
+        memory, or "disk", in TMPDIR or /var/tmp. Results are the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to what another modifier of the recipe asks for, or dense
     """

@@ -38,6 +38,7 @@ from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.recovery.block import Block, block_error, changed_energy
 from llmc_attnmask.recovery.descent import DescentSettings, descend
 from llmc_attnmask.recovery.refit import refit
+from llmc_attnmask.scratch import scratch
 
 
 class MaskedRecoveryModifier(StoredModifier):
@@ -84,7 +85,7 @@ class MaskedRecoveryModifier(StoredModifier):
     :param ignore: blocks to leave alone, likewise
     :param seed: order of the calibration samples; same seed and machine, same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
-        memory, or "disk", in the temporary folder (TMPDIR). Results are the same
+        memory, or "disk", in TMPDIR or /var/tmp. Results are the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to what another modifier of the recipe asks for, or dense
     """
@@ -115,7 +116,9 @@ class MaskedRecoveryModifier(StoredModifier):
         self._check_place()
         self._check_attention()
         if is_source():
-            self._dense = tempfile.TemporaryDirectory(prefix="dense-blocks-")
+            self._dense = tempfile.TemporaryDirectory(
+                prefix="dense-blocks-", dir=scratch()
+            )
         self._folder = gathered(self._dense.name if self._dense else "")[0]
         for name, block in self._blocks.items():
             with align_module_device(block):
