@@ -31,6 +31,7 @@ from llmc_attnmask.checkpoint.convert import (
     write_json,
 )
 from llmc_attnmask.checkpoint.files import CONFIG, open_checkpoint
+from llmc_attnmask.checkpoint.writer import disk_errors
 
 # Of a model that is offloaded to disk a whole shard is mapped into memory at once, and
 # llm-compressor's own default is 20 GB.
@@ -61,7 +62,8 @@ class _SaveAs:
             self.upstream(save_directory, *args, **kwargs)
         else:
             with updated_folder(output) as partial:
-                self.upstream(str(partial), *args, **kwargs)
+                with disk_errors(partial):
+                    self.upstream(str(partial), *args, **kwargs)
                 store(partial, self.storage)
         if dist.is_initialized():
             dist.barrier()

@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmc_attnmask import journal
+from llmc_attnmask.checkpoint.writer import disk_errors
 from llmc_attnmask.distributed import write_parameter
 from llmc_attnmask.masks.record import forget, recall, remember
 
@@ -156,7 +157,8 @@ class Progress:
         file = self._file(modifier, layer)
         metadata = {"journal": json.dumps([asdict(entry) for entry in entries])}
         partial = self.folder / f".{file}"
-        save_file(tensors, partial, metadata)
+        with disk_errors(partial):
+            save_file(tensors, partial, metadata)
         _publish(partial, self.folder / file)
         self._finished.add(file)
 
