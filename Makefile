@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= out
 
-.PHONY: demo test test-fast test-serving lint bench-quality bench-quantization paper docs clean
+.PHONY: demo test test-fast fuzz test-serving lint bench-quality bench-quantization paper docs clean
 .DEFAULT_GOAL := demo
 
 # torch first: a plain resolve may fetch another build of it
@@ -29,6 +29,10 @@ test: lint  ## everything CI runs
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
+
+MINUTES ?= 10
+fuzz: $(INSTALLED)  ## hostile input to every reader; findings go to OUT/fuzz
+	$(QUIET) $(BIN)/python -m tests.fuzz.run --minutes $(MINUTES) --out $(OUT)/fuzz
 
 # vLLM and llm-compressor want different compressed-tensors: an environment each
 SERVING := .venv-serving

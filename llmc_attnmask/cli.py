@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -86,9 +87,11 @@ def prune(
             resume=resume,
         )
     except KeyboardInterrupt as interrupt:
-        _err.print(_plain("interrupted" + _notes(interrupt)), soft_wrap=True)
+        if _speaks():
+            _err.print(_plain("interrupted" + _notes(interrupt)), soft_wrap=True)
         raise typer.Exit(130) from None
-    _out.print(_plain(f"saved {saved}"), soft_wrap=True)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's number of this process
+        _out.print(_plain(f"saved {saved}"), soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -303,6 +306,8 @@ def main() -> None:
     """Exit code 0, 1 with one line on stderr, 2 for wrong usage, 130 if interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = _one_line  # type: ignore[assignment]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, _stopped)
     try:
         app()
     except Exception as error:
@@ -312,8 +317,21 @@ def main() -> None:
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else " (LLMC_ATTNMASK_TRACEBACK=1 shows where)"
         message = _plain(f"{kind}{error}{hint}{_notes(error)}")
-        _err.print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
+        if _speaks():
+            _err.print(f"[red]error:[/red] {message}", soft_wrap=True, highlight=False)
         sys.exit(1)
+
+
+def _speaks() -> bool:
+    """Whether this process says how the run ends: of several, the first that fails."""
+    distributed = sys.modules.get("llmc_attnmask.distributed")
+    return distributed is None or distributed.first_to_report()
+
+
+def _stopped(*_: Any) -> NoReturn:
+    raise ChildProcessError(
+        "stopped by torchrun, as it does when another process has ended or failed"
+    )
 
 
 def _notes(error: BaseException) -> str:

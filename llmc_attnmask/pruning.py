@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from compressed_tensors.offload import load_offloaded_model
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
@@ -21,12 +20,20 @@ from transformers import (
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from llmc_attnmask.attention.samples import Offload
+from llmc_attnmask.calibration import share
 from llmc_attnmask.checkpoint.atomic import PROGRESS, check_new, new_folder
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.save import save_as
 from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
 from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
+from llmc_attnmask.distributed import (
+    barrier,
+    is_source,
+    process_group,
+    rank,
+    world_size,
+)
 from llmc_attnmask.evaluation import window_length
 from llmc_attnmask.journal import facts
 from llmc_attnmask.modifiers.progress import Progress, recorded
@@ -34,8 +41,10 @@ from llmc_attnmask.modifiers.run import described
 from llmc_attnmask.modifiers.storage import recipe_storage
 from llmc_attnmask.recipe import find_recipe, load_recipe
 from llmc_attnmask.report.files import companions
+from llmc_attnmask.scratch import scratch
 
 
+@process_group()
 def prune(
     model: str | Path,
     recipe: str | Path,
@@ -69,7 +78,7 @@ def prune(
     :param offload_activations: of every modifier that has this field and whose recipe
         does not set it
     :param offload_model: where weights wait for their turn: in memory, or in the
-        checkpoint's files and, once they have changed, in the temporary folder (TMPDIR)
+        checkpoint's files and, once they have changed, in TMPDIR or /var/tmp
     :param resume: go on with a run of the same arguments that was cut off, if the
         output folder holds one; the result is the same to the byte
     :return: the output folder
@@ -152,10 +161,16 @@ def _loaded(
             f"{model} is quantized or packed, which cannot be offloaded to disk; load "
             "it into memory, or `llmc-attnmask unpack` it first if it is packed only"
         )
-    with tempfile.TemporaryDirectory(prefix="offloaded-weights-") as folder:
-        with load_offloaded_model():
-            loaded = load(model, device_map={"": "disk"}, offload_folder=folder)
-        yield loaded
+    with tempfile.TemporaryDirectory(
+        prefix="offloaded-weights-", dir=scratch()
+    ) as folder:
+        # accelerate's offloading, of which `oneshot` makes its own
+        yield load(
+            model,
+            device_map={"": "disk"},
+            offload_folder=folder,
+            offload_buffers=True,
+        )
 
 
 def _fingerprint(
@@ -195,8 +210,12 @@ def compress(
 ) -> None:
     """Run modifiers on a model in memory, calibrated on the windows in their order.
 
-    :param windows: int64 [samples, length]
+    :param windows: int64 [samples, length]; the same on every rank, if there are
+        several, each of which takes its share
+    :raises ValueError: if there are fewer windows than ranks
     """
+    own = share(len(windows), windows.shape[1], rank(), world_size())
+    windows = windows[own]
     samples = Dataset.from_dict(
         {
             "input_ids": windows.tolist(),
@@ -220,9 +239,16 @@ def save(
     output: Path,
     storage: Storage = "dense",
 ) -> Path:
-    """Write a checkpoint beside its destination, then rename it into place."""
+    """Write a checkpoint beside its destination, then rename it into place.
+
+    Of several ranks one does; all return when it is there.
+    """
     save_as(model, storage, companions)
-    with new_folder(output) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    if is_source():
+        with new_folder(output) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    else:
+        model.save_pretrained(output)  # has its share in gathering, and writes nothing
+    barrier()
     return output

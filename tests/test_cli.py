@@ -70,7 +70,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unexpected_error_is_one_line_too(tmp_path):
+def test_a_truncated_model_is_one_line_and_leaves_nothing(tmp_path):
     shutil.copytree(MODEL_DIR, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -79,7 +79,7 @@ def test_an_unexpected_error_is_one_line_too(tmp_path):
     output = ("--output", tmp_path / "out")
     failed = run("prune", tmp_path / "model", *recipe, *windows, *output)
     assert failed.returncode == 1
-    assert "error: SafetensorError" in failed.stderr
+    assert "model.safetensors is not a readable safetensors file" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "out").exists()
 
@@ -101,6 +101,16 @@ def call(monkeypatch, capsys):
         return int(ended.value.code or 0), printed.out, printed.err
 
     return in_process
+
+
+def test_an_unexpected_error_is_one_line_that_says_how_to_see_more(call, monkeypatch):
+    def broken(_: Path) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("llmc_attnmask.checkpoint.inspect.inspect", broken)
+    code, _, err = call("inspect", MODEL_DIR)
+    assert code == 1
+    assert "error: KeyError: 'lost' (LLMC_ATTNMASK_TRACEBACK=1 shows where)" in err
 
 
 def test_pack_and_unpack(call, tmp_path):

@@ -19,6 +19,27 @@ def test_the_package_and_its_conversions_do_without_llm_compressor():
     assert out == "False False\n"
 
 
+def test_the_package_itself_imports_nothing_that_takes_time():
+    """What takes time is imported by the names that need it."""
+    out = python(
+        "import sys, llmc_attnmask\n"
+        "heavy = {'torch', 'transformers', 'llmcompressor', 'numpy', 'pydantic'}\n"
+        "print(heavy & set(sys.modules))"
+    )
+    assert out == "set()\n"
+
+
+def test_beside_llm_compressor_it_imports_no_package_but_itself():
+    out = python(
+        "import sys, llmcompressor\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "import llmc_attnmask\n"
+        "after = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(after - before - sys.stdlib_module_names)"
+    )
+    assert out.splitlines()[-1] == "{'llmc_attnmask'}"
+
+
 @pytest.mark.parametrize(
     "imports",
     [

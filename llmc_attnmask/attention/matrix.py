@@ -29,7 +29,8 @@ from llmc_attnmask.attention.visibility import key_ranges
 
 # Elements of A alive in one block. Small blocks stay in a CPU's cache and skip more of
 # the causally masked half; a GPU wants larger ones.
-_BLOCK_ELEMENTS = {"cpu": 2**20}
+_BLOCK_ELEMENTS = {"cpu": 2**18}
+_LEAST_ROWS = 32  # with fewer, many heads would make blocks too small to be efficient
 _BLOCK_ELEMENTS_ACCELERATOR = 2**25
 
 
@@ -261,7 +262,7 @@ def _blocks(call: AttentionCall) -> Iterator[tuple[slice, int]]:
     """Query rows and how many leading keys they can see; causal masks hide the rest."""
     batch, heads, rows, _ = call.query.shape
     budget = _BLOCK_ELEMENTS.get(call.query.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
-    size = max(1, budget // (batch * heads * call.key.shape[2]))
+    size = max(_LEAST_ROWS, budget // (batch * heads * call.key.shape[2]))
     visible = key_ranges(call, size)[:, 1].tolist()
     for start, columns in zip(range(0, rows, size), visible, strict=True):
         yield slice(start, min(start + size, rows)), columns

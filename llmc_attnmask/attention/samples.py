@@ -8,6 +8,8 @@ from typing import IO, Literal, overload
 import torch
 from torch import Tensor
 
+from llmc_attnmask.scratch import scratch
+
 Offload = Literal["cpu", "disk"]
 
 
@@ -23,8 +25,8 @@ class _Slot:
 class SampleTensors(Sequence[Tensor]):
     """A sequence of CPU tensors that may be larger than memory.
 
-    On disk they lie, raw, in one file in the temporary folder (``TMPDIR``). It has no
-    name, so that it vanishes with this object or with the process, however that ends.
+    On disk they lie, raw, in one file in ``scratch()``. It has no name, so that it
+    vanishes with this object or with the process, however that ends.
 
     :param offload: "cpu" keeps the tensors themselves, "disk" writes them to the file
         and reads one when it is indexed
@@ -77,7 +79,7 @@ class SampleTensors(Sequence[Tensor]):
     def _write(self, tensor: Tensor) -> _Slot:
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+                self._file = tempfile.TemporaryFile(buffering=0, dir=scratch())  # noqa: SIM115
             offset = self._file.seek(0, 2)
             rest = _bytes(tensor.contiguous())
             while rest:  # the kernel takes at most 2 GB at once
@@ -86,7 +88,7 @@ class SampleTensors(Sequence[Tensor]):
             raise OSError(
                 error.errno,
                 f"{error.strerror}: calibration activations do not fit into "
-                f"{tempfile.gettempdir()}; name a folder on a larger disk in TMPDIR or "
+                f"{scratch()}; name a folder on a larger disk in TMPDIR or "
                 "calibrate with fewer samples",
             ) from error
         return _Slot(offset, tensor.shape, tensor.dtype)

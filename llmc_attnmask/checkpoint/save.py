@@ -31,6 +31,11 @@ from llmc_attnmask.checkpoint.convert import (
     write_json,
 )
 from llmc_attnmask.checkpoint.files import CONFIG, open_checkpoint
+from llmc_attnmask.checkpoint.writer import disk_errors
+
+# Of a model that is offloaded to disk a whole shard is mapped into memory at once, and
+# llm-compressor's own default is 20 GB.
+_MAX_SHARD_SIZE = "2GB"
 
 Companions = Callable[[PreTrainedModel], Callable[[Path, Path], None]]
 
@@ -57,6 +62,7 @@ class _SaveAs:
                 "push_to_hub would upload the files before their 2:4 layers are marked "
                 "or packed; save without it, then upload the folder"
             )
+        kwargs.setdefault("max_shard_size", _MAX_SHARD_SIZE)
         output = Path(save_directory)
         _restore_experts(self.model)
         if not is_source_process():  # upstream lets only one process write
@@ -65,7 +71,8 @@ class _SaveAs:
             # asked before upstream compresses the weights that are in the model
             write = self.companions(self.model) if self.companions else None
             with updated_folder(output) as partial:
-                self.upstream(str(partial), *args, **kwargs)
+                with disk_errors(partial):
+                    self.upstream(str(partial), *args, **kwargs)
                 store(partial, self.storage)
                 if write is not None:
                     write(partial, output)

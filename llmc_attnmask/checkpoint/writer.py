@@ -1,7 +1,8 @@
-"""Writes a safetensors file whose tensors are known, their bytes in any order."""
+"""Writing safetensors files, one of them without its tensors in memory."""
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llmc_attnmask.checkpoint.files import TensorSpec
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Errors of the disk while safetensors writes, which it reports as its own.
+
+    :param path: file or folder that is written
+    :raises OSError: as ``open`` would, such as a disk that is full
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        code = int(found[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 class ShardWriter:

@@ -14,7 +14,7 @@ matter, one block per head (Kronecker-factored as in K-FAC, arXiv 1503.05671).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,15 @@ from llmc_attnmask.attention.matrix import (
     probe_gradients,
 )
 from llmc_attnmask.attention.projections import Projection, Role
-
-_SAMPLES_AT_ONCE = 8
-_HELD_BACK_ONE_IN = 8  # samples that choose the best mask instead of teaching it
+from llmc_attnmask.calibration import (
+    Sums,
+    Unit,
+    count,
+    teaching_and_judging,
+    units_of,
+)
+from llmc_attnmask.distributed import all_sum_numbers
+from llmc_attnmask.faults import Fitting
 
 Weights = Mapping[Role, Tensor]  # projection -> weight [rows, columns]
 Curvature = dict[Role, tuple[Tensor, Tensor | None]]  # H and G, see ``curvature``
@@ -45,6 +51,7 @@ class Objective(ABC):
     :param inputs: calibration inputs of the module, at least one sample
     :param projections: all of q, k, v, o
     :param roles: the projections whose weights are sought
+    :param batch_size: samples per step of a descent
     """
 
     def __init__(
@@ -53,14 +60,13 @@ class Objective(ABC):
         inputs: ModuleInputs,
         projections: Mapping[Role, Projection],
         roles: Sequence[Role],
+        batch_size: int = 8,
     ):
         self.replica, self.inputs = replica, inputs
         self.projections, self.roles = projections, list(roles)
-        samples = range(len(inputs))
-        self.held_back = list(samples)[_HELD_BACK_ONE_IN - 1 :: _HELD_BACK_ONE_IN]
-        self.training = [i for i in samples if i not in set(self.held_back)]
-        if not self.held_back:  # too few samples to spare any
-            self.held_back = self.training
+        self.units = units_of(inputs, replica.device, batch_size)
+        self.training, self.held_back = teaching_and_judging(self.units)
+        self.fitting = Fitting()
 
     def dense(self, role: Role) -> Tensor:
         """The dense weight of a projection [rows, columns]."""
@@ -76,16 +82,41 @@ class Objective(ABC):
         return torch.eye(len(value), dtype=value.dtype, device=value.device)
 
     @abstractmethod
-    def error(self, batch: list[int], weights: Weights) -> Tensor:
-        """Relative error per sample of a batch, differentiable in the weights."""
+    def error(self, samples: list[int], weights: Weights) -> Tensor:
+        """Sum of some samples' relative errors, differentiable in the weights."""
 
     @torch.no_grad()
     def held_back_error(self, weights: Weights) -> float:
-        total = sum(
-            self.error(batch, weights).item() * len(batch)
-            for batch in self.batches(self.held_back)
-        )
-        return total / len(self.held_back)
+        """Mean relative error of the held-back samples of all ranks."""
+
+        def run(samples: list[int]) -> float:
+            return self.error(samples, weights).item()
+
+        total = sum(error for _, error in self.fitting(self.held_back, run))
+        return all_sum_numbers(total)[0] / count(self.held_back)
+
+    def gradient(
+        self, units: Iterable[Unit], weights: Weights
+    ) -> tuple[float, dict[Role, Tensor]]:
+        """Mean relative error of some units' samples and its gradient, [rows, columns].
+
+        It is that of all ranks, each of which evaluates the units that it has.
+        """
+        units = list(units)
+        leaves = {r: w.detach().requires_grad_() for r, w in weights.items()}
+
+        def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
+            with torch.enable_grad():
+                error = self.error(samples, leaves)
+            return error.item(), torch.autograd.grad(error, list(leaves.values()))
+
+        total, sums = 0.0, Sums(like=leaves)
+        for _, (error, gradients) in self.fitting(units, run):
+            total += error
+            for role, gradient in zip(leaves, gradients, strict=True):
+                sums.add(role, gradient)
+        mean = all_sum_numbers(total)[0] / count(units)
+        return mean, {r: g / count(units) for r, g in sums.totals().items()}
 
     @abstractmethod
     def curvature(self) -> Curvature:
@@ -124,9 +155,6 @@ class Objective(ABC):
             for handle in handles:
                 handle.remove()
 
-    def batches(self, samples: Sequence[int]) -> list[list[int]]:
-        return list(self.inputs.batches(samples, _SAMPLES_AT_ONCE))
-
     def call(self, batch: list[int], weights: Weights | None = None) -> AttentionCall:
         """The softmax's inputs with some projections' weights replaced."""
         args, kwargs = self.inputs.batch(batch, self.replica.device, self.replica.dtype)
@@ -158,40 +186,51 @@ class MatrixObjective(Objective):
         projections: Mapping[Role, Projection],
         roles: Sequence[Role],
         output_weight: float,
+        batch_size: int = 8,
     ):
-        super().__init__(replica, inputs, projections, roles)
-        matrix = output = 0.0
-        for batch in self.batches(self.held_back):
-            norms = attention_norms(self.call(batch), self.output_projection())
-            matrix += norms.matrix
-            output += norms.output
-        self.norms = AttentionNorms(matrix, output)
-        self.matrix_weight = (1 - output_weight) * len(self.held_back) / matrix
+        super().__init__(replica, inputs, projections, roles, batch_size)
+
+        def run(samples: list[int]) -> AttentionNorms:
+            return attention_norms(self.call(samples), self.output_projection())
+
+        self.norms = matrix, output = self._over_held_back(run)
+        self.matrix_weight = (1 - output_weight) * count(self.held_back) / matrix
         # an output projection of zeros lets no error through
         share = output_weight / output if output else 0.0
-        self.output_weight = share * len(self.held_back)
+        self.output_weight = share * count(self.held_back)
+
+    def _over_held_back(
+        self, run: Callable[[list[int]], AttentionNorms]
+    ) -> tuple[float, float]:
+        """Sums over the held-back samples of all ranks."""
+        found = [norms for _, norms in self.fitting(self.held_back, run)]
+        matrix, output = all_sum_numbers(
+            sum(norms.matrix for norms in found), sum(norms.output for norms in found)
+        )
+        return matrix, output
 
     @torch.no_grad()
     def held_back_errors(self, weights: Weights) -> AttentionNorms:
         """The two errors of the formula, each relative, before they are weighed."""
-        matrix = output = 0.0
-        for batch in self.batches(self.held_back):
-            pruned = self.call(batch, weights)
-            change = attention_change(
-                self.call(batch), pruned.query, pruned.key, self.output_projection()
-            )
-            matrix += change.matrix
-            output += change.output
-        return AttentionNorms(
-            matrix / self.norms.matrix,
-            output / self.norms.output if self.norms.output else 0.0,
-        )
 
-    def error(self, batch: list[int], weights: Weights) -> Tensor:
+        def run(samples: list[int]) -> AttentionNorms:
+            pruned = self.call(samples, weights)
+            return attention_change(
+                self.call(samples), pruned.query, pruned.key, self.output_projection()
+            )
+
+        changes = self._over_held_back(run)
+        matrix, output = (
+            change / norm if norm else 0.0
+            for change, norm in zip(changes, self.norms, strict=True)
+        )
+        return AttentionNorms(matrix, output)
+
+    def error(self, samples: list[int], weights: Weights) -> Tensor:
         with torch.no_grad():
-            reference = self.call(batch)
-        pruned = self.call(batch, weights)
-        total = attention_error(
+            reference = self.call(samples)
+        pruned = self.call(samples, weights)
+        return attention_error(
             reference,
             pruned.query,
             pruned.key,
@@ -199,25 +238,36 @@ class MatrixObjective(Objective):
             output_weight=self.output_weight,
             output_projection=self.output_projection(),
         )
-        return total / len(batch)
 
     def curvature(self) -> Curvature:
-        generator = torch.Generator(self.replica.device).manual_seed(0)
-        hessians: dict[Role, Tensor] = {}
-        sensitivities: dict[Role, Tensor] = {}
-        for batch in self.batches(range(len(self.inputs))):
-            call, linears = self._recorded_call(batch)
-            gradients = self._probe(call, linears, generator)
-            for role in self.roles:
-                projection = self.projections[role]
-                x = linears[projection.child][0].flatten(0, -2)
-                heads = (call.query if role == "q" else call.key).shape[1]
-                gradient = gradients[projection.child][..., projection.rows]
-                by_head = gradient.flatten(0, -2).unflatten(-1, (heads, -1))
-                by_head = by_head.transpose(0, 1)
-                _add(sensitivities, role, by_head.mT @ by_head)
-                _add(hessians, role, x.T @ x)
-        return {role: (hessians[role], sensitivities[role]) for role in self.roles}
+        generator = torch.Generator(self.replica.device)
+        hessians: Sums[Role] = Sums()
+        sensitivities: Sums[Role] = Sums()
+        for unit in self.units:
+            generator.manual_seed(unit.index)  # the same signs on whatever rank
+            for _, terms in self.fitting([unit], lambda b: self._terms(b, generator)):
+                for role, (hessian, sensitivity) in terms.items():
+                    hessians.add(role, hessian)
+                    sensitivities.add(role, sensitivity)
+        inputs, outputs = hessians.totals(), sensitivities.totals()
+        return {role: (inputs[role], outputs[role]) for role in self.roles}
+
+    def _terms(
+        self, samples: list[int], generator: torch.Generator
+    ) -> dict[Role, tuple[Tensor, Tensor]]:
+        """Some samples' share of H and G."""
+        call, linears = self._recorded_call(samples)
+        gradients = self._probe(call, linears, generator)
+        terms: dict[Role, tuple[Tensor, Tensor]] = {}
+        for role in self.roles:
+            projection = self.projections[role]
+            x = linears[projection.child][0].flatten(0, -2)
+            heads = (call.query if role == "q" else call.key).shape[1]
+            gradient = gradients[projection.child][..., projection.rows]
+            by_head = gradient.flatten(0, -2).unflatten(-1, (heads, -1))
+            by_head = by_head.transpose(0, 1)
+            terms[role] = x.T @ x, by_head.mT @ by_head
+        return terms
 
     def _probe(
         self,
@@ -258,63 +308,69 @@ class OutputObjective(Objective):
         projections: Mapping[Role, Projection],
         roles: Sequence[Role],
         pruned: Weights,
+        batch_size: int = 8,
     ):
-        super().__init__(replica, inputs, projections, roles)
+        super().__init__(replica, inputs, projections, roles, batch_size)
         self.pruned = dict(pruned)
-        total = sum(
-            self._output(super(OutputObjective, self).call(batch)).square().sum().item()
-            for batch in self.batches(self.held_back)
-        )
-        self.weight = len(self.held_back) / total if total else 0.0
 
-    def call(self, batch: list[int], weights: Weights | None = None) -> AttentionCall:
-        return super().call(batch, self.pruned | dict(weights or {}))
+        def run(samples: list[int]) -> float:
+            dense = super(OutputObjective, self).call(samples)
+            return self._output(dense).square().sum().item()
+
+        norms = sum(norm for _, norm in self.fitting(self.held_back, run))
+        (total,) = all_sum_numbers(norms)
+        self.weight = count(self.held_back) / total if total else 0.0
+
+    def call(self, samples: list[int], weights: Weights | None = None) -> AttentionCall:
+        return super().call(samples, self.pruned | dict(weights or {}))
 
     @torch.no_grad()
     def _output(self, call: AttentionCall) -> Tensor:
         return attention_context(call, call.value) @ self.output_projection().T
 
-    def error(self, batch: list[int], weights: Weights) -> Tensor:
+    def error(self, samples: list[int], weights: Weights) -> Tensor:
         with torch.no_grad():
-            reference = self._output(super().call(batch))
-        pruned = self.call(batch, {r: w for r, w in weights.items() if r != "o"})
+            reference = self._output(super().call(samples))
+        pruned = self.call(samples, {r: w for r, w in weights.items() if r != "o"})
         context = attention_context(pruned, pruned.value)
         output = context @ weights.get("o", self.output_projection()).T
-        return (output - reference).square().sum() * (self.weight / len(batch))
+        return (output - reference).square().sum() * self.weight
 
     def curvature(self) -> Curvature:
         """See the base class; v is seen through A~ and W_o, o's inputs are A~ V."""
-        hessians: dict[Role, Tensor] = {}
-        heads = 1
-        for batch in self.batches(range(len(self.inputs))):
-            for sample in batch:  # heads times as much as the hidden states
-                call, linears = self._recorded_call([sample])
-                heads, groups = call.query.shape[1], call.key.shape[1]
-                with torch.no_grad():
-                    for role in self.roles:
-                        if role == "o":
-                            x = attention_context(call, call.value)
-                        else:
-                            x = linears[self.projections[role].child][0]
-                            shared = x[:, None].expand(-1, groups, -1, -1)
-                            x = attention_context(call, shared).unflatten(
-                                -1, (heads, -1)
-                            )
-                        x = x.flatten(0, -2)
-                        _add(hessians, role, x.T @ x)
+        hessians: Sums[Role] = Sums()
+        for _, terms in self.fitting(self.units, self._terms):
+            for role, hessian in terms:
+                hessians.add(role, hessian)
         found: Curvature = {}
-        for role in self.roles:
-            found[role] = (hessians[role], None)
+        for role, hessian in hessians.totals().items():
+            found[role] = (hessian, None)
             if role == "v":
+                call = self.call([0])
+                heads, groups = call.query.shape[1], call.key.shape[1]
                 by_head = self.output_projection().unflatten(
                     -1, (groups, heads // groups, -1)
                 )
                 found[role] = (
-                    hessians[role],
+                    hessian,
                     torch.einsum("dgha,dghb->gab", by_head, by_head),
                 )
         return found
 
-
-def _add(sums: dict[Role, Tensor], role: Role, term: Tensor) -> None:
-    sums[role] = sums[role] + term if role in sums else term
+    def _terms(self, samples: list[int]) -> list[tuple[Role, Tensor]]:
+        """Every sample's own H: that of v takes heads times the hidden states."""
+        terms: list[tuple[Role, Tensor]] = []
+        for sample in samples:
+            call, linears = self._recorded_call([sample])
+            heads, groups = call.query.shape[1], call.key.shape[1]
+            with torch.no_grad():
+                for role in self.roles:
+                    if role == "o":
+                        x = attention_context(call, call.value)
+                    else:
+                        x = linears[self.projections[role].child][0]
+                        shared = x[:, None].expand(-1, groups, -1, -1)
+                        x = attention_context(call, shared).unflatten(-1, (heads, -1))
+                    x = x.flatten(0, -2)
+                    terms.append((role, x.T @ x))
+        return terms

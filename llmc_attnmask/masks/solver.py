@@ -27,6 +27,9 @@ from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.matrix import AttentionNorms
 from llmc_attnmask.attention.projections import Projection, Role
+from llmc_attnmask.calibration import minibatches
+from llmc_attnmask.distributed import owner, rank, send_from
+from llmc_attnmask.faults import fault_of
 from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.objectives import (
     Curvature,
@@ -73,6 +76,7 @@ class MaskSolution:
     # of q and k: relative errors of the attention matrix and of what reaches the
     # output, on the same samples, of this solution ("ours") and of other methods
     compared: dict[str, AttentionNorms] = field(default_factory=dict)
+    fallback: str | None = None  # what came out as no number, if anything did
 
 
 def learn_masks(
@@ -102,7 +106,9 @@ def learn_masks(
     solutions: list[MaskSolution] = []
     pruned: Tensors = {}
     if roles := [role for role in prune if role in ("q", "k")]:
-        matrix = MatrixObjective(*layer, roles, settings.output_weight)
+        matrix = MatrixObjective(
+            *layer, roles, settings.output_weight, settings.batch_size
+        )
         curvature = matrix.curvature()
         compared = _compare(matrix, curvature, peers or {})
         found = _learn(matrix, curvature, *problem)
@@ -112,7 +118,7 @@ def learn_masks(
         solutions.append(found)
         pruned = found.weights
     if rest := [role for role in prune if role in ("v", "o")]:
-        output = OutputObjective(*layer, rest, pruned)
+        output = OutputObjective(*layer, rest, pruned, settings.batch_size)
         solutions.append(_learn(output, output.curvature(), *problem))
     return solutions
 
@@ -141,12 +147,20 @@ def _learn(
     scores, masks, values = _start(objective, curvature, structure, sparsity, settings)
     weights = _pruned(masks, values)
     error = objective.held_back_error(weights)
+    fallback: str | None = None
+    if settings.update_weights and not math.isfinite(error):
+        fallback = f"the error of the second-order solution is {error}"
+        logger.warning(f"{fallback}; Wanda's mask instead")
+        masks = {r: structure.mask(score, sparsity) for r, score in scores.items()}
+        values = {role: weight.clone() for role, weight in dense.items()}
+        weights = _pruned(masks, values)
+        error = objective.held_back_error(weights)
     if not math.isfinite(error):
         raise ValueError(
             f"the attention error is {error} before any step: the calibration inputs "
             "or the weights overflow or are no numbers"
         )
-    best = MaskSolution(masks, weights, error, error)
+    best = MaskSolution(masks, weights, error, error, fallback=fallback)
     kept = {role: structure.kept(w, sparsity) for role, w in dense.items()}
     entries = {role: structure.groups(w).shape[-1] for role, w in dense.items()}
     if all(kept[role] in (0, entries[role]) for role in dense):
@@ -197,18 +211,21 @@ def _start(
     scores: Tensors = {}
     masks: Tensors = {}
     values: Tensors = {}
-    for role, (hessian, sensitivity) in curvature.items():
+    for position, (role, (hessian, sensitivity)) in enumerate(curvature.items()):
         weight = objective.dense(role)
         scores[role] = _wanda_scores(weight, hessian)
-        if settings.update_weights:
+        masks[role] = structure.mask(scores[role], sparsity)
+        values[role] = weight
+        if not settings.update_weights:
+            continue
+        if owner(position) == rank():
             target = weight @ hessian
             masks[role], first = choose_mask(
                 hessian, target, weight, structure, sparsity, sensitivity
             )
             values[role] = solve(hessian, target, first, masks[role], sensitivity)
-        else:
-            masks[role] = structure.mask(scores[role], sparsity)
-            values[role] = weight
+        masks[role] = send_from(owner(position), masks[role])
+        values[role] = send_from(owner(position), values[role])
     return scores, masks, values
 
 
@@ -247,9 +264,7 @@ def _descend(
         {"params": [tensor.requires_grad_()], "peak": peak} for tensor, peak in learned
     )
     generator = torch.Generator().manual_seed(settings.seed)
-    batches = objective.inputs.minibatches(
-        objective.training, settings.batch_size, generator
-    )
+    batches = minibatches(objective.training, settings.batch_size, generator)
     check_every = max(1, settings.steps // _CHECKS)
     for step, batch in enumerate(itertools.islice(batches, settings.steps)):
         progress = step / settings.steps
@@ -257,19 +272,24 @@ def _descend(
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * progress))
         with torch.enable_grad():
             masks = relaxed(progress)
-            loss = objective.error(batch, {r: m * values[r] for r, m in masks.items()})
+            weights = {role: mask * values[role] for role, mask in masks.items()}
+            loss, gradients = objective.gradient(batch, weights)
+            graph = [w for w in weights.values() if w.requires_grad]
+            upstream = [gradients[r] for r, w in weights.items() if w.requires_grad]
             if settings.l2_penalty:
-                penalty = sum(mask.square().mean() for mask in masks.values())
-                loss = loss + settings.l2_penalty / 2 * penalty
-            if not loss.isfinite():
-                logger.warning(
-                    f"step {step}: the loss is {loss.item()}; the best mask stays"
-                )
-                break
-            optimizer.zero_grad()
-            loss.backward()
+                squares = torch.stack([m.square().mean() for m in masks.values()])
+                penalty = settings.l2_penalty / 2 * squares.sum()
+                loss += penalty.item()
+                graph.append(penalty)
+                upstream.append(torch.ones_like(penalty))
+        if fault := fault_of(loss, upstream):
+            best.fallback = f"step {step}: {fault}"
+            logger.warning(f"{best.fallback}; the best mask so far stays")
+            break
+        optimizer.zero_grad()
+        torch.autograd.backward(graph, upstream)
         optimizer.step()
-        best.curve.append(loss.item())
+        best.curve.append(loss)
         if (step + 1) % check_every == 0 or step + 1 == settings.steps:
             hard = found()
             weights = _pruned(hard, values)

@@ -1,22 +1,37 @@
 """``ALPSPruningModifier``: layer-wise pruning whose masks come from ADMM."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.offload import get_execution_device, update_offload_parameter
+from compressed_tensors.offload import get_execution_device
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
+from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
+from llmc_attnmask.calibration import Sums
+from llmc_attnmask.distributed import (
+    check_shares,
+    gathered,
+    owner,
+    rank,
+    send_from,
+    world_size,
+    write_parameter,
+)
 from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.fields import MaskStructureField, Names, check_finite
 from llmc_attnmask.modifiers.layers import Layer
-from llmc_attnmask.modifiers.progress import step
+from llmc_attnmask.modifiers.progress import restorable, step
 from llmc_attnmask.modifiers.run import run_of
 from llmc_attnmask.modifiers.storage import StoredModifier
+
+_HESSIAN = "X^T X"
 
 
 class ALPSPruningModifier(StoredModifier):
@@ -62,7 +77,7 @@ class ALPSPruningModifier(StoredModifier):
 
     _structure: MaskStructure = PrivateAttr()
     _linears: dict[str, nn.Linear] = PrivateAttr(default_factory=dict)
-    _hessians: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+    _hessians: dict[str, Sums[str]] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_fields(self) -> "ALPSPruningModifier":
@@ -97,9 +112,7 @@ class ALPSPruningModifier(StoredModifier):
     def _accumulate(self, name: str) -> Any:
         def hook(linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().flatten(0, -2).float()
-            product = x.T @ x
-            seen = self._hessians.get(name)
-            self._hessians[name] = product if seen is None else seen.add_(product)
+            self._hessians.setdefault(name, Sums()).add(_HESSIAN, x.T @ x)
 
         return hook
 
@@ -110,36 +123,80 @@ class ALPSPruningModifier(StoredModifier):
         modules: list[nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in list(self._hessians):
-            linear, hessian = self._linears[name], self._hessians.pop(name)
-            with step(state.model, self, name) as work:
-                if not work.restored:
-                    self._prune(state.model, name, linear, hessian)
-                    work.changed = [linear]
+        if self._hessians and not self.done:
+            sums = next(iter(self._hessians.values()))
+            check_shares([sums.own(_HESSIAN).diagonal()])
+        # experts may have had tokens on some ranks only
+        reached = set().union(*gathered(set(self._hessians)))
+        names = [name for name in self._linears if name in reached]
+        at_once = world_size()
+        for start in range(0, len(names), at_once):
+            few = names[start : start + at_once]
+            layers = {name: Layer(state.model, self, name) for name in few}
+            solutions = self._solve([n for n in few if not restorable(self, n)])
+            for name in few:
+                self._hessians.pop(name, None)
+                linear = self._linears[name]
+                with step(state.model, self, name) as work:
+                    if not work.restored:
+                        self._write(layers[name], linear, solutions[name])
+                        work.changed = [linear]
 
     @torch.no_grad()
-    def _prune(
-        self, model: nn.Module, name: str, linear: nn.Linear, hessian: Tensor
-    ) -> None:
-        work = Layer(model, self, name)
-        device = get_execution_device(linear)
-        weight = linear.weight.detach().to(device, torch.float32)
+    def _solve(self, names: list[str]) -> dict[str, "_Solution"]:
+        """Prune Linears, every rank one of them."""
+        solutions: dict[str, _Solution] = {}
+        hessians = {name: self._hessian(name) for name in names}
+        for position, (name, hessian) in enumerate(hessians.items()):
+            linear = self._linears[name]
+            weight = linear.weight.detach().to(hessian.device, torch.float32)
+            solutions[name] = _Solution(weight, weight.isfinite())
+            if owner(position) == rank():
+                target = weight @ hessian
+                kept, start = choose_mask(
+                    hessian, target, weight, self._structure, self.sparsity
+                )
+                solutions[name] = _Solution(solve(hessian, target, start, kept), kept)
+        for position, (name, hessian) in enumerate(hessians.items()):
+            weight = self._linears[name].weight.detach().to(hessian)
+            found = solutions[name].sent_from(owner(position))
+            if not found.weight.isfinite().all():
+                scores = weight.abs() * hessian.diagonal().sqrt()
+                kept = self._structure.mask(scores, self.sparsity)
+                fault = "the solved weights are no finite numbers"
+                found = _Solution(weight, kept, fallback=fault)
+                logger.warning(f"{name}: {found.fallback}; Wanda's mask instead")
+            solutions[name] = found
+            change = found.weight.masked_fill(~found.kept, 0.0) - weight
+            found.error = _output(change, hessian) / _output(weight, hessian)
+        return solutions
+
+    def _hessian(self, name: str) -> Tensor:
+        """X^T X over the samples of all ranks, float32."""
+        columns = self._linears[name].in_features
+        device = get_execution_device(self._linears[name])
+        sums = self._hessians.get(name, Sums())
+        sums.add(_HESSIAN, torch.zeros(columns, columns, device=device))
+        hessian = sums.totals()[_HESSIAN]
         if not hessian.isfinite().all():
             raise ValueError(
                 f"the inputs of {name} overflow or are no numbers on the calibration "
                 "data; repair the checkpoint or the data first"
             )
-        target = weight @ hessian
-        kept, start = choose_mask(
-            hessian, target, weight, self._structure, self.sparsity
+        return hessian
+
+    @torch.no_grad()
+    def _write(self, layer: Layer, linear: nn.Linear, solution: "_Solution") -> None:
+        pruned = solution.weight.to(linear.weight.dtype)
+        write_parameter(linear, "weight", pruned.masked_fill(~solution.kept, 0.0))
+        remember(linear, solution.kept)
+        layer.done(
+            solution.weight.device,
+            {"output": [solution.error]},
+            zeros=int((~solution.kept).sum()),
+            entries=solution.kept.numel(),
+            fallback=solution.fallback,
         )
-        pruned = solve(hessian, target, start, kept)
-        error = _output(pruned - weight, hessian) / _output(weight, hessian)
-        pruned = pruned.to(linear.weight.dtype).masked_fill(~kept, 0.0)
-        update_offload_parameter(linear, "weight", pruned)
-        remember(linear, kept)
-        zeros = int((~kept).sum())
-        work.done(device, {"output": [error]}, zeros=zeros, entries=kept.numel())
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.remove_hooks()
@@ -148,3 +205,14 @@ class ALPSPruningModifier(StoredModifier):
 def _output(weight: Tensor, hessian: Tensor) -> float:
     """||X W^T||_F^2"""
     return float(((weight @ hessian) * weight).sum().clamp_min(1e-30))
+
+
+@dataclass
+class _Solution:
+    weight: Tensor  # float32 [rows, columns]
+    kept: Tensor  # bool [rows, columns]
+    error: float = math.nan  # relative, of the output
+    fallback: str | None = None  # what came out as no number, if anything did
+
+    def sent_from(self, source: int) -> "_Solution":
+        return _Solution(send_from(source, self.weight), send_from(source, self.kept))

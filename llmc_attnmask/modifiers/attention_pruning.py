@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 import torch
-from compressed_tensors.offload import get_execution_device, update_offload_parameter
+from compressed_tensors.offload import get_execution_device
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from pydantic import Field, PrivateAttr, model_validator
@@ -22,6 +22,7 @@ from llmc_attnmask.attention.projections import (
     find_projections,
 )
 from llmc_attnmask.attention.samples import Offload
+from llmc_attnmask.distributed import check_shares, reached, write_parameter
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.solver import SolverSettings, learn_masks
 from llmc_attnmask.masks.structure import MaskStructure
@@ -89,11 +90,11 @@ class AttentionMatrixPruningModifier(StoredModifier):
         or 25 if survivors are updated
     :param learning_rate: Adam's, of the mask's scores, whose mean starts at 1; light
         mode only
-    :param batch_size: calibration samples per step, of one length: samples of many
-        lengths make smaller batches. Padding counts as text
+    :param batch_size: calibration samples per step, of any length. Padding counts as
+        text
     :param seed: order of the calibration samples; same seed and machine, same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
-        memory, or "disk", in the temporary folder (TMPDIR). Results are the same
+        memory, or "disk", in TMPDIR or /var/tmp. Results are the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to what another modifier of the recipe asks for, or dense
     """
@@ -171,9 +172,11 @@ class AttentionMatrixPruningModifier(StoredModifier):
         **kwargs: Any,
     ) -> None:
         try:
-            for name, layer in self._layers.items():
-                if not len(layer.inputs):
-                    continue
+            collected = [n for n, layer in self._layers.items() if len(layer.inputs)]
+            for name in reached(collected):
+                layer = self._layers[name]
+                if not self.done:
+                    check_shares(layer.inputs.hidden)
                 with step(state.model, self, name) as work:
                     if not work.restored:
                         work.changed = self._prune(state.model, name, layer)
@@ -264,6 +267,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
         work.done(
             replica.device,
             {joined(s.masks): [s.start_error, s.error] for s in solutions},
+            fallback="; ".join(s.fallback for s in solutions if s.fallback) or None,
             **figures(
                 replica,
                 layer.inputs,
@@ -308,7 +312,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
                     values = weights[projection.role].to(weight.dtype)
                     projection.put(weight, values)
             # masked_fill, not a product: a product leaves -0.0
-            update_offload_parameter(linear, "weight", weight.masked_fill(~kept, 0.0))
+            write_parameter(linear, "weight", weight.masked_fill(~kept, 0.0))
             remember(linear, kept)
             changed.append(linear)
         return changed

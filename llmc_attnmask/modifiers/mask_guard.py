@@ -29,6 +29,7 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
 )
 from torch import Tensor, nn
 
+from llmc_attnmask.distributed import world_size
 from llmc_attnmask.masks.record import filled, forget, recall, remember
 from llmc_attnmask.masks.traces import pruned_by_someone
 from llmc_attnmask.modifiers.fields import listed
@@ -94,6 +95,7 @@ def _initialize(
     if not earlier:
         _find_masks(state.model)
     result = original(modifier, state=state, **kwargs)
+    _refuse_racer(modifier)
     _refuse_breaker(modifier, state.model, earlier)
     _check(modifier, state.model)
     return result
@@ -152,6 +154,17 @@ def _find_masks(model: nn.Module) -> None:
             kept = pruned_by_someone(weight)
             if kept is not None:
                 remember(module, kept)
+
+
+def _refuse_racer(modifier: Modifier) -> None:
+    """Stock pruning modifiers know nothing of other ranks: each would write its own."""
+    if isinstance(modifier, SparsityModifierBase) and world_size() > 1:
+        raise ValueError(
+            f"{type(modifier).__name__} cannot run in {world_size()} processes: it "
+            "sees one rank's samples only, and all ranks write to the same weights; "
+            "use ALPSPruningModifier, which has the fields sparsity, mask_structure, "
+            "targets and ignore, too, or run it in one process"
+        )
 
 
 def _refuse_breaker(

@@ -1,19 +1,17 @@
 """``MaskedRecoveryModifier``: llm-compressor's life cycle around block recovery."""
 
 import itertools
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from compressed_tensors.offload import (
-    align_module_device,
-    get_execution_device,
-    update_offload_parameter,
-)
+from compressed_tensors.offload import align_module_device, get_execution_device
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+from loguru import logger
 from pydantic import Field, PrivateAttr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +23,13 @@ from llmc_attnmask.attention.capture import (
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.attention.samples import Offload, SampleTensors
+from llmc_attnmask.distributed import (
+    check_shares,
+    gathered,
+    is_source,
+    reached,
+    write_parameter,
+)
 from llmc_attnmask.modifiers.fields import Names, check_finite, listed
 from llmc_attnmask.modifiers.layers import Layer
 from llmc_attnmask.modifiers.progress import step
@@ -33,6 +38,7 @@ from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.recovery.block import Block, block_error, changed_energy
 from llmc_attnmask.recovery.descent import DescentSettings, descend
 from llmc_attnmask.recovery.refit import refit
+from llmc_attnmask.scratch import scratch
 
 
 class MaskedRecoveryModifier(StoredModifier):
@@ -61,7 +67,7 @@ class MaskedRecoveryModifier(StoredModifier):
     Lifecycle:
 
     - on_initialize
-        - write the dense blocks to a temporary folder
+        - write the dense blocks to a temporary folder, one rank for all
     - on_calibration_start
         - register_hook(block, collect inputs, "forward_pre")
     - on_sequential_epoch_end
@@ -71,7 +77,7 @@ class MaskedRecoveryModifier(StoredModifier):
 
     :param steps: gradient steps per block; 0 stops after the closed form
     :param learning_rate: Adam's, in standard deviations of each dense weight
-    :param batch_size: calibration samples per step, of one length
+    :param batch_size: calibration samples per step, of any length
     :param attention_weight: weight of the relative error of the attention matrices
         beside that of the block's output
     :param targets: decoder blocks to refine, by name, "re:" pattern or class. Defaults
@@ -79,7 +85,7 @@ class MaskedRecoveryModifier(StoredModifier):
     :param ignore: blocks to leave alone, likewise
     :param seed: order of the calibration samples; same seed and machine, same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
-        memory, or "disk", in the temporary folder (TMPDIR). Results are the same
+        memory, or "disk", in TMPDIR or /var/tmp. Results are the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to what another modifier of the recipe asks for, or dense
     """
@@ -99,6 +105,7 @@ class MaskedRecoveryModifier(StoredModifier):
     _refined: set[str] = PrivateAttr(default_factory=set)
     _inputs: dict[str, ModuleInputs] = PrivateAttr(default_factory=dict)
     _dense: tempfile.TemporaryDirectory | None = PrivateAttr(default=None)
+    _folder: str = PrivateAttr()  # of the dense blocks, written by one rank for all
     # hidden states of the dense model on their way, by the blocks' container
     _streams: dict[str, SampleTensors] = PrivateAttr(default_factory=dict)
 
@@ -109,7 +116,11 @@ class MaskedRecoveryModifier(StoredModifier):
         self._check_place()
         self._check_attention()
         run_of(self).expect(self, len(self._refined))
-        self._dense = tempfile.TemporaryDirectory(prefix="dense-blocks-")
+        if is_source():
+            self._dense = tempfile.TemporaryDirectory(
+                prefix="dense-blocks-", dir=scratch()
+            )
+        self._folder = gathered(self._dense.name if self._dense else "")[0]
         for name, block in self._blocks.items():
             with align_module_device(block):
                 weights = {k: v.detach().cpu() for k, v in block.state_dict().items()}
@@ -120,10 +131,11 @@ class MaskedRecoveryModifier(StoredModifier):
                     "modifier has run; recovery needs the dense model: put this "
                     "modifier into the recipe that prunes it"
                 )
-            save_file(
-                {k: v.clone().contiguous() for k, v in weights.items()},
-                self._file(name),
-            )
+            if is_source():
+                save_file(
+                    {k: v.clone().contiguous() for k, v in weights.items()},
+                    self._file(name),
+                )
         return True
 
     def _check_place(self) -> None:
@@ -151,8 +163,7 @@ class MaskedRecoveryModifier(StoredModifier):
                     )
 
     def _file(self, name: str) -> Path:
-        assert self._dense is not None
-        return Path(self._dense.name) / f"{name}.safetensors"
+        return Path(self._folder) / f"{name}.safetensors"
 
     def _select(self, model: nn.Module) -> set[str]:
         found = list(self._blocks)
@@ -186,10 +197,12 @@ class MaskedRecoveryModifier(StoredModifier):
         **kwargs: Any,
     ) -> None:
         try:
-            for name, inputs in self._inputs.items():
-                if len(inputs):
-                    self._recover(state.model, name, inputs)
-                    inputs.clear()
+            for name in reached(n for n, x in self._inputs.items() if len(x)):
+                inputs = self._inputs[name]
+                if not self._streams:
+                    check_shares(inputs.hidden)
+                self._recover(state.model, name, inputs)
+                inputs.clear()
         except BaseException:
             self._close()  # the model outlives a run that failed
             raise
@@ -207,17 +220,17 @@ class MaskedRecoveryModifier(StoredModifier):
         with step(model, self, name) as work:
             if not work.restored:
                 layer = Layer(model, self, name)
-                work.changed = self._refine(layer, block, dense, inputs, stream)
+                work.changed = self._refine(layer, dense, inputs, stream)
 
     def _refine(
         self,
         layer: Layer,
-        block: nn.Module,
         dense: Block,
         inputs: ModuleInputs,
         stream: SampleTensors,
     ) -> list[nn.Module]:
         """Refine one block; returns its Linears that have changed."""
+        block = self._blocks[layer.name]
         device = dense.device
         wanted = self._streams[layer.name.rpartition(".")[0]]
         with align_module_device(block):
@@ -227,23 +240,35 @@ class MaskedRecoveryModifier(StoredModifier):
             return []
         energy = changed_energy(stream, wanted)
         errors = [block_error(pruned, wanted)]
+        before = {child: pruned.linears()[child].weight.clone() for child in kept}
         refit(dense, pruned, kept)
         errors.append(block_error(pruned, wanted))
-        if self.steps:
-            settings = self._settings()
-            errors.append(
-                descend(dense, pruned, wanted, errors[-1], energy, kept, settings)
+        fallback: str | None = None
+        if not math.isfinite(errors[-1]):
+            fallback = f"the error after the closed form is {errors[-1]}"
+            logger.warning(
+                f"{layer.name}: {fallback}; the block stays as it was pruned"
             )
+            for child, weight in before.items():
+                pruned.linears()[child].weight.copy_(weight)
+            errors[-1] = errors[0]
+        if self.steps and not fallback:
+            found = descend(
+                dense, pruned, wanted, errors[-1], energy, kept, self._settings()
+            )
+            errors.append(found.error)
+            fallback = found.fallback
         for child, mask in kept.items():
             linear = block.get_submodule(child)
             dtype = cast(Tensor, linear.weight).dtype
             weight = pruned.linears()[child].weight.to(dtype).masked_fill(~mask, 0.0)
-            update_offload_parameter(linear, "weight", weight)
+            write_parameter(linear, "weight", weight)
         layer.done(
             device,
             {"block output": [error / energy for error in errors]},
             zeros=sum(int((~mask).sum()) for mask in kept.values()),
             entries=sum(mask.numel() for mask in kept.values()),
+            fallback=fallback,
         )
         return [block.get_submodule(child) for child in kept]
 

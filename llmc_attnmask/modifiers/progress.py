@@ -24,7 +24,6 @@ from typing import IO, Any, Protocol, cast, runtime_checkable
 import numpy as np
 import torch
 from compressed_tensors.distributed import is_source_process
-from compressed_tensors.offload import update_offload_parameter
 from llmcompressor.core import LifecycleCallbacks, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -36,6 +35,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmc_attnmask import journal
+from llmc_attnmask.checkpoint.writer import disk_errors
+from llmc_attnmask.distributed import write_parameter
 from llmc_attnmask.masks.record import forget, recall, remember
 from llmc_attnmask.modifiers.run import run_of
 
@@ -157,7 +158,8 @@ class Progress:
         file = self._file(modifier, layer)
         metadata = {"journal": json.dumps([asdict(entry) for entry in entries])}
         partial = self.folder / f".{file}"
-        save_file(tensors, partial, metadata)
+        with disk_errors(partial):
+            save_file(tensors, partial, metadata)
         _publish(partial, self.folder / file)
         self._finished.add(file)
 
@@ -184,9 +186,7 @@ class Progress:
                 name, _, tensor = key.rpartition(":")
                 modules.setdefault(name, model.get_submodule(name))
                 if tensor != _MASK:
-                    update_offload_parameter(
-                        modules[name], tensor, file.get_tensor(key)
-                    )
+                    write_parameter(modules[name], tensor, file.get_tensor(key))
             for name, module in modules.items():
                 forget(module)
                 if f"{name}:{_MASK}" in file.keys():  # noqa: SIM118
@@ -265,6 +265,12 @@ def recorded(progress: Progress) -> Iterator[None]:
     finally:
         SequentialPipeline.__call__ = original  # type: ignore[method-assign]
         _active.reset(token)
+
+
+def restorable(modifier: Modifier, layer: str) -> bool:
+    """Whether ``step`` will read this layer instead of having it computed."""
+    progress = _active.get()
+    return progress is not None and progress.has(modifier, layer)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A decoder block on its own: run it on collected inputs, on any hidden states."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from llmc_attnmask.attention.capture import isolated_copy
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.samples import SampleTensors
-
-SAMPLES_AT_ONCE = 8
+from llmc_attnmask.calibration import units_of
+from llmc_attnmask.distributed import all_sum_numbers
+from llmc_attnmask.faults import Fitting
 
 
 class Block:
@@ -42,6 +43,8 @@ class Block:
         self.autocast = device.type == "cuda"
         self.inputs = inputs
         self.hidden = hidden
+        self.units = units_of(inputs, device)
+        self.fitting = Fitting()
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """Hidden states after the block, float32 [B, L, D], of some samples."""
@@ -52,18 +55,17 @@ class Block:
             output: Any = self.module(*args, **kwargs)
         return (output[0] if isinstance(output, tuple) else output).float()
 
-    def batches(self) -> Iterator[list[int]]:
-        """All samples, a few of one length at a time."""
-        return self.inputs.batches(range(len(self.inputs)), SAMPLES_AT_ONCE)
-
     @torch.no_grad()
     def outputs(self) -> SampleTensors:
-        """Hidden states after the block of every sample, kept as the inputs are."""
+        """Hidden states after the block, of every sample that this rank has.
+
+        They are kept as the inputs are.
+        """
         inputs = self.inputs.hidden if self.hidden is None else self.hidden
         dtype = inputs[0].dtype
         found = SampleTensors(self.inputs.offload)
-        for indices in self.batches():
-            for i, output in zip(indices, self(indices).split(1), strict=True):
+        for indices, outputs in self.fitting(self.units, self):
+            for i, output in zip(indices, outputs.split(1), strict=True):
                 found[i] = output.to("cpu", dtype)
         return found
 
@@ -77,18 +79,21 @@ class Block:
 
 @torch.no_grad()
 def block_error(pruned: Block, wanted: Sequence[Tensor]) -> float:
-    """||Y~ - Y||_F^2 over the samples.
+    """||Y~ - Y||_F^2 over the samples of all ranks.
 
     :param wanted: Y, hidden states after the dense block, [1, L, D] of each sample
     """
-    total = 0.0
-    for indices in pruned.batches():
+
+    def run(indices: list[int]) -> float:
         target = torch.cat([wanted[i] for i in indices]).to(pruned.device)
-        total += (pruned(indices) - target).square().sum().item()
-    return total
+        return (pruned(indices) - target).square().sum().item()
+
+    total = sum(error for _, error in pruned.fitting(pruned.units, run))
+    return all_sum_numbers(total)[0]
 
 
 def changed_energy(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
     """||Y - X||_F^2: what a block adds to its residual stream, to be relative to."""
     pairs = zip(inputs, outputs, strict=True)
-    return sum((y.float() - x.float()).square().sum().item() for x, y in pairs)
+    total = sum((y.float() - x.float()).square().sum().item() for x, y in pairs)
+    return all_sum_numbers(total)[0]

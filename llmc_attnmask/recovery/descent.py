@@ -10,17 +10,21 @@ lost; A and A~ are the attention matrices within.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from loguru import logger
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
+from llmc_attnmask.calibration import Sums, Unit, count, minibatches, units_of
+from llmc_attnmask.distributed import all_sum_numbers
+from llmc_attnmask.faults import fault_of
 from llmc_attnmask.recovery.block import Block, block_error
 
 
@@ -35,6 +39,14 @@ class DescentSettings:
     seed: int
 
 
+@dataclass(frozen=True)
+class Descent:
+    """What a descent has come to."""
+
+    error: float  # ||Y~ - Y||_F^2 over all samples
+    fallback: str | None = None  # what came out as no number, if anything did
+
+
 def descend(
     dense: Block,
     pruned: Block,
@@ -43,14 +55,13 @@ def descend(
     energy: float,
     kept: dict[str, Tensor],
     settings: DescentSettings,
-) -> float:
+) -> Descent:
     """Move the survivors of ``pruned``; unless that lowers the error, put them back.
 
     :param start_error: ||Y~ - Y||_F^2 over all samples as it is
     :param wanted: Y of every sample, [1, L, D]
     :param energy: ||Y - X||_F^2 over all samples
     :param kept: name of a Linear of the block -> bool [rows, columns]
-    :return: ||Y~ - Y||_F^2 over all samples as it is now
     """
     linears = {name: pruned.linears()[name] for name in kept}
     before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
@@ -62,33 +73,81 @@ def descend(
         groups.append({"params": [linear.weight], "peak": peak})
     optimizer = torch.optim.Adam(groups)
     generator = torch.Generator().manual_seed(settings.seed)
-    samples = range(len(pruned.inputs))
-    batches = pruned.inputs.minibatches(samples, settings.batch_size, generator)
-    attention = _AttentionTerm(dense, pruned) if settings.attention_weight else None
+    units = units_of(pruned.inputs, pruned.device, settings.batch_size)
+    objective = _Objective(dense, pruned, wanted, count(units) / energy, settings)
+    fallback: str | None = None
+    batches = minibatches(units, settings.batch_size, generator)
     for step, batch in enumerate(itertools.islice(batches, settings.steps)):
         for group in optimizer.param_groups:
             share = step / settings.steps
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * share))
-        target = torch.cat([wanted[i] for i in batch]).to(pruned.device)
-        with torch.enable_grad():
-            lost = (pruned(batch) - target).square().sum()
-            loss = lost / len(batch) * (len(samples) / energy)
-            if attention is not None:
-                loss = loss + settings.attention_weight * attention(batch)
-            optimizer.zero_grad()
-            loss.backward()
+        loss, gradients = objective.gradient(batch, linears)
+        if fault := fault_of(loss, gradients.values()):
+            fallback = f"step {step}: {fault}"
+            break
         for name, linear in linears.items():
-            assert linear.weight.grad is not None
-            linear.weight.grad.masked_fill_(~kept[name], 0.0)
+            linear.weight.grad = gradients[name].masked_fill_(~kept[name], 0.0)
         optimizer.step()
-    error = block_error(pruned, wanted)
+    error = math.nan if fallback else block_error(pruned, wanted)
+    if not fallback and not math.isfinite(error):
+        fallback = f"the error after the descent is {error}"
     better = error <= start_error  # False for NaN
     with torch.no_grad():
         for name, linear in linears.items():
             linear.weight.requires_grad_(False)
             if not better:
                 linear.weight.copy_(before[name])
-    return error if better else start_error
+    if fallback:
+        logger.warning(f"{fallback}; the block stays as it was before the descent")
+    return Descent(error if better else start_error, fallback)
+
+
+class _Objective:
+    """The loss above as a function of the weights that the pruned block has.
+
+    :param per_energy: samples over ||Y - X||_F^2
+    """
+
+    def __init__(
+        self,
+        dense: Block,
+        pruned: Block,
+        wanted: Sequence[Tensor],
+        per_energy: float,
+        settings: DescentSettings,
+    ):
+        self.pruned, self.wanted, self.per_energy = pruned, wanted, per_energy
+        self.attention_weight = settings.attention_weight
+        weighed = bool(self.attention_weight)
+        self.attention = _AttentionTerm(dense, pruned) if weighed else None
+
+    def gradient(
+        self, units: Sequence[Unit], linears: Mapping[str, nn.Linear]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Mean over the units' samples, those of all ranks, and gradient by Linear."""
+        weights = {name: linear.weight for name, linear in linears.items()}
+
+        def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
+            target = torch.cat([self.wanted[i] for i in samples]).to(self.pruned.device)
+            with torch.enable_grad():
+                lost = (self.pruned(samples) - target).square().sum()
+                loss = lost * self.per_energy
+                if self.attention is not None:
+                    relative = self.attention(samples) * len(samples)
+                    loss = loss + self.attention_weight * relative
+            # experts that no token reaches have none
+            gradients = torch.autograd.grad(
+                loss, list(weights.values()), materialize_grads=True
+            )
+            return loss.item(), gradients
+
+        total, sums = 0.0, Sums(like=weights)
+        for _, (loss, gradients) in self.pruned.fitting(units, run):
+            total += loss
+            for name, gradient in zip(weights, gradients, strict=True):
+                sums.add(name, gradient)
+        mean = all_sum_numbers(total)[0] / count(units)
+        return mean, {name: g / count(units) for name, g in sums.totals().items()}
 
 
 class _AttentionTerm:

@@ -20,11 +20,14 @@ from llmc_attnmask.attention.projections import (
     attention_modules,
     find_projections,
 )
+from llmc_attnmask.calibration import LARGEST, Sums
+from llmc_attnmask.distributed import gathered, owner, rank, send_from
 from llmc_attnmask.masks.least_squares import solve
 from llmc_attnmask.masks.objectives import MatrixObjective
 from llmc_attnmask.recovery.block import Block
 
 _OUTPUT_WEIGHT = 0.9  # as the attention modifier's default
+_HESSIAN = ""  # beside names of Linears
 
 
 @torch.no_grad()
@@ -36,15 +39,19 @@ def refit(dense: Block, pruned: Block, kept: dict[str, Tensor]) -> None:
     :param kept: name of a Linear of the block -> bool [rows, columns]
     """
     groups = _by_input(pruned, list(kept))
-    writers = _residual_writers(dense, [name for group in groups for name in group])
+    names = [name for group in groups for name in group]
+    writers = gathered(_residual_writers(dense, names))[0]  # the source's trial counts
     sensitivities = _sensitivities(dense)
     for group in groups:
         silent = writers[writers.index(group[0]) :] if group[0] in writers else []
         hessian, targets = _normal_equations(dense, pruned, group, silent)
-        for name in group:
+        for position, name in enumerate(group):
             weight = pruned.linears()[name].weight
-            known = sensitivities.get(name)
-            weight.copy_(solve(hessian, targets[name], weight, kept[name], known))
+            found = weight
+            if owner(position) == rank():
+                known = sensitivities.get(name)
+                found = solve(hessian, targets[name], weight, kept[name], known)
+            weight.copy_(send_from(owner(position), found))
 
 
 def _sensitivities(dense: Block) -> dict[str, Tensor]:
@@ -66,8 +73,8 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
             lambda _, args, kwargs, inputs=inputs: inputs.append(args, kwargs),
             with_kwargs=True,
         )
-        for indices in dense.batches():
-            dense(indices)
+        for _ in dense.fitting(dense.units, dense):
+            pass
         handle.remove()
         objective = MatrixObjective(
             AttentionReplica(attention), inputs, projections, roles, _OUTPUT_WEIGHT
@@ -87,19 +94,18 @@ def _normal_equations(
     :param silent: Linears whose outputs are replaced by zeros: if the group writes to
         the residual stream, the block's output is then the stream without it
     """
-    hessian: Tensor = torch.zeros((), device=pruned.device)
-    targets: dict[str, Tensor] = {}
     linears = dense.linears()
-    for indices in pruned.batches():
+
+    def terms(indices: list[int]) -> dict[str, Tensor] | None:
         then, dense_output = _run(dense, indices, group, silent)
         now, output = _run(pruned, indices, group, silent)
         if group[0] not in now:
-            continue  # an expert without tokens
+            return None  # an expert without tokens
         x = now[group[0]][0]
         everything = (len(indices), pruned.inputs.hidden.shape(indices[0])[1])
         rows = x.flatten(0, -2).float()
         product = rows.T @ rows
-        hessian = hessian + product
+        found = {_HESSIAN: product}
         for name in group:
             linear = linears[name]
             if x.shape[:-1] == everything and name in then:
@@ -108,11 +114,19 @@ def _normal_equations(
                     wanted = wanted - linear.bias
                 if dense_output is not None and output is not None:
                     wanted = wanted + dense_output - output
-                target = wanted.flatten(0, -2).T @ rows
+                found[name] = wanted.flatten(0, -2).T @ rows
             else:  # an expert's share of the tokens may not be the same in both
-                target = linear.weight @ product
-            targets[name] = targets[name] + target if name in targets else target
-    return hessian, targets
+                found[name] = linear.weight @ product
+        return found
+
+    columns = linears[group[0]].in_features
+    sums = Sums(like={name: linears[name].weight for name in group})
+    sums.add(_HESSIAN, torch.zeros(columns, columns, device=pruned.device))
+    for _, found in pruned.fitting(pruned.units, terms):
+        for key, term in (found or {}).items():
+            sums.add(key, term)
+    totals = sums.totals()
+    return totals.pop(_HESSIAN), totals
 
 
 class _Reached(BaseException):
@@ -177,8 +191,24 @@ def _by_input(block: Block, names: list[str]) -> list[list[str]]:
 
     Linears that the first samples do not reach are left out.
     """
+    first = [u for u in block.units if u.index * u.size < LARGEST and u.samples]
+    seen = {u.index: _groups(block, names, list(u.samples)) for u in first}
+    by_unit: dict[int, list[list[str]]] = {}
+    for share in gathered(seen):
+        by_unit |= share
+    groups: list[list[str]] = []
+    known: set[str] = set()
+    for index in sorted(by_unit):
+        for group in by_unit[index]:
+            if new := [name for name in group if name not in known]:
+                groups.append(new)
+                known |= set(new)
+    return groups
+
+
+def _groups(block: Block, names: list[str], samples: list[int]) -> list[list[str]]:
     with _watched(block, names, []) as seen:
-        block(next(block.batches()))
+        block(samples)
     groups: list[list[str]] = []
     previous: Tensor | None = None
     for name, (x, _) in seen.items():  # in order of their calls

@@ -46,7 +46,7 @@ def open_files() -> set[str]:
 
 
 def test_nothing_stays_in_the_temporary_folder_not_even_a_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = open_files()
     stored = SampleTensors("disk")
     stored.append(torch.ones(1000))

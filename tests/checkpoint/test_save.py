@@ -228,3 +228,12 @@ def test_pushing_to_the_hub_while_saving_is_refused(tmp_path):
     with pytest.raises(ValueError, match="push_to_hub would upload"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_large_models_are_saved_in_shards_and_packed_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmc_attnmask.checkpoint.save._MAX_SHARD_SIZE", "1MB")
+    recipe = written(tmp_path, None, "sparse-24-bitmask")
+    saved = prune(MODEL_DIR, recipe, tmp_path / "out", **QUICK)
+    assert len(list(saved.glob("model-*.safetensors"))) > 2
+    assert len([x for x in inspect(saved) if "bitmask" in x.format]) == 28
+    assert load(saved).model.layers[3].mlp.up_proj.weight.any()

@@ -35,8 +35,7 @@ def test_the_dense_weights_have_no_error_and_others_have(layer, role):
 @pytest.mark.parametrize("role", ["q", "k", "v", "o"])
 def test_the_curvature_predicts_the_error_of_small_changes(layer, role):
     objective = objectives(layer)[role]
-    everything = range(len(objective.inputs))
-    objective.held_back = list(everything)
+    objective.held_back = objective.units
     hessian, sensitivity = objective.curvature()[role]
     dense = objective.dense(role)
     samples = len(objective.inputs)
@@ -63,7 +62,8 @@ def test_the_output_objective_is_the_modules_own_output(layer, random_llama):
     replica, inputs, _ = layer
     objective = OutputObjective(*layer, ["v", "o"], {})
     attention = random_llama.model.layers[1].self_attn
-    args, kwargs = inputs.batch(objective.held_back, replica.device, replica.dtype)
+    held_back = [i for unit in objective.held_back for i in unit.samples]
+    args, kwargs = inputs.batch(held_back, replica.device, replica.dtype)
     with torch.no_grad():
         dense = attention(*args, **kwargs)[0]
         changed = {role: objective.dense(role) * 0.9 for role in ("v", "o")}

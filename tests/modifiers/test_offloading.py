@@ -10,29 +10,36 @@ from compressed_tensors.offload import (
     load_offloaded_model,
     update_offload_parameter,
 )
-from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmc_attnmask import (
-    AttentionMatrixPruningModifier,
-    MaskedGPTQModifier,
-    MaskedRecoveryModifier,
-)
+from llmc_attnmask import AttentionMatrixPruningModifier
 from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.pruning import compress, save
+from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.pruning import _set_default, compress, prune
+from llmc_attnmask.recipe import load_recipe
+from tests.checkpoint.checkpoints import prune_2of4
 
-TWO_OF_FOUR = {"sparsity": 0.5, "mask_structure": "2:4"}
+RECIPE = """
+prune_stage:
+  attention_modifiers:
+    AttentionMatrixPruningModifier: {sparsity: 0.5, mask_structure: "2:4", steps: 2}
+  rest_modifiers:
+    SparseGPTModifier:
+      {sparsity: 0.5, mask_structure: "2:4", targets: ["re:.*(v|o|gate|up|down)_proj$"]}
+  recovery_modifiers:
+    MaskedRecoveryModifier: {steps: 2, storage: sparse-24-bitmask}
+quant_stage:
+  quant_modifiers:
+    MaskedGPTQModifier: {scheme: W8A8, targets: ["re:.*layers.0.*_proj$"]}
+"""
+FEW = {"num_samples": 6, "max_length": 64}
 
 
-def modifiers(offload: str) -> list:
-    kept = {"offload_activations": offload}
-    return [
-        AttentionMatrixPruningModifier(steps=2, **TWO_OF_FOUR, **kept),
-        SparseGPTModifier(**TWO_OF_FOUR, targets=["re:.*(v|o|gate|up|down)_proj$"]),
-        MaskedRecoveryModifier(steps=2, **kept),
-        MaskedGPTQModifier(scheme="W8A8", targets=["re:.*layers.0.*_proj$"]),
-    ]
+def attention(offload: str) -> AttentionMatrixPruningModifier:
+    return AttentionMatrixPruningModifier(
+        sparsity=0.5, mask_structure="2:4", steps=2, offload_activations=offload
+    )
 
 
 @pytest.fixture
@@ -56,22 +63,54 @@ def in_memory() -> PreTrainedModel:
 
 
 def test_model_and_activations_on_disk_give_the_bytes_of_those_in_memory(
-    in_memory, on_disk, tokenizer, calibration, tmp_path
+    tmp_path, monkeypatch
 ):
-    storage = "sparse-24-bitmask"
-    for model, offload, name in ((in_memory, "cpu", "a"), (on_disk, "disk", "b")):
-        compress(model, tokenizer, modifiers(offload), calibration[:6])
-        save(model, tokenizer, tmp_path / name, storage)
-    files = [tmp_path / name / "model.safetensors" for name in "ab"]
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    files = [
+        prune(
+            MODEL_DIR,
+            tmp_path / "recipe.yaml",
+            tmp_path / f"on {place}",
+            offload_model=place,
+            offload_activations=place,
+            **FEW,
+        )
+        / "model.safetensors"
+        for place in ("cpu", "disk")
+    ]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert any(name.endswith(".bitmask") for name in load_file(files[0]))
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_packed_model_is_not_offloaded_but_refused(tmp_path):
+    packed = tmp_path / "packed"
+    pack(prune_2of4(MODEL_DIR, tmp_path / "dense"), packed)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    with pytest.raises(ValueError, match="packed, which cannot be offloaded to disk"):
+        prune(packed, recipe, tmp_path / "out", offload_model="disk", **FEW)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_has_the_last_word_on_where_activations_are_kept(tmp_path):
+    fields = "sparsity: 0.5, offload_activations: cpu"
+    (tmp_path / "recipe.yaml").write_text(
+        f"a_stage: {{b_modifiers: {{AttentionMatrixPruningModifier: {{{fields}}}, "
+        "MaskedRecoveryModifier: {}}}"
+    )
+    modifiers = load_recipe(tmp_path / "recipe.yaml").modifiers
+    _set_default(modifiers, "offload_activations", "disk")
+    assert [m.offload_activations for m in modifiers] == ["cpu", "disk"]
 
 
 def test_a_broken_weight_on_disk_is_refused(on_disk, tokenizer, calibration):
     linear = on_disk.model.layers[1].mlp.up_proj
     update_offload_parameter(linear, "weight", linear.weight.detach() * torch.nan)
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight has \d+ NaN"):
-        compress(on_disk, tokenizer, modifiers("cpu")[:1], calibration[:2])
+        compress(on_disk, tokenizer, [attention("cpu")], calibration[:2])
 
 
 def open_files() -> int:
@@ -81,14 +120,14 @@ def open_files() -> int:
 def test_activations_are_off_memory_and_off_disk_when_a_run_fails(
     in_memory, tokenizer, calibration, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(
         "llmc_attnmask.modifiers.attention_pruning.learn_masks",
         lambda _, inputs, *__: (_ for _ in ()).throw(KeyboardInterrupt(open_files())),
     )
     before = open_files()
     with pytest.raises(KeyboardInterrupt) as interrupt:
-        compress(in_memory, tokenizer, modifiers("disk")[:1], calibration[:2])
+        compress(in_memory, tokenizer, [attention("disk")], calibration[:2])
     during = interrupt.value.args[0]
     del interrupt
     gc.collect()

@@ -34,8 +34,8 @@ def run(case: Case, **changes) -> float:
         case.kept,
         settings,
     )
-    assert found == block_error(case.pruned, case.wanted)
-    return found
+    assert found.error == block_error(case.pruned, case.wanted)
+    return found.error
 
 
 def matrix_error(case: Case) -> float:

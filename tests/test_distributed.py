@@ -1,0 +1,125 @@
+"""Several processes against one: gloo between CPUs, as torchrun starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.pruning import prune
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(HERE.parent),
+    "PYTHONWARNINGS": "ignore",
+}
+TORCHRUN = [sys.executable, *["-m", "torch.distributed.run", "--standalone"]]
+TORCHRUN += ["--nproc_per_node", "2"]
+RECIPE = """
+prune_stage:
+  light_modifiers:
+    AttentionMatrixPruningModifier:
+      {sparsity: 0.5, mask_structure: "2:4", steps: 24,
+       targets: ["re:.*[01].self_attn$"]}
+  accurate_modifiers:
+    AttentionMatrixPruningModifier:
+      {sparsity: 0.6, projections: [q, k, v, o], update_weights: true, steps: 8,
+       targets: ["re:.*2.self_attn$"]}
+  rest_modifiers:
+    ALPSPruningModifier:
+      {sparsity: 0.5, mask_structure: "2:4", targets: ["re:.*(gate|up|down)_proj$"]}
+  recovery_modifiers:
+    MaskedRecoveryModifier: {steps: 4, attention_weight: 0.1}
+"""
+DATA = ["--num-samples", "16", "--max-length", "64"]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command of ours in two processes."""
+    return subprocess.run(
+        [*TORCHRUN, *command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def one_thread():
+    """More add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_checkpoint_that_one_process_writes(tmp_path, one_thread):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    command = ["-m", "llmc_attnmask", "prune", str(MODEL_DIR), "--recipe", str(recipe)]
+    done = run([*command, *DATA, "--output", str(tmp_path / "2")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved") == 1
+    prune(MODEL_DIR, recipe, tmp_path / "1", num_samples=16, max_length=64)
+    files = {n: load_file(tmp_path / str(n) / "model.safetensors") for n in (1, 2)}
+    dense = load_file(MODEL_DIR / "model.safetensors")
+    for name, alone in files[1].items():
+        together = files[2][name]
+        assert torch.equal(together == 0, alone == 0)
+        torch.testing.assert_close(together.float(), alone.float(), rtol=0, atol=1e-5)
+    changed = [name for name in dense if not torch.equal(dense[name], files[2][name])]
+    assert len(changed) == 2 * 2 + 4 + 4 * 3
+    names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in "12"]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_what_ranks_must_not_do_is_refused_on_every_rank(tmp_path):
+    done = run([str(HERE / "ranks.py"), str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for modifier in ("attention", "alps", "recovery"):
+            assert "ranks 0 and 1 calibrate on the same samples" in found[modifier]
+            assert "dataset of its own" in found[modifier]
+        for modifier in ("sparsegpt", "wanda"):
+            assert "cannot run in 2 processes" in found[modifier]
+            assert "use ALPSPruningModifier" in found[modifier]
+            assert found[f"{modifier} hooks"] == 0
+        assert "rank 1 reached b" in found["reached"]
+        assert found["sum"] == [3.0, 3.0]
+        assert found["sent"] == [[1.0, 1.0], [float(rank)] * 2]
+        assert found["written"] == [7.0, 7.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("raise", "error: no luck with layer 1"), ("kill", "has lost another one")],
+)
+def test_a_rank_that_ends_ends_the_run_with_one_message(fault, message, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    command = [str(HERE / "faulty.py"), fault, "prune", str(MODEL_DIR), *DATA]
+    output = tmp_path / "out"
+    start = time.monotonic()
+    done = run([*command, "--recipe", str(recipe), "--output", str(output)])
+    assert done.returncode == 1
+    own = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(own) == 1 and message in own[0]
+    failed = float((tmp_path / "failed").read_text())
+    assert time.monotonic() - max(start, failed) < 60
+    assert not output.exists() or not (output / "config.json").exists()
+    if fault == "kill":
+        assert signal.Signals.SIGKILL.name in done.stderr  # torchrun's summary

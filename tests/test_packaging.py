@@ -1,0 +1,98 @@
+"""The wheel and the sdist have what a user needs, and CITATION.cff says what we say."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+import yaml
+
+import llmc_attnmask
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {path.name for path in ROOT.glob("recipes/*.yaml")}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with both, built without isolation: nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", folder],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (file,) = built.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+def test_the_wheel_carries_model_recipes_and_types(wheel):
+    names = set(wheel.namelist())
+    model = {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {f"llmc_attnmask/builtin/model/{name}" for name in model} <= names
+    assert RECIPES and {f"llmc_attnmask/builtin/recipes/{r}" for r in RECIPES} <= names
+    assert "llmc_attnmask/py.typed" in names
+    modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("llmc_attnmask/**/*.py")}
+    assert modules <= names
+    others = {name for name in names if not name.startswith("llmc_attnmask")}
+    assert not others, "a wheel puts this package and no other in site-packages"
+
+
+def test_the_wheels_recipes_are_found_without_a_clone(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    code = "from llmc_attnmask.builtin import recipes; print(*recipes().values())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    found = [Path(word) for word in done.stdout.split()]
+    assert {path.name for path in found} == RECIPES
+    assert {path.parent for path in found} == {
+        tmp_path / "llmc_attnmask/builtin/recipes"
+    }
+
+
+def test_the_wheel_has_the_command_and_the_plugin(wheel):
+    (points,) = [n for n in wheel.namelist() if n.endswith("entry_points.txt")]
+    text = wheel.read(points).decode()
+    assert "llmc-attnmask = llmc_attnmask.cli:main" in text
+    assert "[vllm.general_plugins]" in text
+    (metadata,) = [n for n in wheel.namelist() if n.endswith("METADATA")]
+    fields = message_from_bytes(wheel.read(metadata))
+    assert fields["Version"] == llmc_attnmask.__version__
+    assert {"compress", "serve", "eval"} <= set(fields.get_all("Provides-Extra"))
+
+
+def test_the_sdist_builds_what_the_clone_builds(built, wheel):
+    (file,) = built.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"recipes/{recipe}" for recipe in RECIPES} <= names
+    assert {"README.md", "LICENSE", "CITATION.cff", "pyproject.toml"} <= names
+    packaged = {n for n in wheel.namelist() if ".dist-info/" not in n}
+    inside = {n.replace("llmc_attnmask/builtin/recipes", "recipes") for n in packaged}
+    assert inside <= names
+
+
+def test_the_citation_names_the_paper_and_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == llmc_attnmask.__version__
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    (paper,) = citation["references"]
+    names = [author["family-names"] for author in paper["authors"]]
+    assert names == ["Liang", "Long", "Shi", "Song", "Zhou"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2410.11261"
