@@ -138,13 +138,21 @@ def test_a_gradient_that_is_no_number_keeps_the_best_mask(layer, update, warning
         assert solution.weights[role].isfinite().all()
 
 
-def test_a_second_order_solution_that_is_no_number_gives_way_to_wandas_mask(
-    layer, monkeypatch, warnings
-):
-    def overflow(_hessian, _target, weight, *_):
-        return weight * math.nan
+def overflow(_hessian, _target, weight, *_):
+    return weight * math.nan
 
-    monkeypatch.setattr("llmc_attnmask.masks.solver.solve", overflow)
+
+def fail(*_):
+    raise torch.linalg.LinAlgError("did not converge")
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
+)
+def test_a_second_order_solution_that_is_no_number_gives_way_to_wandas_mask(
+    layer, monkeypatch, warnings, function, fault
+):
+    monkeypatch.setattr(f"llmc_attnmask.masks.solver.{function}", fault)
     settings = SolverSettings(
         0, 0.1, 8, l2_penalty=0, output_weight=0.9, seed=0, update_weights=True
     )
@@ -168,13 +176,13 @@ def test_a_step_to_infinity_leaves_a_block_as_it_was(calibration, warnings):
         assert torch.equal(linear.weight, before[name])
 
 
+@pytest.mark.parametrize(
+    ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
+)
 def test_solvers_that_fail_leave_numbers_and_a_note_in_the_journal(
-    tokenizer, calibration, monkeypatch, warnings
+    tokenizer, calibration, monkeypatch, warnings, function, fault
 ):
-    def overflow(_hessian, _target, weight, *_):
-        return weight * math.nan
-
-    monkeypatch.setattr("llmc_attnmask.modifiers.alps_pruning.solve", overflow)
+    monkeypatch.setattr(f"llmc_attnmask.modifiers.alps_pruning.{function}", fault)
     monkeypatch.setattr("llmc_attnmask.recovery.refit.solve", overflow)
     model = load_model(MODEL_DIR)
     fields = {"sparsity": 0.5, "mask_structure": "2:4", "targets": "re:.*up_proj$"}

@@ -220,10 +220,13 @@ def _start(
             continue
         if owner(position) == rank():
             target = weight @ hessian
-            masks[role], first = choose_mask(
-                hessian, target, weight, structure, sparsity, sensitivity
-            )
-            values[role] = solve(hessian, target, first, masks[role], sensitivity)
+            try:
+                masks[role], first = choose_mask(
+                    hessian, target, weight, structure, sparsity, sensitivity
+                )
+                values[role] = solve(hessian, target, first, masks[role], sensitivity)
+            except torch.linalg.LinAlgError:
+                values[role] = torch.full_like(weight, math.nan)
         masks[role] = send_from(owner(position), masks[role])
         values[role] = send_from(owner(position), values[role])
     return scores, masks, values

@@ -153,10 +153,14 @@ class ALPSPruningModifier(StoredModifier):
             solutions[name] = _Solution(weight, weight.isfinite())
             if owner(position) == rank():
                 target = weight @ hessian
-                kept, start = choose_mask(
-                    hessian, target, weight, self._structure, self.sparsity
-                )
-                solutions[name] = _Solution(solve(hessian, target, start, kept), kept)
+                try:
+                    kept, start = choose_mask(
+                        hessian, target, weight, self._structure, self.sparsity
+                    )
+                    values = solve(hessian, target, start, kept)
+                except torch.linalg.LinAlgError:
+                    kept, values = weight.isfinite(), torch.full_like(weight, math.nan)
+                solutions[name] = _Solution(values, kept)
         for position, (name, hessian) in enumerate(hessians.items()):
             weight = self._linears[name].weight.detach().to(hessian)
             found = solutions[name].sent_from(owner(position))
