@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_document()
         if node is not None and _nodes(node, {}) > _NODES:
             raise yaml.constructor.ConstructorError(
-                problem=f"its aliases stand for more than {_NODES} values",
+                problem=f"it has more than {_NODES} values, aliases written out",
                 problem_mark=node.start_mark,
             )
         return node

@@ -18,7 +18,6 @@ from tests.checkpoint.checkpoints import decoder, prune_2of4, write
 
 ROOT = Path(__file__).parents[2]
 UNSHARED = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
-PRUNE = f"prune {MODEL_DIR} --recipe attention_2of4 --num-samples 2 --max-length 64"
 
 
 def possible(script: str) -> bool:
@@ -33,81 +32,83 @@ needs_mounts = pytest.mark.skipif(
 )
 
 
-def command(mount: str, arguments: str, disk: Path) -> str:
-    """Error lines of a command on a disk of its own, which must fail; then the disk's
-    files.
-    """
-    script = f"""
-    {mount}
-    cd {disk}
-    set +e
-    {sys.executable} -m llmc_attnmask.cli {arguments}
-    echo "exit code $?"
-    find . -type f
-    """
+# every command in one process: what it imports takes longer than what it does
+COMMANDS = """
+import contextlib, io, os, sys
+from llmc_attnmask.cli import main
+for line in sys.stdin:
+    disk, *sys.argv[1:] = line.split()
+    os.chdir(disk)
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        try:
+            main()
+        except SystemExit as ended:
+            printed.write(f"exit code {ended.code}")
+    print("#", *sys.argv[1:2], os.path.basename(disk))
+    print(*[x for x in printed.getvalue().splitlines() if "error:" in x or "exit" in x])
+    for folder, _, files in os.walk("."):
+        print(*[os.path.join(folder, file) for file in files], sep="\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
+    """What each command says on a disk of its own, and the disk's files afterwards."""
+    base = tmp_path_factory.mktemp("disks")
+    prune_2of4(MODEL_DIR, base / "dense")  # 3.7 MB
+    pack(base / "dense", base / "packed")
+    arguments = {
+        "pack": f"pack {base}/dense out",
+        "unpack": f"unpack {base}/packed out",
+        "prune": f"prune {MODEL_DIR} --recipe attention_2of4 --num-samples 2 "
+        "--max-length 64 --output out",
+    }
+    script, lines = "", []
+    for command, words in arguments.items():
+        for kind, option in (("full", "size=1m"), ("read-only", "size=9m")):
+            disk = base / command / kind
+            disk.mkdir(parents=True)
+            script += f"mount -t tmpfs -o {option} tmpfs {disk}\n"
+            script += f"mkdir {disk}/before && echo kept > {disk}/before/config.json\n"
+            if kind == "read-only":
+                script += f"mount -o remount,ro {disk}\n"
+            lines.append(f"{disk} {words}")
     done = subprocess.run(
-        [*UNSHARED, script],
+        [*UNSHARED, f"{script}exec {sys.executable} -c '{COMMANDS}'"],
+        input="\n".join(lines),
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert "exit code 1\n" in done.stdout, done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if "error:" in line]
-    return "\n".join([*errors, *done.stdout.splitlines()[1:]])
-
-
-def small(disk: Path, size: str) -> str:
-    return f"""mount -t tmpfs -o size={size} tmpfs {disk}
-    mkdir {disk}/before
-    echo kept > {disk}/before/config.json"""
-
-
-@pytest.fixture
-def disk(tmp_path) -> Path:
-    (tmp_path / "disk").mkdir()
-    return tmp_path / "disk"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The shipped model at 2:4, dense and packed: 3.7 and 2.2 MB."""
-    folder = tmp_path_factory.mktemp("model")
-    prune_2of4(MODEL_DIR, folder / "dense")
-    pack(folder / "dense", folder / "packed")
-    return folder
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for part in done.stdout.split("# ")[1:]:
+        name, error, *files = part.splitlines()
+        found[name] = error, [file for file in files if file]
+    return found
 
 
 @needs_mounts
-@pytest.mark.parametrize(
-    "arguments",
-    ["pack {}/dense out", "unpack {}/packed out", f"{PRUNE} --output out"],
-    ids=["pack", "unpack", "prune"],
-)
-def test_a_disk_that_is_full(disk, folders, arguments):
-    shown = command(small(disk, "1m"), arguments.format(folders), disk)
-    error, *left = shown.splitlines()
-    assert error.startswith("error: [Errno 28] No space left on device: '"), shown
-    left.remove("./before/config.json")
+@pytest.mark.parametrize("command", ["pack", "unpack", "prune"])
+def test_a_disk_that_is_full(shown, command):
+    error, files = shown[f"{command} full"]
+    assert error.startswith("error: [Errno 28] No space left on device: '"), error
+    assert error.endswith("exit code 1")
+    files.remove("./before/config.json")
     # of `prune` the finished layers, which --resume goes on from
-    kept = [Path(name) for name in left if name.startswith("./out/.progress/")]
-    assert len(kept) == len(left) and bool(kept) == arguments.startswith("prune"), shown
+    kept = [Path(name) for name in files if name.startswith("./out/.progress/")]
+    assert len(kept) == len(files) and bool(kept) == (command == "prune"), files
     assert not [path for path in kept if path.name.startswith(".")], "half a file"
 
 
 @needs_mounts
-@pytest.mark.parametrize(
-    "arguments",
-    ["pack {}/dense out", f"{PRUNE} --output out"],
-    ids=["pack", "prune"],
-)
-def test_a_disk_that_is_read_only(disk, folders, arguments):
-    mount = f"{small(disk, '9m')}\n    mount -o remount,ro {disk}"
-    shown = command(mount, arguments.format(folders), disk)
-    error, *left = shown.splitlines()
-    assert re.match(r"error: output .*out cannot be created: .*written to$", error), (
-        shown
-    )
-    assert left == ["./before/config.json"]
+@pytest.mark.parametrize("command", ["pack", "unpack", "prune"])
+def test_a_disk_that_is_read_only(shown, command):
+    error, files = shown[f"{command} read-only"]
+    expected = r"error: output .*out cannot be created: .*written to exit code 1"
+    assert re.fullmatch(expected, error)
+    assert files == ["./before/config.json"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become somebody else")

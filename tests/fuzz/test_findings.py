@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint import layout
@@ -19,6 +20,7 @@ from llmc_attnmask.checkpoint.convert import CheckpointWarning, pack, unpack
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.source import read_tokenizer
+from llmc_attnmask.cli import app
 from llmc_attnmask.data import DatasetError, calibration_windows, load_texts
 from llmc_attnmask.evaluation import evaluate
 from llmc_attnmask.pruning import prune
@@ -335,8 +337,8 @@ def billion_laughs(kind: str) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (billion_laughs("lists"), "aliases stand for more than 10000 values"),
-        (billion_laughs("merges"), "aliases stand for more than 10000 values"),
+        (billion_laughs("lists"), "more than 10000 values, aliases written out"),
+        (billion_laughs("merges"), "more than 10000 values, aliases written out"),
         ("a: &a [*a]", "contains itself"),
         ("[" * 3000, "nested too deep"),
         ("a: !!int ''", "value that does not fit its tag: IndexError"),
@@ -379,13 +381,8 @@ def test_anchors_may_be_used_within_reason(tmp_path):
 def test_markup_and_control_codes_of_others_are_shown_and_not_obeyed(tmp_path):
     name = "layers.0.[/x]\x1b[2J[red].weight"
     write(tmp_path / "[bold]dense", {name: two_of_four(4, 8)})
-    command = [sys.executable, "-m", "llmc_attnmask.cli", "inspect"]
-    done = subprocess.run(
-        [*command, tmp_path / "[bold]dense"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path / "[bold]dense")])
+    assert done.exit_code == 0
     assert r"layers.0.[/x]\x1b[2J[red]" in done.stdout and "\x1b" not in done.stdout
     assert "[bold]" in done.stdout
 
@@ -399,8 +396,10 @@ def test_markup_and_control_codes_of_others_are_shown_and_not_obeyed(tmp_path):
     ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path, arguments, message):
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 200)
     with pytest.raises(ValueError, match=message):
-        prune(MODEL_DIR, "attention_2of4", tmp_path / "out", **arguments)
+        prune(MODEL_DIR, "attention_2of4", tmp_path / "out", str(text), **arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -427,22 +426,18 @@ def test_no_file_takes_memory_that_it_does_not_hold(tmp_path):
         file.truncate(file.seek(0, os.SEEK_END) + size)
     model = Path(shutil.copytree(MODEL_DIR, tmp_path / "model"))
     change(model, vocab_size=10**9)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(billion_laughs("merges"))
     code = f"""
 import resource
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.load import load
-from llmc_attnmask.recipe import load_recipe
 pages = int(open("/proc/self/statm").read().split()[0])
 most = pages * resource.getpagesize() + (1 << 30)
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
-for read, path in ((load, {str(model)!r}), (load_recipe, {str(recipe)!r})):
-    try:
-        read(path)
-    except ValueError as error:
-        print(type(error).__name__)
+try:
+    load({str(model)!r})
+except ValueError as error:
+    print(type(error).__name__)
 print(inspect({str(weights)!r})[0].sparsity)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["ValueError", "RecipeError", "1.0"], done.stderr
+    assert done.stdout.split() == ["ValueError", "1.0"], done.stderr
