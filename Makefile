@@ -23,8 +23,10 @@ QUIET := LLM_COMPRESSOR_LOG_LEVEL=ERROR TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=fa
 demo: $(INSTALLED)  ## prune the shipped model by every method and print one table
 	$(QUIET) $(BIN)/python -m llmc_attnmask.compare
 
+# a process per core, of one thread each: faster than threads, as the models are tiny
+WORKERS ?= 2
 test: lint  ## everything CI runs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 	$(MAKE) test-serving
 
 test-fast: $(INSTALLED)
