@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -224,21 +224,13 @@ def compress(
     """
     own = share(len(windows), windows.shape[1], rank(), world_size())
     windows = windows[own]
-    samples = Dataset.from_dict(
-        {
-            "input_ids": windows.tolist(),
-            "attention_mask": torch.ones_like(windows).tolist(),
-        }
-    )
-    oneshot(
-        model=model,
-        tokenizer=tokenizer,
-        dataset=samples,
-        recipe=modifiers,
-        max_seq_length=windows.shape[1],
-        num_calibration_samples=len(windows),
-        shuffle_calibration_samples=False,
-    )
+    samples = [
+        {"input_ids": window, "attention_mask": torch.ones_like(window)}
+        for window in windows
+    ]
+    # a loader, as of a data set llm-compressor would sort samples of one length, too
+    loader: DataLoader = DataLoader(samples, batch_size=1)  # type: ignore[arg-type]
+    oneshot(model=model, tokenizer=tokenizer, dataset=loader, recipe=modifiers)
 
 
 def save(

@@ -40,7 +40,7 @@ prune_stage:
   recovery_modifiers:
     MaskedRecoveryModifier: {steps: 4, attention_weight: 0.1}
 """
-DATA = ["--num-samples", "16", "--max-length", "64"]
+DATA = ["--num-samples", "18", "--max-length", "32"]  # nine units
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,7 @@ def test_two_ranks_write_the_checkpoint_that_one_process_writes(tmp_path, one_th
     done = run([*command, *DATA, "--output", str(tmp_path / "2")])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved") == 1
-    prune(MODEL_DIR, recipe, tmp_path / "1", num_samples=16, max_length=64)
+    prune(MODEL_DIR, recipe, tmp_path / "1", num_samples=18, max_length=32)
     files = {n: load_file(tmp_path / str(n) / "model.safetensors") for n in (1, 2)}
     dense = load_file(MODEL_DIR / "model.safetensors")
     for name, alone in files[1].items():
