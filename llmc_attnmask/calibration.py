@@ -17,8 +17,9 @@ from torch import Tensor
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.distributed import all_sum, gathered, rank
 
-# A GPU needs more at once to be busy; for a CPU, more only falls out of its cache.
-_TOKENS_AT_ONCE, _TOKENS_AT_ONCE_ACCELERATOR = 1024, 8192
+# A GPU needs more at once to be busy; for a CPU, more only falls out of its cache. And
+# a mini-batch should be enough units for every rank to have one.
+_TOKENS_AT_ONCE, _TOKENS_AT_ONCE_ACCELERATOR = 1024, 2048
 _UNITS = 8  # at least, if there are as many samples
 LARGEST = 8  # samples of a unit
 _HELD_BACK_ONE_IN = 8  # units that choose the best mask instead of teaching it

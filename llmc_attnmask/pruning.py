@@ -62,6 +62,9 @@ def prune(
 ) -> Path:
     """Apply a recipe to a model and write the checkpoint.
 
+    Processes that torchrun has started share the calibration windows; each returns when
+    the checkpoint is there.
+
     What is done is kept in the output folder, layer by layer, until the checkpoint is
     complete; only then a ``config.json`` is there.
 
@@ -89,6 +92,11 @@ def prune(
     """
     output = Path(output)
     check_new(output, resume)
+    if offload_model != "cpu" and world_size() > 1:
+        raise ValueError(
+            f"offload_model is {offload_model!r} in {world_size()} processes; they "
+            'keep the model once, in memory that they share: leave it at "cpu"'
+        )
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
     if not 0 <= seed < 1 << 63:

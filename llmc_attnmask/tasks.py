@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
+from llmc_attnmask.checkpoint.source import read_tokenizer
 from llmc_attnmask.evaluation import load_model, window_length
 
 _BATCH_SIZE = 8
@@ -114,7 +113,7 @@ def _run(model: str | Path, tasks: list[str], manager: Any) -> dict[str, Any]:
         return lm_eval.simple_evaluate(
             HFLM(
                 pretrained=loaded,
-                tokenizer=AutoTokenizer.from_pretrained(model),
+                tokenizer=read_tokenizer(model),
                 max_length=window_length(loaded.config, None),
                 batch_size=_BATCH_SIZE,
             ),

@@ -24,6 +24,7 @@ NOT_RUN = {
     "make": "sets up environments, or is the test suite itself",
     "pip": "installs into an environment of its own",
     "python": "benchmarks, generators and GPU scripts: minutes, or a GPU",
+    "torchrun": "several processes; tests/test_distributed.py runs such a command",
     "vllm": "vLLM's environment; make test-serving runs it",
 }
 

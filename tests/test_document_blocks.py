@@ -158,12 +158,19 @@ def _python(words: list[str]) -> bool:
     return all(f'"{option}"' in script.read_text() for option in options)
 
 
+def _torchrun(words: list[str]) -> bool:
+    command = ["torchrun", "--nproc_per_node", "2", "-m", "llmc_attnmask", "prune"]
+    recipe = words[words.index("--recipe") + 1]
+    return words[: len(command)] == command and (ROOT / recipe).exists()
+
+
 CHECKS: dict[str, Callable[[list[str]], bool]] = {
     "cd": _cd,
     "git": _git,
     "make": _make,
     "pip": _pip,
     "python": _python,
+    "torchrun": _torchrun,
     "vllm": _vllm,
 }
 

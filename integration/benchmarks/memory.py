@@ -3,10 +3,10 @@
     python integration/benchmarks/memory.py [--limit 6] [--out memory.json]
 
 Writes a random Llama in bfloat16, layer by layer, and prunes it in a process whose
-address space is limited as by ``ulimit -v``. Two recipes: ``light`` is q and k with
-survivors as they are, ``block`` every Linear, with recovery of one block, whose memory
-is free again afterwards. Both with few steps and samples, as steps cost time and no
-memory. Model and calibration activations are in memory or on disk. Printed of each
+address space is limited as by ``ulimit -v 6291456``. Two recipes: ``light`` is q and k
+with survivors as they are, ``block`` every Linear, with recovery of one block, whose
+memory is free again afterwards. Both with few steps and samples, as steps cost time and
+no memory. Model and calibration activations are in memory or on disk. Printed of each
 process, in MB:
 
 - resident: the peak of what was in memory, files mapped from disk included
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--limit", type=float, default=6.0, help="GB; 0 is none")
+    parser.add_argument("--limit", type=float, default=6.0, help="GiB; 0 is none")
     parser.add_argument("--layers", type=int, default=35)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=4096)
@@ -162,12 +162,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write. [default: TMPDIR]")
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     args = parser.parse_args()
+    limit = int(args.limit * 2**30)
     results: list[Result] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         dense = Path(folder) / "dense"
         size = synthesize(dense, args.layers, args.hidden, args.intermediate)
-        print(f"model: {size / 1e9:.3f} GB, limit: {args.limit} GB")
-        print(f"imports: {_imports(int(args.limit * 1e9), Path(folder))}")
+        print(f"model: {size / 1e9:.3f} GB, limit: {args.limit} GiB")
+        print(f"imports: {_imports(limit, Path(folder))}")
         for name in args.recipes:
             recipe = Path(folder) / f"{name}.yaml"
             recipe.write_text(RECIPES[name])
@@ -180,14 +181,14 @@ def main() -> None:
                 command += ["--offload-activations", activations]
                 command += ["--num-samples", str(args.samples)]
                 command += ["--max-length", str(args.length)]
-                done = measure(command, int(args.limit * 1e9), log)
+                done = measure(command, limit, log)
                 results.append(Result(name, model, activations, *done[:2], **done[2]))
                 print(_line(results[-1]), flush=True)
                 if done[0]:
                     print(log.read_text()[-2000:])
                 shutil.rmtree(output, ignore_errors=True)
     if args.out:
-        figures = {"model": size, "limit": args.limit, "runs": map(asdict, results)}
+        figures = {"model": size, "limit": limit, "runs": map(asdict, results)}
         args.out.write_text(json.dumps(figures, indent=2, default=list))
     if any(result.exit_code for result in results):
         sys.exit(1)

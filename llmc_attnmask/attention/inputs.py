@@ -106,14 +106,6 @@ class ModuleInputs:
         on_device = tree_map_only(Tensor, lambda mask: mask.to(device), masks)
         return args, kwargs | on_device
 
-    def minibatches(
-        self, indices: Sequence[int], size: int, generator: torch.Generator
-    ) -> Iterator[list[int]]:
-        """Endless batches of at most ``size`` samples of equal length, shuffled."""
-        while True:
-            order = torch.randperm(len(indices), generator=generator).tolist()
-            yield from self.batches([indices[i] for i in order], size)
-
     def batches(self, indices: Sequence[int], size: int) -> Iterator[list[int]]:
         """The given samples once, in batches of at most ``size`` of equal length."""
         pending: dict[torch.Size, list[int]] = {}

@@ -116,7 +116,7 @@ class Objective(ABC):
             for role, gradient in zip(leaves, gradients, strict=True):
                 sums.add(role, gradient)
         mean = all_sum_numbers(total)[0] / count(units)
-        return mean, {r: g / count(units) for r, g in sums.totals().items()}
+        return mean, {r: g.div_(count(units)) for r, g in sums.totals().items()}
 
     @abstractmethod
     def curvature(self) -> Curvature:

@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
+import torch
 from pydantic import BeforeValidator
-from torch import nn
+from torch import Tensor, nn
 
 
 def _quoted(value: object) -> object:
@@ -30,11 +31,19 @@ def check_finite(model: nn.Module) -> None:
                 continue  # already quantized
             if quantized and name not in ("weight", "bias"):
                 continue
-            if bad := int((~parameter.isfinite()).sum()):
+            if not _all_finite(parameter):
+                bad = int((~parameter.isfinite()).sum())
                 raise ValueError(
                     f"{prefix}.{name} has {bad} NaN or infinite entries; repair the "
                     "checkpoint first"
                 )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """By the extremes, of which NaN is one: tens of times as fast as one by one."""
+    if not tensor.numel():
+        return True
+    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
 def listed(names: list[str], most: int = 8) -> str:

@@ -143,6 +143,8 @@ class Progress:
         entries: Sequence[journal.Entry],
     ) -> None:
         """Write a step; in a distributed run one process does."""
+        file = self._file(modifier, layer)
+        self._finished.add(file)
         if not is_source_process():
             return
         tensors: dict[str, Tensor] = {}
@@ -155,13 +157,11 @@ class Progress:
                 tensors[f"{name}:{_MASK}"] = _packed(kept)
         if self._lock is None:
             self._create()
-        file = self._file(modifier, layer)
         metadata = {"journal": json.dumps([asdict(entry) for entry in entries])}
         partial = self.folder / f".{file}"
         with disk_errors(partial):
             save_file(tensors, partial, metadata)
         _publish(partial, self.folder / file)
-        self._finished.add(file)
 
     def _create(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

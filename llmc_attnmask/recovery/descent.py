@@ -147,7 +147,7 @@ class _Objective:
             for name, gradient in zip(weights, gradients, strict=True):
                 sums.add(name, gradient)
         mean = all_sum_numbers(total)[0] / count(units)
-        return mean, {name: g / count(units) for name, g in sums.totals().items()}
+        return mean, {n: g.div_(count(units)) for n, g in sums.totals().items()}
 
 
 class _AttentionTerm:

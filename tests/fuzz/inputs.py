@@ -122,28 +122,65 @@ def _packed(draw: st.DrawFn) -> list[tuple[str, dict[str, Any], bytes]]:
     ]
 
 
+Entry = tuple[str, dict[str, Any], bytes]
+
+
 @st.composite
-def safetensors(draw: st.DrawFn) -> bytes:
+def _good(draw: st.DrawFn, packed: bool) -> list[Entry]:
+    """The tensors of a checkpoint that can be packed, or that is."""
+    dtype = draw(st.sampled_from(["BF16", "I8", "F32"]))
+    size, rows, groups = _SIZES[dtype], draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    entries: list[Entry] = [("norm.weight", {"dtype": "F32", "shape": [1]}, bytes(4))]
+    for module in _MODULES[: draw(st.integers(1, 3))]:
+        value = bytes([1] * size)
+        if not packed:
+            data = (value * 2 + bytes(2 * size)) * rows * groups
+            header = {"dtype": dtype, "shape": [rows, 4 * groups]}
+            entries.append((f"{module}.weight", header, data))
+            continue
+        mask = ([0x33] * (groups // 2) + [3] * (groups % 2)) * rows
+        shape = [rows, -(-groups // 2)]
+        values = value * rows * groups * 2
+        content = struct.pack("<2q", rows, 4 * groups)
+        entries += [
+            (f"{module}.compressed", _header(dtype, rows, 2 * groups), values),
+            (f"{module}.bitmask", _header("U8", *shape), bytes(mask)),
+            (f"{module}.shape", _header("I64", 2, 1), content),
+        ]
+    return entries
+
+
+def _header(dtype: str, *shape: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape)}
+
+
+@st.composite
+def _wild(draw: st.DrawFn) -> list[Entry]:
+    """Tensors of any kind, some of the same name."""
+    packed = draw(st.lists(_packed(), max_size=2))
+    entries = [entry for part in packed for entry in part]
+    return entries + draw(st.lists(_entry(), max_size=4))
+
+
+@st.composite
+def safetensors(draw: st.DrawFn, content: st.SearchStrategy[list[Entry]]) -> bytes:
     """A safetensors file: often good, else with a header that lies."""
-    entries = [
-        entry for part in draw(st.lists(_packed(), max_size=2)) for entry in part
-    ]
-    entries += draw(st.lists(_entry(), max_size=4))
     pairs: list[tuple[str, Any]] = []
-    start = 0
-    for name, header, data in sorted(entries, key=lambda e: -_SIZES[e[1]["dtype"]]):
+    data = b""
+    for name, header, values in sorted(
+        draw(content), key=lambda entry: -_SIZES[entry[1]["dtype"]]
+    ):
         if name in dict(pairs) and draw(st.integers(0, 3)):
             continue  # else the header has it twice
-        header = header | {"data_offsets": [start, start + len(data)]}
-        pairs.append((name, header))
-        start += len(data)
-    data = b"".join(e[2] for e in entries)[:start].ljust(start, b"\0")
+        places = [len(data), len(data) + len(values)]
+        pairs.append((name, header | {"data_offsets": places}))
+        data += values
     if pairs and not draw(st.integers(0, 3)):
         name, header = pairs[draw(st.integers(0, len(pairs) - 1))]
         key = draw(st.sampled_from(["dtype", "shape", "data_offsets", "offsets"]))
         odd = st.sampled_from(_ODD_NUMBERS)
         header[key] = draw(st.lists(odd, max_size=3) | odd | st.text(max_size=5))
-    if draw(st.booleans()):
+    if not draw(st.integers(0, 3)):
         metadata = draw(st.dictionaries(st.text(max_size=5), scalars, max_size=2))
         pairs.append(("__metadata__", metadata))
     inner = ",".join(f"{json.dumps(k)}:{json.dumps(v)}" for k, v in pairs)
@@ -183,6 +220,12 @@ quantizations = values | st.fixed_dictionaries(
         "llmc_attnmask": _note,
     },
 )
+PACKED = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": {"format": "sparse-24-bitmask", "targets": [Q]},
+    }
+}
 configs = st.one_of(
     values,
     st.fixed_dictionaries(
@@ -190,14 +233,7 @@ configs = st.one_of(
         optional={"quantization_config": quantizations, "llmc_attnmask": _note},
     ),
     st.just({}),
-    st.just(
-        {
-            "quantization_config": {
-                "quant_method": "compressed-tensors",
-                "sparsity_config": {"format": "sparse-24-bitmask", "targets": [Q]},
-            }
-        }
-    ),
+    st.just(PACKED),
 )
 
 _FILES = ["model.safetensors", "a.safetensors", "sub/b.safetensors"]
@@ -208,30 +244,48 @@ _indices = values | st.fixed_dictionaries(
     {"weight_map": values | st.dictionaries(_names, _paths | values, max_size=5)},
     optional={"metadata": values},
 )
+_others = st.fixed_dictionaries(
+    {},
+    optional={
+        "config.json": json_text(configs),
+        "model.safetensors.index.json": json_text(_indices),
+        "extra/tokenizer.json": st.just("{}"),
+        "pytorch_model.bin": st.just("\x80\x02."),
+    },
+).map(lambda files: {k: v.encode("utf-8", "surrogatepass") for k, v in files.items()})
 _LINKS = ["../outside", "../outside/secret", ".", "/dev/zero", "/", "nowhere", "../in"]
 
 
 @st.composite
 def folders(draw: st.DrawFn) -> Folder:
-    """A checkpoint folder: ``files`` by path, ``links`` and ``pipes`` beside them."""
-    names = draw(st.lists(st.sampled_from(_FILES), max_size=3, unique=True))
-    files: Files = {name: draw(mutated(safetensors())) for name in names}
-    for name, content, odds in (
-        ("config.json", json_text(configs), 9),
-        ("model.safetensors.index.json", json_text(_indices), 2),
-        ("extra/tokenizer.json", st.just("{}"), 2),
-        ("pytorch_model.bin", st.just("\x80\x02."), 1),
-    ):
-        if draw(st.integers(0, 9)) <= odds:
-            text = draw(content)
-            files[name] = text.encode("utf-8", "surrogatepass")
-    if "sub/b.safetensors" in files and draw(st.booleans()):
-        index = {"weight_map": {}}
-        files["model.safetensors.index.json"] = json.dumps(index).encode()
+    """A checkpoint folder: ``files`` by path, ``links`` and ``pipes`` beside them.
+
+    Half of them are good but for a thing or two.
+    """
+    if draw(st.booleans()):
+        packed = draw(st.booleans())
+        content = safetensors(_good(packed))
+        good = json.dumps(PACKED if packed else {})
+        config = draw(st.just(good) | st.just(good) | json_text(configs))
+        files: Files = {
+            "model.safetensors": draw(content | mutated(content)),
+            "config.json": config.encode("utf-8", "surrogatepass"),
+        }
+        odds = 8
+    else:
+        names = draw(st.lists(st.sampled_from(_FILES), max_size=3, unique=True))
+        files = {name: draw(mutated(safetensors(_wild()))) for name in names}
+        files |= draw(_others)
+        odds = 2
+    if draw(st.integers(0, odds)):
+        return {"files": files, "links": {}, "pipes": []}
     special = st.sampled_from(["config.json", *_FILES[:2], "tokenizer.model", "more"])
     links = draw(st.dictionaries(special, st.sampled_from(_LINKS), max_size=1))
-    pipes = draw(st.lists(special, max_size=1)) if not draw(st.integers(0, 5)) else []
-    return {"files": files, "links": links, "pipes": pipes}
+    return {
+        "files": files,
+        "links": links,
+        "pipes": draw(st.lists(special, max_size=1)),
+    }
 
 
 _SCALARS = """\
@@ -259,6 +313,15 @@ _FIELDS = """\
 sparsity mask_structure targets ignore scheme config_groups seed steps projections
 storage block_size mappings __class__"""
 _fields = st.sampled_from(_FIELDS.split())
+_GOOD_FIELDS = {
+    "sparsity": "0.5",
+    "mask_structure": '"2:4"',
+    "targets": "['re:.*q_proj$']",
+    "ignore": "[lm_head]",
+    "scheme": "W8A8",
+    "projections": "[q, k]",
+    "storage": "dense",
+}
 
 
 @st.composite
@@ -290,7 +353,8 @@ def recipes(draw: st.DrawFn) -> bytes:
         for name in draw(st.lists(_modifiers, max_size=2)):
             lines.append(f"    {name}:")
             for field in draw(st.lists(_fields, max_size=3)):
-                value = draw(_scalar_yaml | json_text(values))
+                good = st.just(_GOOD_FIELDS.get(field, "1"))
+                value = draw(good | good | _scalar_yaml | json_text(values))
                 lines.append(f"      {field}: {value}")
     return draw(mutated(st.just("\n".join(lines).encode("utf-8", "replace"))))
 
