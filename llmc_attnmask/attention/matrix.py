@@ -81,21 +81,29 @@ def first_rows(call: AttentionCall, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def attention_change(
-    reference: AttentionCall, query: Tensor, key: Tensor, output_projection: Tensor
-) -> AttentionNorms:
-    """E and Eo apart, not differentiable; arguments as those of ``attention_error``."""
-    matrix = output = 0.0
+def attention_changes(
+    reference: AttentionCall,
+    pruned: Sequence[AttentionCall],
+    output_projection: Tensor,
+) -> list[AttentionNorms]:
+    """E and Eo apart of several pruned modules at once, not differentiable.
+
+    :param reference: call of the dense module
+    :param pruned: their calls, of which query and key count
+    :param output_projection: [D, H * dv] weight of o_proj
+    """
+    sums = [[0.0, 0.0] for _ in pruned]
     for rows, columns in _blocks(reference):
-        dense, pruned = (
-            _softmax(_logits(reference, q, k, rows, columns)[0], reference)
-            for q, k in ((reference.query, reference.key), (query, key))
+        dense, *others = (
+            _softmax(_logits(reference, c.query, c.key, rows, columns)[0], reference)
+            for c in (reference, *pruned)
         )
-        change = pruned - dense
-        matrix += change.square().sum().item()
-        reached = _to_output(change, reference, output_projection)
-        output += reached.square().sum().item()
-    return AttentionNorms(matrix, output)
+        for total, attention in zip(sums, others, strict=True):
+            change = attention - dense
+            reached = _to_output(change, reference, output_projection)
+            total[0] += change.square().sum().item()
+            total[1] += reached.square().sum().item()
+    return [AttentionNorms(*total) for total in sums]
 
 
 def attention_error(

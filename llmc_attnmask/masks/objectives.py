@@ -23,7 +23,7 @@ from llmc_attnmask.attention.capture import AttentionCall, AttentionReplica
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.matrix import (
     AttentionNorms,
-    attention_change,
+    attention_changes,
     attention_context,
     attention_error,
     attention_norms,
@@ -193,38 +193,35 @@ class MatrixObjective(Objective):
         def run(samples: list[int]) -> AttentionNorms:
             return attention_norms(self.call(samples), self.output_projection())
 
-        self.norms = matrix, output = self._over_held_back(run)
+        norms = [found for _, found in self.fitting(self.held_back, run)]
+        matrix, output = all_sum_numbers(
+            sum(found.matrix for found in norms), sum(found.output for found in norms)
+        )
+        self.norms = AttentionNorms(matrix, output)
         self.matrix_weight = (1 - output_weight) * count(self.held_back) / matrix
         # an output projection of zeros lets no error through
         share = output_weight / output if output else 0.0
         self.output_weight = share * count(self.held_back)
 
-    def _over_held_back(
-        self, run: Callable[[list[int]], AttentionNorms]
-    ) -> tuple[float, float]:
-        """Sums over the held-back samples of all ranks."""
-        found = [norms for _, norms in self.fitting(self.held_back, run)]
-        matrix, output = all_sum_numbers(
-            sum(norms.matrix for norms in found), sum(norms.output for norms in found)
-        )
-        return matrix, output
-
     @torch.no_grad()
-    def held_back_errors(self, weights: Weights) -> AttentionNorms:
+    def held_back_errors(self, candidates: Sequence[Weights]) -> list[AttentionNorms]:
         """The two errors of the formula, each relative, before they are weighed."""
 
-        def run(samples: list[int]) -> AttentionNorms:
-            pruned = self.call(samples, weights)
-            return attention_change(
-                self.call(samples), pruned.query, pruned.key, self.output_projection()
-            )
+        def run(samples: list[int]) -> list[AttentionNorms]:
+            pruned = [self.call(samples, weights) for weights in candidates]
+            projection = self.output_projection()
+            return attention_changes(self.call(samples), pruned, projection)
 
-        changes = self._over_held_back(run)
-        matrix, output = (
-            change / norm if norm else 0.0
-            for change, norm in zip(changes, self.norms, strict=True)
-        )
-        return AttentionNorms(matrix, output)
+        found = [changes for _, changes in self.fitting(self.held_back, run)]
+        relative: list[AttentionNorms] = []
+        for i in range(len(candidates)):  # also where this rank holds none back
+            sums = all_sum_numbers(
+                sum(changes[i].matrix for changes in found),
+                sum(changes[i].output for changes in found),
+            )
+            pairs = zip(sums, self.norms, strict=True)
+            relative.append(AttentionNorms(*(x / n if n else 0.0 for x, n in pairs)))
+        return relative
 
     def error(self, samples: list[int], weights: Weights) -> Tensor:
         with torch.no_grad():

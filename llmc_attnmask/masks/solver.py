@@ -110,11 +110,9 @@ def learn_masks(
             *layer, roles, settings.output_weight, settings.batch_size
         )
         curvature = matrix.curvature()
-        compared = _compare(matrix, curvature, peers or {})
         found = _learn(matrix, curvature, *problem)
-        if compared:
-            ours = matrix.held_back_errors(found.weights)
-            found.compared = {"ours": ours, **compared}
+        if peers:
+            found.compared = _compare(matrix, curvature, found.weights, peers)
         solutions.append(found)
         pruned = found.weights
     if rest := [role for role in prune if role in ("v", "o")]:
@@ -124,16 +122,24 @@ def learn_masks(
 
 
 def _compare(
-    objective: MatrixObjective, curvature: Curvature, peers: Mapping[str, Peer]
+    objective: MatrixObjective,
+    curvature: Curvature,
+    ours: Tensors,
+    peers: Mapping[str, Peer],
 ) -> dict[str, AttentionNorms]:
-    """Errors of other methods' weights, as far as they are numbers."""
-    found: dict[str, AttentionNorms] = {}
+    """Errors of our weights and of other methods', as far as they are numbers."""
+    candidates = {"ours": ours}
     for name, peer in peers.items():
-        weights = {r: peer(objective.dense(r), h) for r, (h, _) in curvature.items()}
-        errors = objective.held_back_errors(weights)
-        if all(map(math.isfinite, errors)):
-            found[name] = errors
-    return found
+        candidates[name] = {
+            role: peer(objective.dense(role), hessian)
+            for role, (hessian, _) in curvature.items()
+        }
+    errors = objective.held_back_errors(list(candidates.values()))
+    return {
+        name: found
+        for name, found in zip(candidates, errors, strict=True)
+        if all(map(math.isfinite, found))
+    }
 
 
 def _learn(
