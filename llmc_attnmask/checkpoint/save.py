@@ -33,9 +33,9 @@ from llmc_attnmask.checkpoint.convert import (
 from llmc_attnmask.checkpoint.files import CONFIG, open_checkpoint
 from llmc_attnmask.checkpoint.writer import disk_errors
 
-# Of a model that is offloaded to disk a whole shard is mapped into memory at once, and
-# llm-compressor's own default is 20 GB.
-_MAX_SHARD_SIZE = "2GB"
+# A shard is mapped into memory whole: when it is checked and, of a model on disk, when
+# it is written. llm-compressor's own default is 20 GB.
+_MAX_SHARD_SIZE = "1GB"
 
 Companions = Callable[[PreTrainedModel], Callable[[Path, Path], None]]
 
