@@ -10,6 +10,7 @@ from llmc_attnmask.attention.capture import AttentionCall, AttentionReplica
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.pictures import heads_of, pictures, zeros_by_head
 from llmc_attnmask.attention.projections import Projection, Role
+from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.masks.solver import MaskSolution
 
 
@@ -36,7 +37,7 @@ def figures(
     return {
         "zeros": sum(int((~mask).sum()) for mask in masks.values()),
         "entries": sum(mask.numel() for mask in masks.values()),
-        "samples": len(inputs),
+        "samples": int(all_sum_numbers(len(inputs))[0]),
         "curves": {joined(s.masks): s.curve for s in solutions},
         "compared": {
             method: errors._asdict()
