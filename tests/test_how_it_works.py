@@ -4,8 +4,12 @@ import re
 
 import pytest
 
-from llmc_attnmask import AttentionMatrixPruningModifier, MaskedRecoveryModifier
-from llmc_attnmask.masks import least_squares, objectives, solver
+from llmc_attnmask import (
+    AttentionMatrixPruningModifier,
+    MaskedRecoveryModifier,
+    calibration,
+)
+from llmc_attnmask.masks import least_squares, solver
 from llmc_attnmask.modifiers import attention_pruning
 from llmc_attnmask.quantization import gptq
 from llmc_attnmask.recovery import refit
@@ -23,7 +27,7 @@ PHRASES = [
     f"{WORDS[solver._CHECKS].capitalize()} times in a run",
     f"{WORDS[solver._PATIENCE]} checks without a better one",
     f"steps of {solver._SURVIVOR_STEP} standard deviations",
-    f"One sample in {WORDS[objectives._HELD_BACK_ONE_IN]} is held back",
+    f"One sample in {WORDS[calibration._HELD_BACK_ONE_IN]} is held back",
     f"{attention_pruning._STEPS[True]} steps of Adam move the survivors on",
     f"the default of {FIELDS['output_weight'].default}",
     f"`l2_penalty`, {FIELDS['l2_penalty'].default:g} by default",
