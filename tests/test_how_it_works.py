@@ -27,7 +27,7 @@ PHRASES = [
     f"{WORDS[solver._CHECKS].capitalize()} times in a run",
     f"{WORDS[solver._PATIENCE]} checks without a better one",
     f"steps of {solver._SURVIVOR_STEP} standard deviations",
-    f"One sample in {WORDS[calibration._HELD_BACK_ONE_IN]} is held back",
+    f"One unit in {WORDS[calibration._HELD_BACK_ONE_IN]} is held back",
     f"{attention_pruning._STEPS[True]} steps of Adam move the survivors on",
     f"the default of {FIELDS['output_weight'].default}",
     f"`l2_penalty`, {FIELDS['l2_penalty'].default:g} by default",
