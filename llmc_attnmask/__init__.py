@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from llmc_attnmask.registration import register
 
 if TYPE_CHECKING:
-    from llmc_attnmask.checkpoint.convert import pack, unpack
     from llmc_attnmask.checkpoint.inspect import inspect
     from llmc_attnmask.checkpoint.load import load
+    from llmc_attnmask.conversion import pack, unpack
     from llmc_attnmask.evaluation import evaluate
     from llmc_attnmask.modifiers import (
         ALPSPruningModifier,
@@ -44,9 +44,9 @@ _HOMES = {
     "evaluate": "llmc_attnmask.evaluation",
     "inspect": "llmc_attnmask.checkpoint.inspect",
     "load": "llmc_attnmask.checkpoint.load",
-    "pack": "llmc_attnmask.checkpoint.convert",
+    "pack": "llmc_attnmask.conversion",
     "prune": "llmc_attnmask.pruning",
-    "unpack": "llmc_attnmask.checkpoint.convert",
+    "unpack": "llmc_attnmask.conversion",
 }
 
 

@@ -133,8 +133,11 @@ def evaluate(
     """Perplexity over non-overlapping windows, or tasks, side by side."""
     figures: dict[str, list] = {}
     for model in models if update_report else []:
+        from llmc_attnmask.report.files import read
+
         if not Path(model).is_dir():
             raise ValueError(f"--update-report: {model} is no folder with a report")
+        read(Path(model))  # fails now, if at all, and not after hours
     if tasks:
         from llmc_attnmask.tasks import evaluate_tasks
 
@@ -146,24 +149,22 @@ def evaluate(
         text = text or "builtin:pydoc"
         compared = [*([reference] if reference else []), *models]
         figures["perplexity"] = run(compared, text, max_length, text_column)
-    if update_report:
-        from llmc_attnmask.report.files import add_evaluation
-
-        for model in models:
-            measured = {
-                kind: [x for x in found if x.model in (reference, model)]
-                for kind, found in figures.items()
-            }
-            add_evaluation(model, **measured)
     if as_json:
         lists = {k: [asdict(x) for x in found] for k, found in figures.items()}
         print(json.dumps(lists if tasks else lists["perplexity"], indent=2))
-        return
-    if "tasks" in figures:
+    elif "tasks" in figures:
         _out.print(_task_table(figures["tasks"]))
-    if "perplexity" in figures:
+    if "perplexity" in figures and not as_json:
         title = f"Perplexity on {text}"
         _out.print(_perplexity_table(figures["perplexity"], title, bool(reference)))
+    for model in models if update_report else []:
+        from llmc_attnmask.report.files import add_evaluation
+
+        measured = {
+            kind: [x for x in found if x.model in (reference, model)]
+            for kind, found in figures.items()
+        }
+        add_evaluation(model, **measured)
 
 
 def _perplexity_table(results: "list[Evaluation]", title: str, compare: bool) -> Table:
@@ -188,7 +189,7 @@ def _task_table(results: "list[TaskResult]") -> Table:
     table = Table(title="Tasks, with recovery of the reference")
     for column in ("task", "metric", "samples"):
         table.add_column(column)
-    rows: dict[tuple[str, str, str], list[str]] = {}
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for result in results:
         samples = "" if result.samples is None else str(result.samples)
         cell = f"{result.value:.4f}"
@@ -196,11 +197,13 @@ def _task_table(results: "list[TaskResult]") -> Table:
             cell += f" ± {result.stderr:.4f}"
         if result.recovery is not None:
             cell += f" ({result.recovery:.1f} %)"
-        rows.setdefault((result.task, result.metric, samples), []).append(cell)
-    for model in dict.fromkeys(result.model for result in results):
+        row = rows.setdefault((result.task, result.metric, samples), {})
+        row[result.model] = cell
+    models = list(dict.fromkeys(result.model for result in results))
+    for model in models:
         table.add_column(_plain(model), justify="right")
     for key, cells in rows.items():
-        table.add_row(*key, *cells)
+        table.add_row(*key, *(cells.get(model, "") for model in models))
     return table
 
 
@@ -262,7 +265,7 @@ def pack(
     as_json: JsonOption = False,
 ) -> None:
     """Store 2:4 layers as sparse-24-bitmask, byte-exact."""
-    from llmc_attnmask.checkpoint.convert import pack as run
+    from llmc_attnmask.conversion import pack as run
 
     _show_conversion(run(directory, output, only_2of4=only_2of4), as_json)
 
@@ -274,7 +277,7 @@ def unpack(
     as_json: JsonOption = False,
 ) -> None:
     """Store sparse-24-bitmask layers dense, byte-exact."""
-    from llmc_attnmask.checkpoint.convert import unpack as run
+    from llmc_attnmask.conversion import unpack as run
 
     _show_conversion(run(directory, output), as_json)
 

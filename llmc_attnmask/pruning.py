@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
+import llmc_attnmask
 from llmc_attnmask.attention.samples import Offload
 from llmc_attnmask.calibration import share
 from llmc_attnmask.checkpoint.atomic import PROGRESS, check_new, new_folder
@@ -113,9 +114,8 @@ def prune(
     windows = calibration_windows(
         load_texts(dataset, text_column), tokenizer, num_samples, length
     )
-    progress = Progress(
-        output / PROGRESS, _fingerprint(model, recipe, windows, seed), parsed.modifiers
-    )
+    fingerprint = _fingerprint(model, config, recipe, windows, seed)
+    progress = Progress(output / PROGRESS, fingerprint, parsed.modifiers)
     with _kept(progress), _loaded(model, config, offload_model) as loaded:
         torch.manual_seed(seed)
         facts(loaded).update(
@@ -182,7 +182,11 @@ def _loaded(
 
 
 def _fingerprint(
-    model: str | Path, recipe: str | Path, windows: Tensor, seed: int
+    model: str | Path,
+    config: PreTrainedConfig,
+    recipe: str | Path,
+    windows: Tensor,
+    seed: int,
 ) -> dict[str, str]:
     """What the bytes of the result depend on, but for the machine."""
     weights = sorted(Path(model).glob("*.safetensors"))
@@ -190,11 +194,16 @@ def _fingerprint(
     packages = ("llmcompressor", "compressed-tensors", "transformers", "torch")
     return {
         "model": str(Path(model).resolve() if weights else model),
+        "revision": str(getattr(config, "_commit_hash", None)),  # of a hub model
         "weights": _digest(repr(files).encode()),
+        "config": _digest(config.to_json_string().encode()),
         "recipe": _digest(Path(recipe).read_bytes()),
         "calibration data": _digest(windows.numpy().tobytes()),
         "seed": str(seed),
-        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+        "versions": ", ".join(
+            [f"llmc-attnmask {llmc_attnmask.__version__}"]
+            + [f"{name} {version(name)}" for name in packages]
+        ),
     }
 
 

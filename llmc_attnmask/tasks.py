@@ -5,11 +5,14 @@ data has to be here already where HF_HUB_OFFLINE is set.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from loguru import logger
 
 from llmc_attnmask.checkpoint.source import read_tokenizer
 from llmc_attnmask.evaluation import load_model, window_length
@@ -52,7 +55,7 @@ def evaluate_tasks(
     """
     manager, names = _ready(tasks, include_path)
     found: list[TaskResult] = []
-    for model in [*([reference] if reference else []), *models]:
+    for model in dict.fromkeys([*([reference] if reference else []), *models]):
         found += _results(str(model), _run(model, names, manager), found, reference)
     return found
 
@@ -127,13 +130,13 @@ def _run(model: str | Path, tasks: list[str], manager: Any) -> dict[str, Any]:
 def _quiet() -> Iterator[None]:
     """The harness warns about what is as it should be: defaults of tasks' metrics,
     models that are handed over."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        harness.setLevel(level)
 
 
 def _results(
@@ -149,6 +152,9 @@ def _results(
             metric, _, kind = key.partition(",")
             if not isinstance(value, float | int) or not kind or "_stderr" in metric:
                 continue
+            if not math.isfinite(value):  # JSON has no word for it
+                logger.warning(f"{model}: {key} of {task} is {value} and left out")
+                continue
             stderr = metrics.get(f"{metric}_stderr,{kind}")
             higher = output["higher_is_better"].get(task, {}).get(metric) is not False
             shown = metric if kind == "none" else key
@@ -158,7 +164,9 @@ def _results(
                     task=task,
                     metric=shown,
                     value=float(value),
-                    stderr=stderr if isinstance(stderr, float) else None,
+                    stderr=stderr
+                    if isinstance(stderr, float) and math.isfinite(stderr)
+                    else None,
                     samples=output["n-samples"].get(task, {}).get("effective"),
                     higher_is_better=higher,
                     recovery=_recovery(float(value), dense.get((task, shown)), higher),

@@ -109,8 +109,10 @@ def test_the_table_has_a_row_per_metric_and_a_column_per_model():
         TaskResult("pruned", "arc", "acc", 0.4, 0.01, 8, True, 80.0),
         TaskResult("pruned", "arc", "acc_norm", 0.6, None, 8, True, 100.0),
     ]
+    rows += [TaskResult("other", "arc", "acc_norm", 0.3, None, 8, True, 50.0)]
     table = _task_table(rows)
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert cells["metric"] == ["acc", "acc_norm"]
     assert cells["dense"] == ["0.5000 ± 0.0100", "0.6000"]
     assert cells["pruned"] == ["0.4000 ± 0.0100 (80.0 %)", "0.6000 (100.0 %)"]
+    assert cells["other"] == ["", "0.3000 (50.0 %)"]

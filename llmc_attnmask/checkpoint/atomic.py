@@ -62,7 +62,20 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(left)
     with updated_folder(output) as partial:
         yield partial
-    shutil.rmtree(output / PROGRESS, ignore_errors=True)
+    if (output / PROGRESS).is_dir():
+        _drop_progress(output)
+
+
+def _drop_progress(output: Path) -> None:
+    """Remove it in one step, once the checkpoint is on disk and not in its cache."""
+    for path in output.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    # renamed first: a kill, or a file that NFS keeps while open, leaves no half of it
+    dropped = output / f"{_SAVING}{PROGRESS}"
+    (output / PROGRESS).rename(dropped)
+    shutil.rmtree(dropped, ignore_errors=True)
 
 
 @contextmanager
@@ -81,14 +94,27 @@ def updated_folder(output: Path) -> Iterator[Path]:
     try:
         yield partial
         written = {path.name for path in partial.iterdir()}
-        # config.json last: without it nobody takes the folder for a checkpoint
+        if CONFIG in written:
+            # without one, nobody takes the folder for a checkpoint meanwhile
+            (output / CONFIG).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG):
-            path.replace(output / path.name)
-        for path in output.iterdir():
-            if _WEIGHTS.fullmatch(path.name) and path.name not in written:
-                path.unlink()
+            target = output / path.name
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            if path.name == CONFIG:
+                _remove_other_weights(output, written)
+            path.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_other_weights(output: Path, written: set[str]) -> None:
+    """Of the same name as those written, that is: a variant's leave them alone."""
+    if not any(_WEIGHTS.fullmatch(name) for name in written):
+        return
+    for path in output.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+            path.unlink()
 
 
 @contextmanager

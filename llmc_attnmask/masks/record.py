@@ -56,7 +56,7 @@ def filled(linear: nn.Module) -> int:
     Bits are compared, as this is asked of whole models again and again.
     """
     bits = getattr(linear, _ATTRIBUTE, None)
-    if bits is None:
+    if bits is None or tuple(cast(Tensor, linear.weight).shape) != bits.shape:
         return 0
     wrong = _packed(cast(Tensor, linear.weight).detach().bool()) & ~bits.packed
     return int(np.unpackbits(wrong).sum(dtype=np.int64)) if wrong.any() else 0

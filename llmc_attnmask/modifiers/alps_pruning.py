@@ -25,7 +25,12 @@ from llmc_attnmask.distributed import (
 from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.modifiers.fields import MaskStructureField, Names, check_finite
+from llmc_attnmask.modifiers.fields import (
+    MaskStructureField,
+    Names,
+    check_finite,
+    listed,
+)
 from llmc_attnmask.modifiers.layers import Layer
 from llmc_attnmask.modifiers.progress import restorable, step
 from llmc_attnmask.modifiers.run import run_of
@@ -123,6 +128,14 @@ class ALPSPruningModifier(StoredModifier):
         modules: list[nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
+        try:
+            self._prune_reached(state.model)
+        except BaseException:
+            self.remove_hooks()  # the model outlives a run that failed
+            self._hessians = {}
+            raise
+
+    def _prune_reached(self, model: nn.Module) -> None:
         if self._hessians and not self.done:
             sums = next(iter(self._hessians.values()))
             check_shares([sums.own(_HESSIAN).diagonal()])
@@ -132,12 +145,12 @@ class ALPSPruningModifier(StoredModifier):
         at_once = world_size()
         for start in range(0, len(names), at_once):
             few = names[start : start + at_once]
-            layers = {name: Layer(state.model, self, name) for name in few}
+            layers = {name: Layer(model, self, name) for name in few}
             solutions = self._solve([n for n in few if not restorable(self, n)])
             for name in few:
                 self._hessians.pop(name, None)
                 linear = self._linears[name]
-                with step(state.model, self, name) as work:
+                with step(model, self, name) as work:
                     if not work.restored:
                         self._write(layers[name], linear, solutions[name])
                         work.changed = [linear]
@@ -204,6 +217,11 @@ class ALPSPruningModifier(StoredModifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.remove_hooks()
+        if missed := [name for name in self._linears if name not in self.done]:
+            logger.warning(
+                f"no calibration sample reached {listed(missed)}, which stay dense; "
+                "put them under `ignore` or calibrate with data that uses them"
+            )
 
 
 def _output(weight: Tensor, hessian: Tensor) -> float:

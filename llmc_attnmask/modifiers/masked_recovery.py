@@ -23,6 +23,7 @@ from llmc_attnmask.attention.capture import (
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.attention.samples import Offload, SampleTensors
+from llmc_attnmask.checkpoint.writer import disk_errors
 from llmc_attnmask.distributed import (
     check_shares,
     gathered,
@@ -132,10 +133,9 @@ class MaskedRecoveryModifier(StoredModifier):
                     "modifier into the recipe that prunes it"
                 )
             if is_source():
-                save_file(
-                    {k: v.clone().contiguous() for k, v in weights.items()},
-                    self._file(name),
-                )
+                copies = {k: v.clone().contiguous() for k, v in weights.items()}
+                with disk_errors(self._file(name)):
+                    save_file(copies, self._file(name))
         return True
 
     def _check_place(self) -> None:

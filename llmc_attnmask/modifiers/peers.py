@@ -7,6 +7,7 @@ from functools import partial
 
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier, sgpt_sparsify
 from llmcompressor.modifiers.pruning.wanda import wanda_sparsify
+from loguru import logger
 from torch import Tensor, nn
 
 from llmc_attnmask.masks.solver import Peer
@@ -50,16 +51,20 @@ def _sparsegpt(
 ) -> Tensor:
     linear = _linear(weight)
     fields = SparseGPTModifier.model_fields
-    _, pruned = sgpt_sparsify.sparsify_weight(
-        module=linear,
-        hessians_dict={linear: hessian.clone()},  # it is inverted in place
-        sparsity=sparsity,
-        prune_n=structure.pruned,
-        prune_m=structure.group,
-        block_size=fields["block_size"].default,
-        dampening_frac=fields["dampening_frac"].default,
-        preserve_sparsity_mask=False,
-    )
+    logger.disable(sgpt_sparsify.__name__)  # its advice is for its own modifier's users
+    try:
+        _, pruned = sgpt_sparsify.sparsify_weight(
+            module=linear,
+            hessians_dict={linear: hessian.clone()},  # it is inverted in place
+            sparsity=sparsity,
+            prune_n=structure.pruned,
+            prune_m=structure.group,
+            block_size=fields["block_size"].default,
+            dampening_frac=fields["dampening_frac"].default,
+            preserve_sparsity_mask=False,
+        )
+    finally:
+        logger.enable(sgpt_sparsify.__name__)
     return pruned
 
 

@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmc_attnmask import journal
+from llmc_attnmask.checkpoint.atomic import check_new
 from llmc_attnmask.checkpoint.writer import disk_errors
 from llmc_attnmask.distributed import write_parameter
 from llmc_attnmask.masks.record import forget, recall, remember
@@ -76,6 +77,7 @@ class Progress:
         self._lock: IO | None = None
         self._names: dict[nn.Module, str] = {}
         self._finished: set[str] = set()
+        self._passes: set[str] = set()
         if (folder / _RUN).exists():
             self._open()
 
@@ -90,7 +92,9 @@ class Progress:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ProgressError(f"{path} is no JSON ({error}); remove it") from None
+            raise ProgressError(
+                f"{path} is no JSON ({error}); remove {self.folder}"
+            ) from None
         differing = [
             f"{name} (was {found.get(name)!r}, is {value!r})"
             for name, value in self.fingerprint.items()
@@ -103,6 +107,7 @@ class Progress:
                 "remove the folder to start anew"
             )
         self._finished = {p.name for p in self.folder.glob(f"[0-9]*{_STEP}")}
+        self._passes = {p.name for p in self.folder.glob(f"[0-9]*{_PASS}")}
 
     def _take(self) -> None:
         """Lock the folder; the lock goes with the process, however it ends."""
@@ -111,11 +116,16 @@ class Progress:
         self._lock = (self.folder / _LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ProgressError(
                 f"another process is at work in {self.folder.parent}; wait for it or "
                 "name another output"
             ) from None
+        except OSError as error:  # network file systems may have no locks
+            logger.warning(
+                f"{self.folder} cannot be locked ({error.strerror}); see to it that no "
+                "other process works there"
+            )
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -164,8 +174,12 @@ class Progress:
         _publish(partial, self.folder / file)
 
     def _create(self) -> None:
+        if not self.folder.exists():
+            check_new(self.folder.parent)  # another run may have finished meanwhile
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take()
+        for left in self.folder.glob("[0-9]*"):  # of no run that is known
+            left.unlink()
         partial = self.folder / f".{_RUN}"
         partial.write_text(json.dumps(self.fingerprint, indent=2), encoding="utf-8")
         _publish(partial, self.folder / _RUN)
@@ -220,8 +234,10 @@ class Progress:
 
     def finished(self, modifier: Modifier) -> list[str] | None:
         """The steps of a pass that was complete when the run started, or None."""
-        path = self.folder / f"{self._stem(modifier)}{_PASS}"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        name = f"{self._stem(modifier)}{_PASS}"
+        if name not in self._passes:
+            return None
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
 
 @runtime_checkable
@@ -317,3 +333,8 @@ def _publish(partial: Path, path: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -69,12 +69,15 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
         if not roles:
             continue  # rows of others in the same Linear
         inputs = ModuleInputs(dense.inputs.offload)
+        seen: list[Any] = []
         handle = attention.register_forward_pre_hook(
-            lambda _, args, kwargs, inputs=inputs: inputs.append(args, kwargs),
+            lambda _, args, kwargs, seen=seen: seen.__setitem__(
+                slice(None), (args, kwargs)
+            ),
             with_kwargs=True,
         )
         for _ in dense.fitting(dense.units, dense):
-            pass
+            inputs.append(*seen)  # of what came through, not of what was too large
         handle.remove()
         objective = MatrixObjective(
             AttentionReplica(attention), inputs, projections, roles, _OUTPUT_WEIGHT

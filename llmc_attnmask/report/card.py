@@ -1,5 +1,6 @@
 """README.md: the model card, in the format of the Hugging Face hub."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +15,22 @@ from llmc_attnmask.checkpoint.json_files import read_mapping
 from llmc_attnmask.report import view
 from llmc_attnmask.report.page import environment
 
-_OURS = "<!-- written by llmc-attnmask -->"
+# with a digest of the rest, by which a card is known that was edited since
+_MARK = "<!-- written by llmc-attnmask, {} -->"
+_FOUND = re.compile(_MARK.format("([0-9a-f]{16})"))
+_NO_DIGEST = "0" * 16
 
 Report = Mapping[str, Any]
 
 
 def is_ours(text: str) -> bool:
-    """Whether a model card was written here, so that it may be overwritten."""
-    return _OURS in text
+    """Whether a model card is as it was written here, so that it may be overwritten."""
+    found = _FOUND.search(text)
+    return found is not None and found[1] == _digest(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(_FOUND.sub("", text).encode()).hexdigest()[:16]
 
 
 def render(report: Report, directory: Path) -> str:
@@ -33,7 +42,7 @@ def render(report: Report, directory: Path) -> str:
     template = environment().get_template("card.md")
     body = template.render(
         report=report,
-        mark=_OURS,
+        mark=_MARK.format(_NO_DIGEST),
         name=_name(report["base_model"]),
         base=report["base_model"],
         on_hub=_on_hub(report["base_model"]),
@@ -47,7 +56,8 @@ def render(report: Report, directory: Path) -> str:
         recovery=_recovery(report),
     )
     front = yaml.safe_dump(_front_matter(report, config), sort_keys=False)
-    return f"---\n{front}---\n\n{body}"
+    text = f"---\n{front}---\n\n{body}"
+    return text.replace(_MARK.format(_NO_DIGEST), _MARK.format(_digest(text)), 1)
 
 
 def _front_matter(report: Report, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,11 @@ def companions(model: PreTrainedModel) -> Callable[[Path, Path], None]:
     A checkpoint is worth more than its report: if that cannot be made, a warning says
     so, and the checkpoint is saved without.
     """
-    numbers = of_model(model)
+    try:
+        numbers = of_model(model)
+    except Exception as error:
+        _warn(error)
+        return lambda *_: None
 
     def write(folder: Path, destination: Path) -> None:
         try:
@@ -39,15 +43,19 @@ def companions(model: PreTrainedModel) -> Callable[[Path, Path], None]:
         except Exception as error:
             for name in (REPORT, PAGE, CARD):
                 (folder / name).unlink(missing_ok=True)
-            logger.warning(
-                f"the checkpoint is saved without report and model card: {error!r}"
-            )
+            _warn(error)
 
     return write
 
 
+def _warn(error: Exception) -> None:
+    logger.warning(f"the checkpoint is saved without report and model card: {error!r}")
+
+
 def render(directory: str | Path) -> Report:
     """Write report.html anew, from report.json and the checkpoint as it is now.
+
+    So is the model card, if it is ours.
 
     Without report.json the report tells what the files alone do.
 
@@ -58,7 +66,12 @@ def render(directory: str | Path) -> Report:
     """
     directory = Path(directory)
     report = read(directory) | of_folder(directory)
+    if (directory / REPORT).is_file():
+        _put_json(report, directory)
     _put(directory / PAGE, page.render(report))
+    existing = directory / CARD
+    if existing.is_file() and card.is_ours(existing.read_text(encoding="utf-8")):
+        _put(existing, card.render(report, directory))
     return report
 
 
@@ -113,10 +126,14 @@ def keep_card(destination: Path, folder: Path) -> None:
 
 
 def _write(report: Report, folder: Path) -> None:
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    _put(folder / REPORT, text + "\n")
+    _put_json(report, folder)
     _put(folder / PAGE, page.render(report))
     _put(folder / CARD, card.render(report, folder))
+
+
+def _put_json(report: Report, folder: Path) -> None:
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    _put(folder / REPORT, text + "\n")
 
 
 def _put(path: Path, text: str) -> None:

@@ -1,6 +1,9 @@
 """A run that is cut off anywhere and resumed has the bytes of one that was not."""
 
+import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from safetensors import safe_open
+from torch import nn
 
 from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint.atomic import PROGRESS
@@ -172,6 +177,50 @@ def test_two_processes_do_not_work_in_one_folder(recipe, interrupted):
     at_work.close()
 
 
+def test_a_model_whose_config_was_changed_is_another_run(recipe, cut, tmp_path):
+    model = shutil.copytree(MODEL_DIR, tmp_path / "model")
+    cut(1)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, recipe, tmp_path / "out", **FEW)
+    config = model / "config.json"
+    changed = json.loads(config.read_text()) | {"rms_norm_eps": 0.5}
+    config.write_text(json.dumps(changed))
+    with pytest.raises(ProgressError, match="differs in config"):
+        prune(model, recipe, tmp_path / "out", **FEW, resume=True)
+
+
+@pytest.mark.slow
+def test_steps_of_a_run_that_is_not_known_are_not_taken_up(recipe, uncut, interrupted):
+    folder = interrupted / PROGRESS
+    (folder / "run.json").unlink()
+    stem = "00 AttentionMatrixPruningModifier"
+    (folder / f"{stem}.json").write_text('["model.layers.0.self_attn"]')
+    (folder / f"{stem} model.layers.0.self_attn.safetensors").write_text("stale")
+    resumed = prune(MODEL_DIR, recipe, interrupted, **FEW, resume=True)
+    assert contents(resumed) == uncut
+
+
+def test_a_run_does_not_go_into_what_another_has_finished_meanwhile(tmp_path):
+    finished = tmp_path / "out"
+    progress = Progress(finished / PROGRESS, {}, [modifier := SmoothQuantModifier()])
+    finished.mkdir()
+    (finished / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        progress.save(nn.Module(), modifier, "layer", [], [])
+    assert [path.name for path in finished.iterdir()] == ["config.json"]
+
+
+def test_a_disk_without_locks_gives_a_warning(tmp_path, monkeypatch):
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    progress = Progress(tmp_path / PROGRESS, {}, [modifier := SmoothQuantModifier()])
+    progress.save(nn.Module(), modifier, "layer", [], [])
+    assert progress.has(modifier, "layer")
+    progress.close()
+
+
 def test_a_step_that_was_cut_short_is_no_step(recipe, interrupted):
     half = interrupted / PROGRESS / ".01 ALPSPruningModifier x.safetensors"
     half.write_text("half")
@@ -190,7 +239,12 @@ def test_a_process_that_is_stopped_resumes_to_the_same_bytes(
     command += ["--recipe", str(recipe), "--output", str(output)]
     command += ["--num-samples", "4", "--max-length", "48"]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "300"}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "300"},
+        # a shell's background jobs ignore it, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while process.poll() is None:
             if len(list(output.glob(f"{PROGRESS}/[0-9]*"))) >= 2:

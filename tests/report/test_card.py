@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from llmc_attnmask import conversion
 from llmc_attnmask.checkpoint.convert import pack
 from llmc_attnmask.evaluation import Evaluation
 from llmc_attnmask.report import card, files
@@ -95,6 +96,39 @@ def test_a_card_that_somebody_else_wrote_is_kept(copy):
     add_evaluation(copy, [evaluation("copy", 47.25)])
     kept = sorted(path.name for path in copy.glob("README*"))
     assert kept == ["README.md", "README.previous-2.md", "README.previous.md"]
+
+
+def test_a_card_that_was_edited_is_kept(copy):
+    edited = (copy / "README.md").read_text() + "\nTested on our own data.\n"
+    (copy / "README.md").write_text(edited)
+    add_evaluation(copy, [evaluation("copy", 47.25)])
+    assert (copy / "README.previous.md").read_text() == edited
+
+
+def test_packing_brings_report_and_card_up_to_date(copy, tmp_path):
+    packed = tmp_path / "packed"
+    conversion.pack(copy, packed, only_2of4=True)
+    assert "llmc_attnmask.load" in (packed / "README.md").read_text()
+    dense, sparse = (
+        json.loads((folder / "report.json").read_text())["checkpoint"]
+        for folder in (copy, packed)
+    )
+    assert sum(x["bytes"] for x in sparse) < sum(x["bytes"] for x in dense)
+    conversion.unpack(packed, tmp_path / "again")
+    assert "llmc_attnmask.load" not in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_without_plotly_packing_leaves_out_what_would_be_wrong(
+    copy, tmp_path, monkeypatch
+):
+    def missing(_: Path) -> None:
+        raise ImportError("no plotly")
+
+    monkeypatch.setattr("llmc_attnmask.report.files.render", missing)
+    with pytest.warns(UserWarning, match="left out: no plotly"):
+        conversion.pack(copy, tmp_path / "packed", only_2of4=True)
+    left = {path.name for path in (tmp_path / "packed").iterdir()}
+    assert not left & {"README.md", "report.html"}
 
 
 def test_rendering_again_writes_the_page_and_nothing_else(copy):

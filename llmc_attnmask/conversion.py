@@ -1,0 +1,68 @@
+"""Packing and unpacking whole checkpoints, with what was written about them."""
+
+import warnings
+from pathlib import Path
+
+from llmc_attnmask.checkpoint import convert
+from llmc_attnmask.checkpoint.convert import CheckpointWarning, Conversion
+
+
+def pack(
+    directory: str | Path, output: str | Path, *, only_2of4: bool = False
+) -> Conversion:
+    """Store the 2:4 layers of a checkpoint as sparse-24-bitmask.
+
+    Every Linear of the decoder layers is expected to be 2:4, to the bit: a pruned entry
+    is +0.0. Layers that servers fuse (q, k and v; gate and up) are packed together or
+    stay dense together, with a warning. Report and model card are brought up to date.
+
+    :param directory: dense-stored checkpoint of any origin
+    :param output: folder to create; must not exist, or be empty
+    :param only_2of4: pack the layers that are 2:4 and leave the others dense
+    :raises NotTwoOfFourError: for a layer that is not 2:4, unless ``only_2of4``
+    :raises NothingToPackError: if no layer can be packed
+    :raises ValueError: if files cannot be read, or are packed already, or the output is
+        within the input
+    :raises FileExistsError: if the output folder exists and is not empty
+    :raises OSError: if it cannot be written; nothing half-written is left
+    """
+    conversion = convert.pack(directory, output, only_2of4=only_2of4)
+    _update_report(Path(output))
+    return conversion
+
+
+def unpack(directory: str | Path, output: str | Path) -> Conversion:
+    """Store the sparse-24-bitmask layers of a checkpoint dense, zeros in place.
+
+    The config gets the marker that names them. Report and model card are brought up to
+    date.
+
+    :param directory: packed checkpoint of any origin
+    :param output: folder to create; must not exist, or be empty
+    :raises ValueError: if it is not packed, its parts do not fit together, files cannot
+        be read, or the output is within the input
+    :raises FileExistsError: if the output folder exists and is not empty
+    :raises OSError: if it cannot be written; nothing half-written is left
+    """
+    conversion = convert.unpack(directory, output)
+    _update_report(Path(output))
+    return conversion
+
+
+def _update_report(output: Path) -> None:
+    """The copies tell of the other storage, and how that is loaded."""
+    if not (output / "report.json").is_file():
+        return
+    try:
+        from llmc_attnmask.report.files import render
+
+        render(output)
+    except Exception as error:
+        # a serving environment has no plotly; what is wrong is worse than nothing
+        for name in ("report.html", "README.md"):
+            (output / name).unlink(missing_ok=True)
+        warnings.warn(
+            f"report and model card are left out: {error}",
+            CheckpointWarning,
+            stacklevel=3,
+        )
