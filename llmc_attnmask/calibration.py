@@ -17,9 +17,9 @@ from torch import Tensor
 from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.distributed import all_sum, gathered, rank
 
-# A GPU needs more at once to be busy; for a CPU, more only falls out of its cache. And
-# a mini-batch should be enough units for every rank to have one.
-_TOKENS_AT_ONCE, _TOKENS_AT_ONCE_ACCELERATOR = 1024, 2048
+# With fewer, threads of a CPU and a GPU are idle; with more, a mini-batch is too few
+# units for every rank to have one.
+_TOKENS_AT_ONCE = 2048
 _UNITS = 8  # at least, if there are as many samples
 LARGEST = 8  # samples of a unit
 _HELD_BACK_ONE_IN = 8  # units that choose the best mask instead of teaching it
@@ -36,16 +36,13 @@ class Unit:
     samples: tuple[int, ...]  # which of this rank's; none if they are another rank's
 
 
-def unit_size(samples: int, length: int, device: torch.device) -> int:
+def unit_size(samples: int, length: int) -> int:
     """Samples of a unit, a power of two.
 
     :param samples: of all ranks
     :param length: tokens of a sample
-    :param device: where they are evaluated
     """
-    cpu = device.type == "cpu"
-    tokens = _TOKENS_AT_ONCE if cpu else _TOKENS_AT_ONCE_ACCELERATOR
-    most = min(LARGEST, tokens // max(1, length), samples // _UNITS)
+    most = min(LARGEST, _TOKENS_AT_ONCE // max(1, length), samples // _UNITS)
     return 1 << (max(1, most).bit_length() - 1)
 
 
@@ -54,8 +51,7 @@ def share(samples: int, length: int, rank: int, world: int) -> list[int]:
 
     :raises ValueError: if there are not enough for every rank
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = unit_size(samples, length, device)
+    size = unit_size(samples, length)
     if samples <= (world - 1) * size:
         raise ValueError(
             f"{samples} calibration samples of {length} tokens, evaluated {size} at "
@@ -65,19 +61,16 @@ def share(samples: int, length: int, rank: int, world: int) -> list[int]:
     return [i for i in range(samples) if i // size % world == rank]
 
 
-def units_of(
-    inputs: ModuleInputs, device: torch.device, batch_size: int = LARGEST
-) -> list[Unit]:
+def units_of(inputs: ModuleInputs, batch_size: int = LARGEST) -> list[Unit]:
     """All ranks' samples in units, in one order that all ranks agree on.
 
     :param inputs: this rank's samples
-    :param device: where they will be evaluated
     :param batch_size: a multiple of the units' size
     """
     longest = max((inputs.hidden.shape(i)[1] for i in range(len(inputs))), default=1)
     shares = gathered((len(inputs), longest))
     samples, longest = sum(n for n, _ in shares), max(n for _, n in shares)
-    chunk = unit_size(samples, longest, device)
+    chunk = unit_size(samples, longest)
     size = math.gcd(chunk, batch_size)  # a part of what a rank has together
     mine = [
         [batch[i : i + size] for i in range(0, len(batch), size)]

@@ -12,8 +12,6 @@ from llmc_attnmask.calibration import (
     units_of,
 )
 
-CPU = torch.device("cpu")
-
 
 def units(count: int, size: int = 1) -> list[Unit]:
     return [Unit(i, size, (i,)) for i in range(count)]
@@ -30,8 +28,8 @@ def collected(*lengths: int) -> ModuleInputs:
     ("samples", "length", "size"),
     [
         (128, 2048, 1),
-        (128, 1024, 1),
-        (128, 256, 4),
+        (128, 1024, 2),
+        (128, 256, 8),
         (128, 100, 8),
         (24, 128, 2),
         (8, 64, 1),
@@ -39,12 +37,12 @@ def collected(*lengths: int) -> ModuleInputs:
     ],
 )
 def test_units_are_few_tokens_and_there_are_enough_of_them(samples, length, size):
-    assert unit_size(samples, length, CPU) == size
+    assert unit_size(samples, length) == size
 
 
 def test_every_sample_is_in_one_unit_of_its_own_length():
     inputs = collected(*[16] * 9, 32, *[16] * 8)
-    found = units_of(inputs, CPU)
+    found = units_of(inputs)
     assert sorted(i for unit in found for i in unit.samples) == list(range(18))
     assert [unit.index for unit in found] == list(range(len(found)))
     for unit in found:
@@ -54,7 +52,7 @@ def test_every_sample_is_in_one_unit_of_its_own_length():
 
 @pytest.mark.parametrize(("batch_size", "size"), [(8, 8), (4, 4), (6, 2), (1, 1)])
 def test_a_units_size_divides_the_batch_size(batch_size, size):
-    found = units_of(collected(*[16] * 64), CPU, batch_size)
+    found = units_of(collected(*[16] * 64), batch_size)
     assert {unit.size for unit in found} == {size}
 
 

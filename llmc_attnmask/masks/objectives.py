@@ -64,7 +64,7 @@ class Objective(ABC):
     ):
         self.replica, self.inputs = replica, inputs
         self.projections, self.roles = projections, list(roles)
-        self.units = units_of(inputs, replica.device, batch_size)
+        self.units = units_of(inputs, batch_size)
         self.training, self.held_back = teaching_and_judging(self.units)
         self.fitting = Fitting()
 

@@ -43,7 +43,7 @@ class Block:
         self.autocast = device.type == "cuda"
         self.inputs = inputs
         self.hidden = hidden
-        self.units = units_of(inputs, device)
+        self.units = units_of(inputs)
         self.fitting = Fitting()
 
     def __call__(self, indices: Sequence[int]) -> Tensor:

@@ -73,7 +73,7 @@ def descend(
         groups.append({"params": [linear.weight], "peak": peak})
     optimizer = torch.optim.Adam(groups)
     generator = torch.Generator().manual_seed(settings.seed)
-    units = units_of(pruned.inputs, pruned.device, settings.batch_size)
+    units = units_of(pruned.inputs, settings.batch_size)
     objective = _Objective(dense, pruned, wanted, count(units) / energy, settings)
     fallback: str | None = None
     batches = minibatches(units, settings.batch_size, generator)
