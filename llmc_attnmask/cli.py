@@ -132,9 +132,9 @@ def evaluate(
 ) -> None:
     """Perplexity over non-overlapping windows, or tasks, side by side."""
     figures: dict[str, list] = {}
+    if update_report:
+        from llmc_attnmask.report.files import add_evaluation, read
     for model in models if update_report else []:
-        from llmc_attnmask.report.files import read
-
         if not Path(model).is_dir():
             raise ValueError(f"--update-report: {model} is no folder with a report")
         read(Path(model))  # fails now, if at all, and not after hours
@@ -152,14 +152,13 @@ def evaluate(
     if as_json:
         lists = {k: [asdict(x) for x in found] for k, found in figures.items()}
         print(json.dumps(lists if tasks else lists["perplexity"], indent=2))
-    elif "tasks" in figures:
-        _out.print(_task_table(figures["tasks"]))
-    if "perplexity" in figures and not as_json:
-        title = f"Perplexity on {text}"
-        _out.print(_perplexity_table(figures["perplexity"], title, bool(reference)))
+    else:
+        if "tasks" in figures:
+            _out.print(_task_table(figures["tasks"]))
+        if "perplexity" in figures:
+            title = f"Perplexity on {text}"
+            _out.print(_perplexity_table(figures["perplexity"], title, bool(reference)))
     for model in models if update_report else []:
-        from llmc_attnmask.report.files import add_evaluation
-
         measured = {
             kind: [x for x in found if x.model in (reference, model)]
             for kind, found in figures.items()

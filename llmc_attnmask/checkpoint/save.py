@@ -11,8 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import torch.distributed as dist
-from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import update_offload_parameter
 from llmcompressor.modeling.moe.conversion_mappings import has_linearize_load_mappings
 from llmcompressor.modeling.moe.gpt_oss import GptOssLinearExperts
@@ -32,6 +30,7 @@ from llmc_attnmask.checkpoint.convert import (
 )
 from llmc_attnmask.checkpoint.files import CONFIG, open_checkpoint
 from llmc_attnmask.checkpoint.writer import disk_errors
+from llmc_attnmask.distributed import barrier, is_source
 
 # A shard is mapped into memory whole: when it is checked and, of a model on disk, when
 # it is written. llm-compressor's own default is 20 GB.
@@ -65,7 +64,7 @@ class _SaveAs:
         kwargs.setdefault("max_shard_size", _MAX_SHARD_SIZE)
         output = Path(save_directory)
         _restore_experts(self.model)
-        if not is_source_process():  # upstream lets only one process write
+        if not is_source():  # upstream lets only one process write
             self.upstream(save_directory, *args, **kwargs)
         else:
             # asked before upstream compresses the weights that are in the model
@@ -76,8 +75,7 @@ class _SaveAs:
                 store(partial, self.storage)
                 if write is not None:
                     write(partial, output)
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
 
 
 def save_as(

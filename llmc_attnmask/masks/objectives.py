@@ -31,6 +31,7 @@ from llmc_attnmask.attention.matrix import (
 )
 from llmc_attnmask.attention.projections import Projection, Role
 from llmc_attnmask.calibration import (
+    LARGEST,
     Sums,
     Unit,
     count,
@@ -60,7 +61,7 @@ class Objective(ABC):
         inputs: ModuleInputs,
         projections: Mapping[Role, Projection],
         roles: Sequence[Role],
-        batch_size: int = 8,
+        batch_size: int = LARGEST,
     ):
         self.replica, self.inputs = replica, inputs
         self.projections, self.roles = projections, list(roles)
@@ -186,7 +187,7 @@ class MatrixObjective(Objective):
         projections: Mapping[Role, Projection],
         roles: Sequence[Role],
         output_weight: float,
-        batch_size: int = 8,
+        batch_size: int = LARGEST,
     ):
         super().__init__(replica, inputs, projections, roles, batch_size)
 
@@ -305,7 +306,7 @@ class OutputObjective(Objective):
         projections: Mapping[Role, Projection],
         roles: Sequence[Role],
         pruned: Weights,
-        batch_size: int = 8,
+        batch_size: int = LARGEST,
     ):
         super().__init__(replica, inputs, projections, roles, batch_size)
         self.pruned = dict(pruned)

@@ -3,7 +3,9 @@
 Zeros alone do not tell what was pruned: quantization rounds survivors to zero, too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import cast
 
 import numpy as np
@@ -37,17 +39,13 @@ def remember(linear: nn.Module, kept: Tensor) -> None:
         )
     if (earlier := recall(linear)) is not None:
         kept = kept.cpu() & earlier
-    setattr(linear, _ATTRIBUTE, _Bits(_packed(kept), shape))
+    setattr(linear, _ATTRIBUTE, _Bits(packed(kept), shape))
 
 
 def recall(linear: nn.Module) -> Tensor | None:
     """The mask that was remembered: bool, shape of the weight, on CPU; None if none."""
     bits = getattr(linear, _ATTRIBUTE, None)
-    if bits is None:
-        return None
-    count = int(np.prod(bits.shape))
-    kept = np.unpackbits(bits.packed, count=count, bitorder="little").view(bool)
-    return torch.from_numpy(kept).view(bits.shape)
+    return None if bits is None else unpacked(bits.packed, bits.shape)
 
 
 def filled(linear: nn.Module) -> int:
@@ -58,7 +56,7 @@ def filled(linear: nn.Module) -> int:
     bits = getattr(linear, _ATTRIBUTE, None)
     if bits is None or tuple(cast(Tensor, linear.weight).shape) != bits.shape:
         return 0
-    wrong = _packed(cast(Tensor, linear.weight).detach().bool()) & ~bits.packed
+    wrong = packed(cast(Tensor, linear.weight).detach().bool()) & ~bits.packed
     return int(np.unpackbits(wrong).sum(dtype=np.int64)) if wrong.any() else 0
 
 
@@ -68,5 +66,12 @@ def forget(linear: nn.Module) -> None:
         delattr(linear, _ATTRIBUTE)
 
 
-def _packed(flags: Tensor) -> np.ndarray:
+def packed(flags: Tensor) -> np.ndarray:
+    """A bool tensor, one bit an entry: uint8 [ceil(entries / 8)], row-major."""
     return np.packbits(flags.detach().cpu().numpy().ravel(), bitorder="little")
+
+
+def unpacked(bits: np.ndarray, shape: Sequence[int]) -> Tensor:
+    """The bool tensor that ``packed`` has made bits of, on CPU."""
+    flags = np.unpackbits(bits, count=prod(shape), bitorder="little")
+    return torch.from_numpy(flags.view(bool)).view(*shape)

@@ -6,11 +6,11 @@ import time
 from typing import Any
 
 import torch
-from compressed_tensors.distributed import is_source_process
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from torch import nn
 
+from llmc_attnmask.distributed import is_source
 from llmc_attnmask.journal import Entry, entries, note
 from llmc_attnmask.modifiers.run import duration, run_of
 
@@ -52,7 +52,7 @@ class Layer:
             **figures,
         )
         left = run_of(self.modifier).layer_done(self.modifier)
-        if not is_source_process():
+        if not is_source():
             return
         changes = (
             f"{what} error {' -> '.join(f'{error:.5f}' for error in values)}"

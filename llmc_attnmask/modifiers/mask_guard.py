@@ -91,7 +91,7 @@ def _wrap(method: str, wrapper: Callable[..., Any]) -> None:
 def _initialize(
     original: Callable[..., Any], modifier: Modifier, state: State, **kwargs: Any
 ) -> Any:
-    earlier = _earlier(modifier)
+    earlier = modifiers_before(modifier)
     if not earlier:
         _find_masks(state.model)
     result = original(modifier, state=state, **kwargs)
@@ -128,7 +128,7 @@ def _recipe() -> list[Modifier]:
     return active_session().lifecycle.recipe.modifiers or []
 
 
-def _earlier(modifier: Modifier) -> list[Modifier]:
+def modifiers_before(modifier: Modifier) -> list[Modifier]:
     """The modifiers before this one in the recipe that is running."""
     recipe = _recipe()
     position = next((i for i, m in enumerate(recipe) if m is modifier), 0)

@@ -1,6 +1,5 @@
 """``MaskedRecoveryModifier``: llm-compressor's life cycle around block recovery."""
 
-import itertools
 import math
 import tempfile
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, cast
 import torch
 from compressed_tensors.offload import align_module_device, get_execution_device
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from loguru import logger
 from pydantic import Field, PrivateAttr
@@ -33,6 +32,7 @@ from llmc_attnmask.distributed import (
 )
 from llmc_attnmask.modifiers.fields import Names, check_finite, listed
 from llmc_attnmask.modifiers.layers import Layer
+from llmc_attnmask.modifiers.mask_guard import modifiers_before
 from llmc_attnmask.modifiers.progress import step
 from llmc_attnmask.modifiers.run import run_of
 from llmc_attnmask.modifiers.storage import StoredModifier
@@ -140,8 +140,7 @@ class MaskedRecoveryModifier(StoredModifier):
 
     def _check_place(self) -> None:
         """Refuse to come after quantization, whose rounded weights would move."""
-        recipe = active_session().lifecycle.recipe.modifiers
-        for modifier in itertools.takewhile(lambda m: m is not self, recipe):
+        for modifier in modifiers_before(self):
             if isinstance(modifier, QuantizationMixin):
                 raise ValueError(
                     f"MaskedRecoveryModifier comes after {type(modifier).__name__} and "

@@ -21,9 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, cast, runtime_checkable
 
-import numpy as np
 import torch
-from compressed_tensors.distributed import is_source_process
 from llmcompressor.core import LifecycleCallbacks, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -37,8 +35,8 @@ from torch import Tensor, nn
 from llmc_attnmask import journal
 from llmc_attnmask.checkpoint.atomic import check_new
 from llmc_attnmask.checkpoint.writer import disk_errors
-from llmc_attnmask.distributed import write_parameter
-from llmc_attnmask.masks.record import forget, recall, remember
+from llmc_attnmask.distributed import is_source, write_parameter
+from llmc_attnmask.masks.record import forget, packed, recall, remember, unpacked
 from llmc_attnmask.modifiers.run import run_of
 
 _RUN, _LOCK, _STEP, _PASS = "run.json", "lock", ".safetensors", ".json"
@@ -111,7 +109,7 @@ class Progress:
 
     def _take(self) -> None:
         """Lock the folder; the lock goes with the process, however it ends."""
-        if not is_source_process():
+        if not is_source():
             return
         self._lock = (self.folder / _LOCK).open("w")
         try:
@@ -155,7 +153,7 @@ class Progress:
         """Write a step; in a distributed run one process does."""
         file = self._file(modifier, layer)
         self._finished.add(file)
-        if not is_source_process():
+        if not is_source():
             return
         tensors: dict[str, Tensor] = {}
         for module in changed:
@@ -164,7 +162,7 @@ class Progress:
                 # a clone: safetensors refuses tensors that share memory
                 tensors[f"{name}:{key}"] = value.detach().cpu().clone().contiguous()
             if (kept := recall(module)) is not None:
-                tensors[f"{name}:{_MASK}"] = _packed(kept)
+                tensors[f"{name}:{_MASK}"] = torch.from_numpy(packed(kept))
         if self._lock is None:
             self._create()
         metadata = {"journal": json.dumps([asdict(entry) for entry in entries])}
@@ -205,8 +203,8 @@ class Progress:
                 forget(module)
                 if f"{name}:{_MASK}" in file.keys():  # noqa: SIM118
                     shape = cast(Tensor, module.weight).shape
-                    bits = file.get_tensor(f"{name}:{_MASK}")
-                    remember(module, _unpacked(bits, shape))
+                    bits = file.get_tensor(f"{name}:{_MASK}").numpy()
+                    remember(module, unpacked(bits, shape))
         journal.entries(model).extend(journal.Entry(**entry) for entry in entries)
         return list(modules.values())
 
@@ -226,7 +224,7 @@ class Progress:
             layers = list(modifier.done)
         else:
             return
-        if is_source_process() and self._lock is not None:
+        if is_source() and self._lock is not None:
             name = f"{self._stem(modifier)}{_PASS}"
             partial = self.folder / f".{name}"
             partial.write_text(json.dumps(layers), encoding="utf-8")
@@ -317,15 +315,6 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
         *module.named_buffers(recurse=False),
     ]
     return dict(named)
-
-
-def _packed(kept: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(kept.numpy().ravel(), bitorder="little"))
-
-
-def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
-    flags = np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little")
-    return torch.from_numpy(flags.view(bool)).view(shape)
 
 
 def _publish(partial: Path, path: Path) -> None:

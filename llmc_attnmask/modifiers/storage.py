@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
-from compressed_tensors.distributed import is_source_process
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.save import save_as
+from llmc_attnmask.distributed import is_source
 from llmc_attnmask.journal import facts
 from llmc_attnmask.modifiers.layers import summarise
 from llmc_attnmask.modifiers.run import described, end_run, run_of
@@ -49,7 +49,7 @@ class StoredModifier(Modifier):
         super().finalize(state, **kwargs)
         ours = [m for m in run_of(self).modifiers if isinstance(m, StoredModifier)]
         if self is ours[-1]:
-            if is_source_process():
+            if is_source():
                 summarise(state.model)
             end_run()
 

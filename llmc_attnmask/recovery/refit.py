@@ -69,15 +69,15 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
         if not roles:
             continue  # rows of others in the same Linear
         inputs = ModuleInputs(dense.inputs.offload)
-        seen: list[Any] = []
+        latest: dict[str, Any] = {}
         handle = attention.register_forward_pre_hook(
-            lambda _, args, kwargs, seen=seen: seen.__setitem__(
-                slice(None), (args, kwargs)
+            lambda _, args, kwargs, latest=latest: latest.update(
+                args=args, kwargs=kwargs
             ),
             with_kwargs=True,
         )
         for _ in dense.fitting(dense.units, dense):
-            inputs.append(*seen)  # of what came through, not of what was too large
+            inputs.append(**latest)  # of what came through, not of what was too large
         handle.remove()
         objective = MatrixObjective(
             AttentionReplica(attention), inputs, projections, roles, _OUTPUT_WEIGHT
