@@ -239,7 +239,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html anew: what was pruned, what it cost, plots."""
-    from llmc_attnmask.report.files import PAGE, render
+    from llmc_attnmask.report.files import render
+    from llmc_attnmask.report.mark import PAGE
 
     numbers = render(directory)
     if as_json:

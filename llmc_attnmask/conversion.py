@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llmc_attnmask.checkpoint import convert
 from llmc_attnmask.checkpoint.convert import CheckpointWarning, Conversion
+from llmc_attnmask.report.mark import CARD, PAGE, REPORT, is_ours
 
 
 def pack(
@@ -51,7 +52,7 @@ def unpack(directory: str | Path, output: str | Path) -> Conversion:
 
 def _update_report(output: Path) -> None:
     """The copies tell of the other storage, and how that is loaded."""
-    if not (output / "report.json").is_file():
+    if not (output / REPORT).is_file():
         return
     try:
         from llmc_attnmask.report.files import render
@@ -59,8 +60,10 @@ def _update_report(output: Path) -> None:
         render(output)
     except Exception as error:
         # a serving environment has no plotly; what is wrong is worse than nothing
-        for name in ("report.html", "README.md"):
-            (output / name).unlink(missing_ok=True)
+        (output / PAGE).unlink(missing_ok=True)
+        card = output / CARD
+        if card.is_file() and is_ours(card.read_text(encoding="utf-8")):
+            card.unlink()
         warnings.warn(
             f"report and model card are left out: {error}",
             CheckpointWarning,

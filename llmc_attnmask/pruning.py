@@ -4,7 +4,6 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from transformers import (
 )
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-import llmc_attnmask
 from llmc_attnmask.attention.samples import Offload
 from llmc_attnmask.calibration import share
 from llmc_attnmask.checkpoint.atomic import PROGRESS, check_new, new_folder
@@ -42,6 +40,7 @@ from llmc_attnmask.modifiers.run import described
 from llmc_attnmask.modifiers.storage import recipe_storage
 from llmc_attnmask.recipe import find_recipe, load_recipe
 from llmc_attnmask.report.files import companions
+from llmc_attnmask.report.numbers import versions
 from llmc_attnmask.scratch import scratch
 
 
@@ -191,7 +190,6 @@ def _fingerprint(
     """What the bytes of the result depend on, but for the machine."""
     weights = sorted(Path(model).glob("*.safetensors"))
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
-    packages = ("llmcompressor", "compressed-tensors", "transformers", "torch")
     return {
         "model": str(Path(model).resolve() if weights else model),
         "revision": str(getattr(config, "_commit_hash", None)),  # of a hub model
@@ -200,10 +198,7 @@ def _fingerprint(
         "recipe": _digest(Path(recipe).read_bytes()),
         "calibration data": _digest(windows.numpy().tobytes()),
         "seed": str(seed),
-        "versions": ", ".join(
-            [f"llmc-attnmask {llmc_attnmask.__version__}"]
-            + [f"{name} {version(name)}" for name in packages]
-        ),
+        "versions": ", ".join(f"{name} {found}" for name, found in versions().items()),
     }
 
 

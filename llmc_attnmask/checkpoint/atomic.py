@@ -1,4 +1,4 @@
-"""Folders that appear only when everything in them is complete."""
+"""Files and folders that appear only when everything in them is complete."""
 
 import os
 import re
@@ -49,6 +49,31 @@ def check_new(output: Path, resume: bool = False) -> None:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes ``path`` at the end, replacing what was there.
+
+    It outlives a power cut then. If anything fails it is removed.
+    """
+    partial = path.with_name(f".{path.name}")
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk and not in its cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``output`` at the end.
 
@@ -70,8 +95,7 @@ def _drop_progress(output: Path) -> None:
     """Remove it in one step, once the checkpoint is on disk and not in its cache."""
     for path in output.iterdir():
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(path)
     # renamed first: a kill, or a file that NFS keeps while open, leaves no half of it
     dropped = output / f"{_SAVING}{PROGRESS}"
     (output / PROGRESS).rename(dropped)

@@ -63,22 +63,7 @@ class Conversion:
 def pack(
     directory: str | Path, output: str | Path, *, only_2of4: bool = False
 ) -> Conversion:
-    """Store the 2:4 layers of a checkpoint as sparse-24-bitmask.
-
-    Every Linear of the decoder layers is expected to be 2:4, to the bit: a pruned entry
-    is +0.0. Layers that servers fuse (q, k and v; gate and up) are packed together or
-    stay dense together, with a warning.
-
-    :param directory: dense-stored checkpoint of any origin
-    :param output: folder to create; must not exist, or be empty
-    :param only_2of4: pack the layers that are 2:4 and leave the others dense
-    :raises NotTwoOfFourError: for a layer that is not 2:4, unless ``only_2of4``
-    :raises NothingToPackError: if no layer can be packed
-    :raises ValueError: if files cannot be read, or are packed already, or the output is
-        within the input
-    :raises FileExistsError: if the output folder exists and is not empty
-    :raises OSError: if it cannot be written; nothing half-written is left
-    """
+    """Weights and config of ``conversion.pack``, where arguments and errors are."""
     check_new(Path(output))
     check_apart(Path(directory), Path(output))
     checkpoint = open_checkpoint(directory)
@@ -112,16 +97,9 @@ def pack(
 
 
 def unpack(directory: str | Path, output: str | Path) -> Conversion:
-    """Store the sparse-24-bitmask layers of a checkpoint dense, zeros in place.
+    """Weights and config of ``conversion.unpack``, where arguments and errors are.
 
-    The config gets the marker that names them.
-
-    :param directory: packed checkpoint of any origin
-    :param output: folder to create; must not exist, or be empty
-    :raises ValueError: if it is not packed, its parts do not fit together, files cannot
-        be read, or the output is within the input
-    :raises FileExistsError: if the output folder exists and is not empty
-    :raises OSError: if it cannot be written; nothing half-written is left
+    The config gets the marker that names the layers.
     """
     check_new(Path(output))
     check_apart(Path(directory), Path(output))

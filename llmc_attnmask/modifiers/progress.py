@@ -13,7 +13,6 @@ by pass; others run again, as they did the first time.
 
 import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmc_attnmask import journal
-from llmc_attnmask.checkpoint.atomic import check_new
+from llmc_attnmask.checkpoint.atomic import check_new, new_file
 from llmc_attnmask.checkpoint.writer import disk_errors
 from llmc_attnmask.distributed import is_source, write_parameter
 from llmc_attnmask.masks.record import forget, packed, recall, remember, unpacked
@@ -166,10 +165,8 @@ class Progress:
         if self._lock is None:
             self._create()
         metadata = {"journal": json.dumps([asdict(entry) for entry in entries])}
-        partial = self.folder / f".{file}"
-        with disk_errors(partial):
+        with new_file(self.folder / file) as partial, disk_errors(partial):
             save_file(tensors, partial, metadata)
-        _publish(partial, self.folder / file)
 
     def _create(self) -> None:
         if not self.folder.exists():
@@ -178,9 +175,7 @@ class Progress:
         self._take()
         for left in self.folder.glob("[0-9]*"):  # of no run that is known
             left.unlink()
-        partial = self.folder / f".{_RUN}"
-        partial.write_text(json.dumps(self.fingerprint, indent=2), encoding="utf-8")
-        _publish(partial, self.folder / _RUN)
+        self._write(_RUN, self.fingerprint)
 
     @torch.no_grad()
     def restore(
@@ -225,10 +220,11 @@ class Progress:
         else:
             return
         if is_source() and self._lock is not None:
-            name = f"{self._stem(modifier)}{_PASS}"
-            partial = self.folder / f".{name}"
-            partial.write_text(json.dumps(layers), encoding="utf-8")
-            _publish(partial, self.folder / name)
+            self._write(f"{self._stem(modifier)}{_PASS}", layers)
+
+    def _write(self, name: str, content: object) -> None:
+        with new_file(self.folder / name) as partial:
+            partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def finished(self, modifier: Modifier) -> list[str] | None:
         """The steps of a pass that was complete when the run started, or None."""
@@ -315,15 +311,3 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
         *module.named_buffers(recurse=False),
     ]
     return dict(named)
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Rename a file that is complete into place, so that it outlives a power cut."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -1,6 +1,5 @@
 """README.md: the model card, in the format of the Hugging Face hub."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,24 +12,10 @@ from llmc_attnmask.checkpoint.config import is_packed
 from llmc_attnmask.checkpoint.files import CONFIG
 from llmc_attnmask.checkpoint.json_files import read_mapping
 from llmc_attnmask.report import view
+from llmc_attnmask.report.mark import UNSIGNED, signed
 from llmc_attnmask.report.page import environment
 
-# with a digest of the rest, by which a card is known that was edited since
-_MARK = "<!-- written by llmc-attnmask, {} -->"
-_FOUND = re.compile(_MARK.format("([0-9a-f]{16})"))
-_NO_DIGEST = "0" * 16
-
 Report = Mapping[str, Any]
-
-
-def is_ours(text: str) -> bool:
-    """Whether a model card is as it was written here, so that it may be overwritten."""
-    found = _FOUND.search(text)
-    return found is not None and found[1] == _digest(text)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(_FOUND.sub("", text).encode()).hexdigest()[:16]
 
 
 def render(report: Report, directory: Path) -> str:
@@ -42,7 +27,7 @@ def render(report: Report, directory: Path) -> str:
     template = environment().get_template("card.md")
     body = template.render(
         report=report,
-        mark=_MARK.format(_NO_DIGEST),
+        mark=UNSIGNED,
         name=_name(report["base_model"]),
         base=report["base_model"],
         on_hub=_on_hub(report["base_model"]),
@@ -56,8 +41,7 @@ def render(report: Report, directory: Path) -> str:
         recovery=_recovery(report),
     )
     front = yaml.safe_dump(_front_matter(report, config), sort_keys=False)
-    text = f"---\n{front}---\n\n{body}"
-    return text.replace(_MARK.format(_NO_DIGEST), _MARK.format(_digest(text)), 1)
+    return signed(f"---\n{front}---\n\n{body}")
 
 
 def _front_matter(report: Report, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,15 +98,13 @@ def _licence(base: str | None) -> dict[str, str]:
 
 def _attention_rows(report: Report) -> list[tuple[str, float, float]]:
     """Method, mean errors of the attention matrix and of what reaches the output."""
-    layers = view.attention_layers(report)
     return [
         (
-            name,
-            sum(layer["compared"][method]["matrix"] for layer in layers) / len(layers),
-            sum(layer["compared"][method]["output"] for layer in layers) / len(layers),
+            view.METHODS[method],
+            view.mean_error(report, method, "matrix"),
+            view.mean_error(report, method, "output"),
         )
-        for method, name in view.METHODS.items()
-        if layers and all(method in layer["compared"] for layer in layers)
+        for method in view.methods(report)
     ]
 
 

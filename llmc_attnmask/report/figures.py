@@ -46,7 +46,7 @@ def errors(report: Report, kind: str) -> Figure | None:
     if not layers:
         return None
     names = [view.short(layer["layer"]) for layer in layers]
-    methods = [m for m in view.METHODS if all(m in x["compared"] for x in layers)]
+    methods = view.methods(report)
     data: list[dict[str, Any]] = []
     for method in methods:
         colour, symbol, dash = _STYLES[method]
@@ -63,7 +63,7 @@ def errors(report: Report, kind: str) -> Figure | None:
                 "hovertemplate": "%{y:.5f}",
             }
         )
-    means = {m: view.mean_error(report, m, kind) or 0.0 for m in methods}
+    means = {m: view.mean_error(report, m, kind) for m in methods}
     what = {
         "matrix": "of the attention matrix, ‖A - Ã‖² / ‖A‖²",
         "output": "that reaches the attention output, ‖(A - Ã) V Wₒ‖² / ‖A V Wₒ‖²",

@@ -10,12 +10,13 @@ from pathlib import Path
 from loguru import logger
 from transformers import PreTrainedModel
 
+from llmc_attnmask.checkpoint.atomic import new_file
 from llmc_attnmask.evaluation import Evaluation
 from llmc_attnmask.report import card, page
+from llmc_attnmask.report.mark import CARD, PAGE, REPORT, is_ours
 from llmc_attnmask.report.numbers import VERSION, Report, of_folder, of_model, reduced
 from llmc_attnmask.tasks import TaskResult
 
-REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
 _KEPT = "README.previous"
 
 
@@ -70,7 +71,7 @@ def render(directory: str | Path) -> Report:
         _put_json(report, directory)
     _put(directory / PAGE, page.render(report))
     existing = directory / CARD
-    if existing.is_file() and card.is_ours(existing.read_text(encoding="utf-8")):
+    if existing.is_file() and is_ours(existing.read_text(encoding="utf-8")):
         _put(existing, card.render(report, directory))
     return report
 
@@ -117,7 +118,7 @@ def read(directory: Path) -> Report:
 def keep_card(destination: Path, folder: Path) -> None:
     """Copy a model card that is not ours to where it is not overwritten."""
     existing = destination / CARD
-    if not existing.is_file() or card.is_ours(existing.read_text(encoding="utf-8")):
+    if not existing.is_file() or is_ours(existing.read_text(encoding="utf-8")):
         return
     names = itertools.chain([_KEPT], (f"{_KEPT}-{i}" for i in itertools.count(2)))
     name = next(f"{n}.md" for n in names if not (destination / f"{n}.md").exists())
@@ -137,10 +138,5 @@ def _put_json(report: Report, folder: Path) -> None:
 
 
 def _put(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    try:
+    with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -28,13 +28,11 @@ Report = dict[str, Any]
 def of_model(model: PreTrainedModel) -> Report:
     """What a model in memory knows of its pruning, before it is written."""
     known = facts(model)
-    return {
-        "version": VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    return reduced() | {
         "base_model": model.config.name_or_path or None,
         "architecture": type(model).__name__,
         "device": _device(),
-        "versions": _versions(),
+        "versions": versions() | {"python": platform.python_version()},
         "options": dict(known.get("options", {})),
         "modifiers": list(known.get("modifiers", [])),
         "warnings": list(known.get("warnings", [])),
@@ -43,8 +41,6 @@ def of_model(model: PreTrainedModel) -> Report:
             for e in entries(model)
         ],
         "masks": _masks(model),
-        "evaluation": [],
-        "tasks": [],
     }
 
 
@@ -123,8 +119,9 @@ def _device() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _versions() -> dict[str, str]:
-    found = {"llmc-attnmask": __version__, "python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of this package and those that a result depends on, as far as they are here."""
+    found = {"llmc-attnmask": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

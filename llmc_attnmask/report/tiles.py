@@ -33,17 +33,15 @@ def tiles(report: Report) -> list[Tile]:
 
 
 def _attention(report: Report) -> Tile | None:
-    ours = view.mean_error(report, "ours")
-    if ours is None:
+    methods = view.methods(report)
+    if "ours" not in methods:
         return None
-    layers = view.attention_layers(report)
-    peers = {
-        name: view.mean_error(report, method)
-        for method, name in view.METHODS.items()
-        if method != "ours" and all(method in layer["compared"] for layer in layers)
+    means = {
+        view.METHODS[method]: view.mean_error(report, method) for method in methods
     }
-    note = f"mean of {len(layers)} layers"
-    known = {name: error for name, error in peers.items() if error}
+    ours = means.pop(view.METHODS["ours"])
+    note = f"mean of {len(view.attention_layers(report))} layers"
+    known = {name: error for name, error in means.items() if error}
     if known and ours:
         best = min(known, key=lambda name: known[name])
         ratio = ours / known[best]

@@ -34,11 +34,15 @@ def attention_layers(report: Report) -> list[Mapping[str, Any]]:
     return [layer for layer in report["layers"] if layer.get("compared")]
 
 
-def mean_error(report: Report, method: str, kind: str = "matrix") -> float | None:
-    """Mean over layers of a method's relative attention error."""
+def methods(report: Report) -> list[str]:
+    """Those of ``METHODS`` that were measured on every one of these layers."""
     layers = attention_layers(report)
-    if not layers:
-        return None
+    return [m for m in METHODS if layers and all(m in x["compared"] for x in layers)]
+
+
+def mean_error(report: Report, method: str, kind: str = "matrix") -> float:
+    """Mean over layers of the relative attention error of one of ``methods``."""
+    layers = attention_layers(report)
     return sum(layer["compared"][method][kind] for layer in layers) / len(layers)
 
 

@@ -13,6 +13,7 @@ from llmc_attnmask.checkpoint.convert import pack
 from llmc_attnmask.evaluation import Evaluation
 from llmc_attnmask.report import card, files
 from llmc_attnmask.report.files import add_evaluation, render
+from llmc_attnmask.report.mark import is_ours
 from llmc_attnmask.tasks import TaskResult
 from tests.report.test_numbers import check
 
@@ -91,7 +92,7 @@ def test_a_card_that_somebody_else_wrote_is_kept(copy):
     (copy / "README.md").write_text("# My own words")
     add_evaluation(copy, [evaluation("copy", 47.25)])
     assert (copy / "README.previous.md").read_text() == "# My own words"
-    assert card.is_ours((copy / "README.md").read_text())
+    assert is_ours((copy / "README.md").read_text())
     (copy / "README.md").write_text("# Other words")
     add_evaluation(copy, [evaluation("copy", 47.25)])
     kept = sorted(path.name for path in copy.glob("README*"))
@@ -129,6 +130,10 @@ def test_without_plotly_packing_leaves_out_what_would_be_wrong(
         conversion.pack(copy, tmp_path / "packed", only_2of4=True)
     left = {path.name for path in (tmp_path / "packed").iterdir()}
     assert not left & {"README.md", "report.html"}
+    (copy / "README.md").write_text("# My own words")
+    with pytest.warns(UserWarning, match="left out: no plotly"):
+        conversion.pack(copy, tmp_path / "mine", only_2of4=True)
+    assert (tmp_path / "mine" / "README.md").read_text() == "# My own words"
 
 
 def test_rendering_again_writes_the_page_and_nothing_else(copy):
