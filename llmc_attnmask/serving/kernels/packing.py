@@ -33,19 +33,31 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     :return: values [rows, K/2] in the weight's dtype; places
     :raises ValueError: if a group has more than two non-zeros, or for another K
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if columns % COLUMNS:
         raise ValueError(
             f"the weight has {columns} columns; 2:4 kernels need a multiple of "
             f"{COLUMNS}"
         )
+    values, nibbles = kept(weight)
+    rows = weight.shape[0]
+    halves = nibbles.new_zeros(rows, -(-columns // CHUNK), 2, GROUPS)
+    halves.view(rows, -1)[:, : columns // 4] = nibbles
+    return values, (halves[:, :, 0] | halves[:, :, 1] << 4).view(rows, -1)
+
+
+def kept(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept values of a 2:4 weight, and where they are.
+
+    :param weight: [rows, K] of one or two bytes an entry, K a multiple of 4
+    :return: values [rows, K/2] in the weight's dtype; ``first | second << 2`` of every
+        group, uint8 [rows, K/4]
+    :raises ValueError: if a group has more than two non-zeros
+    """
+    rows, columns = weight.shape
     values, bitmask, _ = layout.pack(weight)
-    chunks = -(-columns // CHUNK)
     codes = torch.stack((bitmask & 15, bitmask >> 4), dim=-1).view(rows, -1)
-    nibbles = weight.new_zeros(rows, chunks, 2, GROUPS, dtype=torch.uint8)
-    nibbles.view(rows, -1)[:, : columns // 4] = _PLACES.to(weight.device)[codes.int()]
-    places = nibbles[:, :, 0] | nibbles[:, :, 1] << 4
-    return values, places.view(rows, -1)
+    return values, _PLACES.to(weight.device)[codes[:, : columns // 4].int()]
 
 
 def unpack(values: Tensor, places: Tensor) -> Tensor:

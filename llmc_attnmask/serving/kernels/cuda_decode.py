@@ -1,0 +1,225 @@
+"""A 2:4 linear layer for few tokens, in CUDA C++ on the sparse tensor cores.
+
+The kernel, and how it works: ``cuda_decode.cu``. It is compiled by NVRTC for the GPU at
+hand, once per dtype and process, when the first layer is checked at load.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmc_attnmask.serving.kernels import fragments, nvrtc, packing
+
+KINDS = {
+    torch.bfloat16: "BF16",
+    torch.float16: "FP16",
+    torch.int8: "INT8",
+    torch.float8_e4m3fn: "FP8",
+}
+MULTIPLE = {2: 16, 1: 32}  # of columns, by bytes per entry: copies are of 16 bytes
+TILES = (1, 2, 4, 8)  # tokens of one block, in eights
+THREADS = 128
+STAGES, LINE = 4, 128  # as in the source
+MAX_SPLIT = 16
+FEWEST_STAGES = 4  # of K for one block: a ring that is never full hides nothing
+_SOURCE = Path(__file__).with_suffix(".cu")
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_NO_TYPE = 3
+_MULTIPROCESSORS = 132  # where no GPU says: an H100's
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's ``struct Arguments``."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("x", "values", "metadata", "channel_scale", "token_scale"),
+                *("bias", "out", "partial", "arrived"),
+            )
+        ),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                *("tokens", "rows", "columns", "stages_each"),
+                *("bias_type", "out_type"),
+            )
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one product is divided over blocks."""
+
+    tile: int  # tokens of a block, in eights
+    split: int  # blocks that share a sum over K
+    stages: int  # of K, for one of them
+    grid: tuple[int, int, int]
+    shared_memory: int  # bytes
+
+
+def unfit(columns: int, dtype: torch.dtype) -> str | None:
+    """Why a weight of K columns cannot be multiplied here; None if it can."""
+    if dtype not in KINDS:
+        return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    if columns % MULTIPLE[dtype.itemsize]:
+        return f"{columns} inputs, not a multiple of {MULTIPLE[dtype.itemsize]}"
+    return None
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a 2:4 weight.
+
+    :param weight: [rows, K] in fp16, bf16, int8 or fp8 e4m3, on any device
+    :return: kept values [rows, K/2]; metadata, int32, of ``fragments.metadata``
+    :raises ValueError: if it is not 2:4, or K no multiple of 16 (8 bits: of 32)
+    """
+    if reason := unfit(weight.shape[1], weight.dtype):
+        raise ValueError(f"the decode kernel does not take this weight: {reason}")
+    values, nibbles = packing.kept(weight)
+    return values, fragments.metadata(nibbles, weight.dtype)
+
+
+def counters(rows: int, device: torch.device) -> Tensor:
+    """What blocks count themselves in with; zeros before and after every product.
+
+    :return: int32 [blocks of 64 rows], one for each weight: two products that run at
+        the same time must not share it
+    """
+    return torch.zeros(-(-rows // fragments.ROWS), dtype=torch.int32, device=device)
+
+
+def plan(
+    tokens: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    multiprocessors: int = _MULTIPROCESSORS,
+) -> Plan:
+    """Divide a product over blocks that all run at once, as many as there is room for.
+
+    Unmeasured: see integration/gpu/RESULTS.md.
+    """
+    tile = next((n for n in TILES if 8 * n >= tokens), TILES[-1])
+    stages = -(-columns // fragments.STAGE[dtype.itemsize])
+    row_blocks, token_blocks = -(-rows // fragments.ROWS), -(-tokens // (8 * tile))
+    ring = _shared_memory(tile, dtype)
+    room = multiprocessors * max(1, min(4, 200_000 // ring))
+    split = max(1, min(MAX_SPLIT, room // row_blocks, stages // FEWEST_STAGES))
+    if token_blocks > 1:  # counters are of row blocks alone
+        split = 1
+    each = -(-stages // split)
+    grid = (row_blocks, -(-stages // each), token_blocks)
+    return Plan(tile, grid[1], each, grid, ring)
+
+
+def _shared_memory(tile: int, dtype: torch.dtype) -> int:
+    """Bytes of the ring, in which the sums meet afterwards."""
+    columns = fragments.STAGE[dtype.itemsize]
+    rows = fragments.ROWS
+    expanded = dtype == torch.float8_e4m3fn
+    token = columns * (2 if expanded else dtype.itemsize)
+    ring = STAGES * rows * (LINE + columns // 8)
+    ring += (2 if expanded else STAGES) * 8 * tile * token
+    return max(ring, 8 * tile * (rows + 4) * 4)
+
+
+def kernel_name(dtype: torch.dtype, tile: int) -> str:
+    """Name expression of the template."""
+    return f"sparse_linear<{KINDS[dtype]}, {tile}>"
+
+
+def compile_kernels(dtype: torch.dtype, architecture: str) -> tuple[bytes, dict]:
+    """All tiles of one dtype; needs NVRTC, but no GPU.
+
+    :param architecture: ``sm_80`` or newer; for fp8 ``sm_89`` or newer
+    :return: as of ``nvrtc.compile_cubin``
+    """
+    names = [kernel_name(dtype, tile) for tile in TILES]
+    return nvrtc.compile_cubin(
+        _SOURCE.read_text("utf-8"), _SOURCE.name, names, architecture
+    )
+
+
+@cache
+def _module(dtype: torch.dtype, device: int) -> nvrtc.Module:
+    with torch.cuda.device(device):
+        module = nvrtc.Module(*compile_kernels(dtype, nvrtc.architecture(device)))
+        for tile in TILES:
+            size = _shared_memory(tile, dtype)
+            module.allow_shared_memory(kernel_name(dtype, tile), size)
+    return module
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    arrived: Tensor,
+    channel_scale: Tensor | None,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``x W^T`` for a packed W of x's dtype.
+
+    :param x: [tokens, K], contiguous
+    :param values: [rows, K/2], contiguous, and
+    :param metadata: as ``pack`` makes them
+    :param arrived: of ``counters``
+    :param channel_scale: fp32 [rows], of an 8-bit weight
+    :param token_scale: fp32 [tokens], of an 8-bit x
+    :param bias: [rows] in 16 or 32 bits
+    :param out_dtype: fp16, bf16 or fp32
+    :return: [tokens, rows]
+    """
+    device, rows = x.device.index, values.shape[0]
+    tokens, columns = x.shape
+    how = plan(tokens, rows, columns, x.dtype, _multiprocessors(device))
+    out = x.new_empty(tokens, rows, dtype=out_dtype)
+    partial = None
+    if how.split > 1:
+        partial = x.new_empty(how.split, tokens, rows, dtype=torch.int32)
+    given = arguments(
+        how,
+        x if x.data_ptr() % 16 == 0 else x.clone(),
+        *(values, metadata, arrived, channel_scale, token_scale, bias, out, partial),
+    )
+    module = _module(x.dtype, device)
+    name = kernel_name(x.dtype, how.tile)
+    module.launch(name, how.grid, THREADS, how.shared_memory, given)
+    return out
+
+
+def arguments(
+    how: Plan,
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    arrived: Tensor,
+    channel_scale: Tensor | None,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    partial: Tensor | None,
+) -> Arguments:
+    """What the kernel is given; the tensors must live until it was launched."""
+    tensors = (x, values, metadata, channel_scale, token_scale, bias, out, partial)
+    pointers = (None if t is None else t.data_ptr() for t in (*tensors, arrived))
+    return Arguments(
+        *pointers,
+        *(len(x), len(values), x.shape[1], how.stages),
+        _NO_TYPE if bias is None else _TYPES[bias.dtype],
+        _TYPES[out.dtype],
+    )

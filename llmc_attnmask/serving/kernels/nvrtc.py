@@ -1,0 +1,127 @@
+"""CUDA C++ compiled when it is needed, and launched: NVRTC and the driver.
+
+Both through cuda-bindings, which torch's CUDA builds bring along with NVRTC itself.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+
+class CompilationError(RuntimeError):
+    """NVRTC refused a source."""
+
+
+def missing() -> str | None:
+    """What this environment lacks to compile; None if nothing."""
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "no cuda-bindings here"
+    return None
+
+
+def compile_cubin(
+    source: str, name: str, kernels: Sequence[str], architecture: str
+) -> tuple[bytes, dict[str, str]]:
+    """Machine code of templates; needs no GPU.
+
+    :param source: CUDA C++
+    :param name: of the source, for messages
+    :param kernels: name expressions such as ``f<1>``
+    :param architecture: ``sm_90``
+    :return: a cubin, and the symbol in it of each expression
+    :raises CompilationError: with the compiler's log
+    """
+    from cuda.bindings import nvrtc
+
+    program = _check(
+        nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+    )
+    try:
+        for kernel in kernels:
+            _check(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
+        options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
+            _check(nvrtc.nvrtcGetProgramLog(program, log))
+            raise CompilationError(
+                f"{name} does not compile for {architecture}: {log.decode().strip()}"
+            )
+        cubin = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
+        _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+        symbols = {
+            kernel: _check(nvrtc.nvrtcGetLoweredName(program, kernel.encode())).decode()
+            for kernel in kernels
+        }
+    finally:
+        _check(nvrtc.nvrtcDestroyProgram(program))
+    return bytes(cubin), symbols
+
+
+class Module:
+    """Compiled kernels on one GPU, whose context is torch's."""
+
+    def __init__(self, cubin: bytes, symbols: dict[str, str]):
+        from cuda.bindings import driver
+
+        torch.cuda.current_stream()  # the context is there from now on
+        self._driver = driver
+        self._module = _check(driver.cuModuleLoadData(cubin))
+        self._functions = {
+            kernel: _check(driver.cuModuleGetFunction(self._module, symbol.encode()))
+            for kernel, symbol in symbols.items()
+        }
+
+    def allow_shared_memory(self, kernel: str, size: int) -> None:
+        """Let a kernel have that many bytes, more than the usual 48 KB."""
+        attribute = self._driver.CUfunction_attribute
+        _check(
+            self._driver.cuFuncSetAttribute(
+                self._functions[kernel],
+                attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                size,
+            )
+        )
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_memory: int,
+        arguments: ctypes.Structure,
+    ) -> None:
+        """Start a kernel whose one parameter is a structure, on torch's stream."""
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _check(
+            self._driver.cuLaunchKernel(
+                self._functions[kernel],
+                *grid,
+                threads,
+                1,
+                1,
+                shared_memory,
+                torch.cuda.current_stream().cuda_stream,
+                ctypes.addressof(parameters),
+                0,
+            )
+        )
+
+
+def _check(returned: tuple[Any, ...]) -> Any:
+    """The outputs of a call, which returned a status first."""
+    status, *outputs = returned
+    if status:
+        raise RuntimeError(f"CUDA: {status.name} ({int(status)})")
+    return outputs[0] if outputs else None
+
+
+@cache
+def architecture(device: int) -> str:
+    """Of a GPU, as the compiler calls it."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
