@@ -150,6 +150,7 @@ def compile_kernels(dtype: torch.dtype, architecture: str) -> tuple[bytes, dict]
 @cache
 def _module(dtype: torch.dtype, device: int) -> nvrtc.Module:
     with torch.cuda.device(device):
+        torch.cuda.current_stream()  # torch makes its context current
         module = nvrtc.Module(*compile_kernels(dtype, nvrtc.architecture(device)))
         for tile in TILES:
             size = _shared_memory(tile, dtype)
@@ -191,14 +192,16 @@ def linear(
     partial = None
     if how.split > 1:
         partial = x.new_empty(how.split, tokens, rows, dtype=torch.int32)
+    if x.data_ptr() % 16:
+        x = x.clone()
     given = arguments(
-        how,
-        x if x.data_ptr() % 16 == 0 else x.clone(),
-        *(values, metadata, arrived, channel_scale, token_scale, bias, out, partial),
+        *(how, x, values, metadata, arrived),
+        *(channel_scale, token_scale, bias, out, partial),
     )
     module = _module(x.dtype, device)
     name = kernel_name(x.dtype, how.tile)
-    module.launch(name, how.grid, THREADS, how.shared_memory, given)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    module.launch(name, how.grid, THREADS, how.shared_memory, stream, given)
     return out
 
 

@@ -63,12 +63,11 @@ def compile_cubin(
 
 
 class Module:
-    """Compiled kernels on one GPU, whose context is torch's."""
+    """Compiled kernels in the current CUDA context."""
 
     def __init__(self, cubin: bytes, symbols: dict[str, str]):
         from cuda.bindings import driver
 
-        torch.cuda.current_stream()  # the context is there from now on
         self._driver = driver
         self._module = _check(driver.cuModuleLoadData(cubin))
         self._functions = {
@@ -93,9 +92,15 @@ class Module:
         grid: tuple[int, int, int],
         threads: int,
         shared_memory: int,
+        stream: int,
         arguments: ctypes.Structure,
     ) -> None:
-        """Start a kernel whose one parameter is a structure, on torch's stream."""
+        """Start a kernel whose one parameter is a structure.
+
+        :param threads: of a block
+        :param shared_memory: bytes of a block
+        :param stream: as ``torch.cuda.Stream.cuda_stream``
+        """
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _check(
             self._driver.cuLaunchKernel(
@@ -105,7 +110,7 @@ class Module:
                 1,
                 1,
                 shared_memory,
-                torch.cuda.current_stream().cuda_stream,
+                stream,
                 ctypes.addressof(parameters),
                 0,
             )

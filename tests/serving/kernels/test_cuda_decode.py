@@ -2,8 +2,10 @@
 for the GPUs that it is made for.
 """
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 from llmc_attnmask.serving.kernels import cuda_decode, fragments, nvrtc
-from tests.serving.kernels.emulator import Emulator
+from tests.compiler import shared_library
+from tests.serving.kernels.emulator import FLAGS, Emulator
 from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
 
 
@@ -206,6 +209,51 @@ def test_it_compiles_to_sparse_products_without_spills(architecture, dtype, tmp_
     assert code.count(product) >= each * sum(cuda_decode.TILES)
     assert not re.search(r"\b(LDL|STL)\b", code)  # local memory
     assert code.count("LDGSTS.E.BYPASS.128") >= 4 * len(cuda_decode.TILES)
+
+
+_LAUNCH = """
+import torch
+from llmc_attnmask.serving.kernels import cuda_decode, nvrtc
+from tests.serving.kernels.matrices import random_2of4
+
+torch.manual_seed(0)
+dtype = torch.bfloat16
+module = nvrtc.Module(*cuda_decode.compile_kernels(dtype, "sm_90"))
+weight, x = random_2of4(70, 512, dtype), torch.randn(12, 512).to(dtype)
+values, metadata = cuda_decode.pack(weight)
+arrived, out = cuda_decode.counters(70, x.device), torch.empty(12, 70)
+how = cuda_decode.plan(12, 70, 512, dtype)
+given = cuda_decode.arguments(
+    how, x, values, metadata, arrived, None, None, None, out, None
+)
+name = cuda_decode.kernel_name(dtype, how.tile)
+launch = (name, how.grid, cuda_decode.THREADS, how.shared_memory, 77, given)
+try:
+    module.launch(*launch)
+except RuntimeError as error:
+    print(error)
+module.allow_shared_memory(name, how.shared_memory)
+module.launch(*launch)
+expected = x.float() @ weight.float().t()
+print(float((out - expected).abs().max() / expected.abs().max()) < 1e-6)
+"""
+
+
+def test_a_launch_reaches_the_driver_as_it_should(tmp_path):
+    """By the real NVRTC and cuda-bindings, to a driver whose GPU is the emulator."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    source = Path(__file__).with_name("fake_driver.cc")
+    driver = shared_library(source, tmp_path, *FLAGS, "-DONE_KERNEL")
+    driver.rename(tmp_path / "libcuda.so.1")
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCH],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # more shared memory than is allowed without being asked for
+    assert done.stdout.splitlines() == ["CUDA: CUDA_ERROR_INVALID_VALUE (1)", "True"]
 
 
 def test_a_source_that_does_not_compile_is_named_with_the_compilers_words():
