@@ -4,11 +4,11 @@
 // has little more than half of the bytes. They go straight to the sparse tensor cores:
 // nothing is expanded, so that almost no integer work stands between two loads.
 //
-// A block computes 64 rows of W for 8 * NB tokens. Its K is cut into stages of 128 bytes
-// of kept values a row, copied asynchronously into a ring in shared memory; four warps
-// share a stage, two of them by rows and two by K, and add up at the end. Blocks that
-// share a tile's K (gridDim.y of them) leave partial sums; the last one adds them, in
-// the order of K, so that no second launch is needed and results do not vary.
+// A block computes ROWS rows of W for 8 * NB tokens. Its K is cut into stages of 128
+// bytes of kept values a row, copied asynchronously into a ring in shared memory; its
+// warps share a stage by rows, 32 each, and by K, half each, and add up at the end.
+// Blocks that share a tile's K (gridDim.y of them) leave partial sums; the last one adds
+// them, in the order of K, so that no second launch is needed and results do not vary.
 //
 // Fragments are those of the PTX manual for mma.sp.m16n8k32 (16 bits) and m16n8k64
 // (8 bits); cuda_decode.py packs the metadata in their order. Hopper has no mma of fp8
@@ -120,12 +120,17 @@ __device__ __forceinline__ uint32 to_bits(float value) { return __float_as_uint(
 
 #endif
 
-constexpr int ROWS = 64;                     // of W, for one block
-constexpr int THREADS = 128;
+#ifndef BLOCK_ROWS
+#define BLOCK_ROWS 64
+#define RING_STAGES 4
+#endif
+constexpr int ROWS = BLOCK_ROWS;             // of W, for one block
+constexpr int STAGES = RING_STAGES;          // of the ring
+constexpr int ROW_WARPS = ROWS / 32;
+constexpr int THREADS = 2 * 32 * ROW_WARPS;
 constexpr int LINE = 128;                    // bytes of a row's kept values in a stage
 constexpr int CHUNK = 16;                    // bytes that are copied at once
 constexpr int STEPS = LINE / 32;             // matrix products along a stage
-constexpr int STAGES = 4;                    // of the ring
 constexpr int PAD = 4;                       // words: eight rows of sums in other banks
 
 template <Kind KIND>
@@ -133,7 +138,7 @@ struct Sizes {
   static constexpr int ITEM = KIND == BF16 || KIND == FP16 ? 2 : 1;
   static constexpr int COLUMNS = 2 * LINE / ITEM;        // of W, in a stage
   static constexpr int TOKEN = COLUMNS * (KIND == FP8 ? 2 : ITEM);  // bytes of a token
-  static constexpr int METADATA = ROWS * COLUMNS / 8;    // bytes, 4 bits a group
+  static constexpr int TILE = 32 * COLUMNS / 8;          // bytes of 32 rows' metadata
   static constexpr bool EXPANDED = KIND == FP8;
   using Sum = float;
 };
@@ -142,7 +147,7 @@ struct Sizes<INT8> {
   static constexpr int ITEM = 1;
   static constexpr int COLUMNS = 2 * LINE;
   static constexpr int TOKEN = COLUMNS;
-  static constexpr int METADATA = ROWS * COLUMNS / 8;
+  static constexpr int TILE = 32 * COLUMNS / 8;
   static constexpr bool EXPANDED = false;
   using Sum = int;
 };
@@ -245,17 +250,16 @@ __device__ __forceinline__ void multiply_stage(
     Sum (&sums)[2][NB][4], const uint8* values, const uint8* metadata, const uint8* x) {
   using S = Sizes<KIND>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row_half = warp % 2, k_half = warp / 2;
-  const uint32* words =
-      reinterpret_cast<const uint32*>(metadata) + row_half * (S::METADATA / 8) + lane;
-  constexpr int WORDS = S::METADATA / 8 / 32 / STEPS;    // a lane has of a step
+  const int rows = warp % ROW_WARPS, k_half = warp / ROW_WARPS;
+  const uint32* words = reinterpret_cast<const uint32*>(metadata + rows * S::TILE) + lane;
+  constexpr int WORDS = S::TILE / 4 / 32 / STEPS;        // a lane has of a step
 #pragma unroll
   for (int i = 0; i < STEPS / 2; ++i) {
     const int step = k_half * (STEPS / 2) + i;
     uint32 a[2][4];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
-      load_matrices(a[m], values + place<LINE>(row_half * 32 + m * 16 + lane % 16,
+      load_matrices(a[m], values + place<LINE>(rows * 32 + m * 16 + lane % 16,
                                               2 * step + lane / 16));
     if constexpr (S::EXPANDED) {
       uint32 even[2][4], odd[2][4], word[2];
@@ -322,16 +326,22 @@ __device__ __forceinline__ void finish(const Arguments& g, int token, int row, S
   write(g.out, static_cast<int64>(token) * g.rows + row, g.out_type, value);
 }
 
-template <Kind KIND, int NB>                 // as many blocks as shared memory lets run at once
-__global__ void __launch_bounds__(THREADS, NB <= 2 ? 4 : NB == 4 ? 3 : 2) sparse_linear(Arguments g) {
+// As many as shared memory lets run at once.
+__device__ constexpr int max_blocks(int tile) {
+  const int blocks = (tile <= 2 ? 4 : tile == 4 ? 3 : 2) * 64 / ROWS;
+  return blocks ? blocks : 1;
+}
+
+template <Kind KIND, int NB>
+__global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Arguments g) {
   using S = Sizes<KIND>;
   using Sum = typename S::Sum;
-  constexpr int TOKENS = 8 * NB;
+  constexpr int TOKENS = 8 * NB, METADATA = ROW_WARPS * S::TILE;
   constexpr int X_SLOTS = S::EXPANDED ? 2 : STAGES, X_BYTES = TOKENS * S::TOKEN;
   SHARED_MEMORY(shared);
   uint8* const all_values = shared;
   uint8* const all_metadata = all_values + STAGES * ROWS * LINE;
-  uint8* const all_x = all_metadata + STAGES * S::METADATA;
+  uint8* const all_x = all_metadata + STAGES * METADATA;
   const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * TOKENS;
   const int stages = (g.columns + S::COLUMNS - 1) / S::COLUMNS;
   const int begin = blockIdx.y * g.stages_each;
@@ -341,18 +351,17 @@ __global__ void __launch_bounds__(THREADS, NB <= 2 ? 4 : NB == 4 ? 3 : 2) sparse
   const Share<LINE, ROWS> values(g.values, first_row, g.rows, g.columns / 2 * S::ITEM);
   const Share<S::COLUMNS * S::ITEM, TOKENS> tokens(g.x, first_token, g.tokens,
                                                    static_cast<int64>(g.columns) * S::ITEM);
-  const int tile_chunk = threadIdx.x % (S::METADATA / 2 / CHUNK);  // of 32 rows
-  const int64 tile = first_row / 32 + threadIdx.x / (S::METADATA / 2 / CHUNK);
+  const int64 tile = first_row / 32 + threadIdx.x / (S::TILE / CHUNK);
   const uint8* const metadata =
-      g.metadata + tile * stages * (S::METADATA / 2) + tile_chunk * CHUNK;
+      g.metadata + tile * stages * S::TILE + threadIdx.x % (S::TILE / CHUNK) * CHUNK;
 
   auto copy = [&](int stage) {
     const int slot = stage % STAGES;
     if (stage < end) {
       values.copy(stage, all_values + slot * ROWS * LINE);
-      if (threadIdx.x < S::METADATA / CHUNK)
-        copy_async(all_metadata + slot * S::METADATA + threadIdx.x * CHUNK,
-                   metadata + stage * (S::METADATA / 2), true);
+      if (threadIdx.x < METADATA / CHUNK)
+        copy_async(all_metadata + slot * METADATA + threadIdx.x * CHUNK,
+                   metadata + stage * S::TILE, true);
       if constexpr (!S::EXPANDED) tokens.copy(stage, all_x + slot * X_BYTES);
     }
     commit_copies();                         // an empty group keeps the count
@@ -370,7 +379,7 @@ __global__ void __launch_bounds__(THREADS, NB <= 2 ? 4 : NB == 4 ? 3 : 2) sparse
     if constexpr (S::EXPANDED)
       if (stage + 1 < end) expanded.fetch(tokens, stage + 1);
     multiply_stage<KIND, NB>(sums, all_values + stage % STAGES * ROWS * LINE,
-                             all_metadata + stage % STAGES * S::METADATA,
+                             all_metadata + stage % STAGES * METADATA,
                              all_x + stage % X_SLOTS * X_BYTES);
     if constexpr (S::EXPANDED)
       if (stage + 1 < end) expanded.store(all_x + (stage + 1) % X_SLOTS * X_BYTES);
@@ -382,14 +391,14 @@ __global__ void __launch_bounds__(THREADS, NB <= 2 ? 4 : NB == 4 ? 3 : 2) sparse
   Sum* const together = reinterpret_cast<Sum*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int half = 1; half >= 0; --half) {
-    if (warp / 2 == half)
+    if (warp / ROW_WARPS == half)
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int n = 0; n < NB; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int row = warp % 2 * 32 + m * 16 + lane / 4 + i / 2 * 8;
+            const int row = warp % ROW_WARPS * 32 + m * 16 + lane / 4 + i / 2 * 8;
             Sum& sum = together[(n * 8 + lane % 4 * 2 + i % 2) * (ROWS + PAD) + row];
             sum = half ? sums[m][n][i] : sum + sums[m][n][i];
           }

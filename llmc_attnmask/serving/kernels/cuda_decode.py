@@ -22,8 +22,7 @@ KINDS = {
 }
 MULTIPLE = {2: 16, 1: 32}  # of columns, by bytes per entry: copies are of 16 bytes
 TILES = (1, 2, 4, 8)  # tokens of one block, in eights
-THREADS = 128
-STAGES, LINE = 4, 128  # as in the source
+LINE = 128  # as in the source
 MAX_SPLIT = 16
 FEWEST_STAGES = 4  # of K for one block: a ring that is never full hides nothing
 _SOURCE = Path(__file__).with_suffix(".cu")
@@ -54,9 +53,39 @@ class Arguments(ctypes.Structure):
 
 
 @dataclass(frozen=True)
+class Block:
+    """What the kernel is compiled for."""
+
+    rows: int = 64  # of the weight, 64 or 128
+    stages: int = 4  # of the ring
+
+    @property
+    def threads(self) -> int:
+        return 2 * self.rows
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Those of ``TILES`` whose tokens suffice for its threads."""
+        return TILES if self.rows == 64 else TILES[1:]
+
+    def shared_memory(self, tile: int, dtype: torch.dtype) -> int:
+        """Bytes of the ring, in which the sums meet afterwards."""
+        columns = fragments.STAGE[dtype.itemsize]
+        expanded = dtype == torch.float8_e4m3fn
+        token = columns * (2 if expanded else dtype.itemsize)
+        ring = self.stages * self.rows * (LINE + columns // 8)
+        ring += (2 if expanded else self.stages) * 8 * tile * token
+        return max(ring, 8 * tile * (self.rows + 4) * 4)
+
+
+BLOCK = Block()  # unmeasured: see integration/gpu/RESULTS.md
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one product is divided over blocks."""
 
+    block: Block
     tile: int  # tokens of a block, in eights
     split: int  # blocks that share a sum over K
     stages: int  # of K, for one of them
@@ -92,7 +121,7 @@ def counters(rows: int, device: torch.device) -> Tensor:
     :return: int32 [blocks of 64 rows], one for each weight: two products that run at
         the same time must not share it
     """
-    return torch.zeros(-(-rows // fragments.ROWS), dtype=torch.int32, device=device)
+    return torch.zeros(-(-rows // 64), dtype=torch.int32, device=device)
 
 
 def plan(
@@ -101,33 +130,23 @@ def plan(
     columns: int,
     dtype: torch.dtype,
     multiprocessors: int = _MULTIPROCESSORS,
+    block: Block = BLOCK,
 ) -> Plan:
     """Divide a product over blocks that all run at once, as many as there is room for.
 
     Unmeasured: see integration/gpu/RESULTS.md.
     """
-    tile = next((n for n in TILES if 8 * n >= tokens), TILES[-1])
+    tile = next((n for n in block.tiles if 8 * n >= tokens), TILES[-1])
     stages = -(-columns // fragments.STAGE[dtype.itemsize])
-    row_blocks, token_blocks = -(-rows // fragments.ROWS), -(-tokens // (8 * tile))
-    ring = _shared_memory(tile, dtype)
-    room = multiprocessors * max(1, min(4, 200_000 // ring))
+    row_blocks, token_blocks = -(-rows // block.rows), -(-tokens // (8 * tile))
+    ring = block.shared_memory(tile, dtype)
+    room = multiprocessors * max(1, min(4 * 64 // block.rows, 200_000 // ring))
     split = max(1, min(MAX_SPLIT, room // row_blocks, stages // FEWEST_STAGES))
     if token_blocks > 1:  # counters are of row blocks alone
         split = 1
     each = -(-stages // split)
     grid = (row_blocks, -(-stages // each), token_blocks)
-    return Plan(tile, grid[1], each, grid, ring)
-
-
-def _shared_memory(tile: int, dtype: torch.dtype) -> int:
-    """Bytes of the ring, in which the sums meet afterwards."""
-    columns = fragments.STAGE[dtype.itemsize]
-    rows = fragments.ROWS
-    expanded = dtype == torch.float8_e4m3fn
-    token = columns * (2 if expanded else dtype.itemsize)
-    ring = STAGES * rows * (LINE + columns // 8)
-    ring += (2 if expanded else STAGES) * 8 * tile * token
-    return max(ring, 8 * tile * (rows + 4) * 4)
+    return Plan(block, tile, grid[1], each, grid, ring)
 
 
 def kernel_name(dtype: torch.dtype, tile: int) -> str:
@@ -135,25 +154,31 @@ def kernel_name(dtype: torch.dtype, tile: int) -> str:
     return f"sparse_linear<{KINDS[dtype]}, {tile}>"
 
 
-def compile_kernels(dtype: torch.dtype, architecture: str) -> tuple[bytes, dict]:
+def compile_kernels(
+    dtype: torch.dtype, architecture: str, block: Block = BLOCK
+) -> tuple[bytes, dict]:
     """All tiles of one dtype; needs NVRTC, but no GPU.
 
     :param architecture: ``sm_80`` or newer; for fp8 ``sm_89`` or newer
     :return: as of ``nvrtc.compile_cubin``
     """
-    names = [kernel_name(dtype, tile) for tile in TILES]
     return nvrtc.compile_cubin(
-        _SOURCE.read_text("utf-8"), _SOURCE.name, names, architecture
+        _SOURCE.read_text("utf-8"),
+        _SOURCE.name,
+        [kernel_name(dtype, tile) for tile in block.tiles],
+        architecture,
+        {"BLOCK_ROWS": block.rows, "RING_STAGES": block.stages},
     )
 
 
 @cache
-def _module(dtype: torch.dtype, device: int) -> nvrtc.Module:
+def _module(dtype: torch.dtype, device: int, block: Block) -> nvrtc.Module:
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # torch makes its context current
-        module = nvrtc.Module(*compile_kernels(dtype, nvrtc.architecture(device)))
-        for tile in TILES:
-            size = _shared_memory(tile, dtype)
+        architecture = nvrtc.architecture(device)
+        module = nvrtc.Module(*compile_kernels(dtype, architecture, block))
+        for tile in block.tiles:
+            size = block.shared_memory(tile, dtype)
             module.allow_shared_memory(kernel_name(dtype, tile), size)
     return module
 
@@ -172,6 +197,7 @@ def linear(
     token_scale: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    block: Block = BLOCK,
 ) -> Tensor:
     """``x W^T`` for a packed W of x's dtype.
 
@@ -187,7 +213,7 @@ def linear(
     """
     device, rows = x.device.index, values.shape[0]
     tokens, columns = x.shape
-    how = plan(tokens, rows, columns, x.dtype, _multiprocessors(device))
+    how = plan(tokens, rows, columns, x.dtype, _multiprocessors(device), block)
     out = x.new_empty(tokens, rows, dtype=out_dtype)
     partial = None
     if how.split > 1:
@@ -198,10 +224,14 @@ def linear(
         *(how, x, values, metadata, arrived),
         *(channel_scale, token_scale, bias, out, partial),
     )
-    module = _module(x.dtype, device)
-    name = kernel_name(x.dtype, how.tile)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    module.launch(name, how.grid, THREADS, how.shared_memory, stream, given)
+    _module(x.dtype, device, block).launch(
+        kernel_name(x.dtype, how.tile),
+        how.grid,
+        block.threads,
+        how.shared_memory,
+        torch.cuda.current_stream(device).cuda_stream,
+        given,
+    )
     return out
 
 

@@ -19,7 +19,7 @@ Four bits a group: 1/16 of a dense weight's bytes in 16 bits, 1/8 in 8 bits.
 import torch
 from torch import Tensor
 
-ROWS = 64  # of a block of the kernel; rows are filled up to a multiple of it
+ROWS = 128  # rows are filled up to a multiple: of the kernel's largest block
 STAGE = {2: 128, 1: 256}  # columns likewise, by bytes per entry
 LANES = 32
 _UNUSED = 4  # nibble of a group that is not there: columns 0 and 1
@@ -31,7 +31,7 @@ def metadata(nibbles: Tensor, dtype: torch.dtype) -> Tensor:
     :param nibbles: uint8 [rows, K/4], of ``packing.kept``
     :param dtype: of the weight: fp16, bf16, int8 or fp8 e4m3
     :return: int32 [tiles of 32 rows, columns / 32, 32], with rows filled up to a
-        multiple of 64 and columns to one of 128 (16 bits) or 256 (8 bits)
+        multiple of 128 and columns to one of 128 (16 bits) or 256 (8 bits)
     """
     rows, groups = nibbles.shape
     columns = STAGE[dtype.itemsize]

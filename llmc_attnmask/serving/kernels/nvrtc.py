@@ -4,7 +4,7 @@ Both through cuda-bindings, which torch's CUDA builds bring along with NVRTC its
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -24,7 +24,11 @@ def missing() -> str | None:
 
 
 def compile_cubin(
-    source: str, name: str, kernels: Sequence[str], architecture: str
+    source: str,
+    name: str,
+    kernels: Sequence[str],
+    architecture: str,
+    macros: Mapping[str, int] | None = None,
 ) -> tuple[bytes, dict[str, str]]:
     """Machine code of templates; needs no GPU.
 
@@ -32,6 +36,7 @@ def compile_cubin(
     :param name: of the source, for messages
     :param kernels: name expressions such as ``f<1>``
     :param architecture: ``sm_90``
+    :param macros: to define, with their values
     :return: a cubin, and the symbol in it of each expression
     :raises CompilationError: with the compiler's log
     """
@@ -44,6 +49,8 @@ def compile_cubin(
         for kernel in kernels:
             _check(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
         options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+        for macro, value in (macros or {}).items():
+            options.append(f"--define-macro={macro}={value}".encode())
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))

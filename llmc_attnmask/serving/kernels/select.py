@@ -7,18 +7,20 @@ from typing import Literal
 
 import torch
 
-from llmc_attnmask.serving.kernels import cusparselt, packing
+from llmc_attnmask.serving.kernels import cuda_decode, cusparselt, nvrtc, packing
 
-Kernel = Literal["dense", "cusparselt", "triton"]
-KERNELS: tuple[Kernel, ...] = ("dense", "cusparselt", "triton")
+Kernel = Literal["dense", "cuda", "cusparselt", "triton"]
+Wish = Literal["dense", "cuda", "cusparselt", "triton", "sparse"]
+WISHES: tuple[Wish, ...] = ("dense", "cuda", "cusparselt", "triton", "sparse")
 VARIABLE = "LLMC_ATTNMASK_KERNEL"
 DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 NO_LIMIT = 2**31 - 1
 
-# Not measured yet: integration/gpu/bench_kernels.py prints what belongs here.
+# Not measured yet: integration/gpu/measure_kernels.sh prints what belongs here.
 DECODE_TOKENS = 64  # up to here the decode kernel, above it cuSPARSELt
 SMALLEST = 2**20  # entries of a weight; launches cost more than memory below
 CAPABILITIES = ((8, 0), (9, 0))  # first and last that may go sparse unasked
+EIGHT_BITS = False  # whether 8-bit layers may, too: against dense fp8 little is to gain
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Machine:
 
     device: str  # as of a torch device
     capability: tuple[int, int] | None  # of a CUDA GPU
+    nvrtc: bool
     triton: bool
     cusparselt: bool
 
@@ -35,9 +38,14 @@ class Machine:
         """This process's machine."""
         has_triton = find_spec("triton") is not None
         if not torch.cuda.is_available() or torch.version.hip:
-            return cls("cpu", None, has_triton and interpreted(), False)
-        capability = torch.cuda.get_device_capability()
-        return cls("cuda", capability, has_triton, cusparselt.available())
+            return cls("cpu", None, False, has_triton and interpreted(), False)
+        return cls(
+            "cuda",
+            torch.cuda.get_device_capability(),
+            nvrtc.missing() is None,
+            has_triton,
+            cusparselt.available(),
+        )
 
 
 @dataclass(frozen=True)
@@ -76,37 +84,39 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def forced() -> Kernel | None:
-    """The kernel that the environment asks for.
+def forced() -> Wish | None:
+    """What the environment asks for.
 
-    :raises ValueError: if it is none of ours
+    :raises ValueError: if it is none of ``WISHES``
     """
     wanted = os.environ.get(VARIABLE) or None
-    for kernel in KERNELS:
-        if wanted == kernel:
-            return kernel
+    for wish in WISHES:
+        if wanted == wish:
+            return wish
     if wanted is None:
         return None
     raise ValueError(
-        f"{VARIABLE} is {wanted!r}; expected one of {', '.join(KERNELS)}, or unset"
+        f"{VARIABLE} is {wanted!r}; expected one of {', '.join(WISHES)}, or unset"
     )
 
 
-def choose(layer: Layer, machine: Machine, wanted: Kernel | None = None) -> Choice:
+def choose(layer: Layer, machine: Machine, wanted: Wish | None = None) -> Choice:
     """The kernels for few and for many tokens.
 
-    :param wanted: the kernel to take wherever it can run at all; dense where not
+    :param wanted: the kernel to take wherever it can run at all; dense where not.
+        "sparse" stands for the usual two, also where nobody knows that they are faster
     """
     if wanted == "dense":
         return keep_dense(f"{VARIABLE}=dense")
     reason = _impossible(layer, machine)
-    if reason is None and wanted is not None:
+    if reason is None and wanted is not None and wanted != "sparse":
         return _only(wanted, layer, machine)
-    if reason is None:
-        reason = _unwise(layer, machine)
+    reason = reason or _missing(layer, machine)
+    if wanted != "sparse":
+        reason = reason or _unwise(layer, machine)
     if reason is not None:
         return keep_dense(reason)
-    return Choice("triton", "cusparselt", DECODE_TOKENS, "2:4")
+    return Choice("cuda", "cusparselt", DECODE_TOKENS, "2:4")
 
 
 def _impossible(layer: Layer, machine: Machine) -> str | None:
@@ -126,31 +136,41 @@ def _impossible(layer: Layer, machine: Machine) -> str | None:
     return None
 
 
-def _unwise(layer: Layer, machine: Machine) -> str | None:
+def _missing(layer: Layer, machine: Machine) -> str | None:
     if machine.capability is None:
         return f"no sparse kernel on {machine.device}"
+    if not machine.nvrtc or not machine.cusparselt:
+        return f"no {'cuSPARSELt' if machine.nvrtc else 'cuda-bindings'} here"
+    if not cusparselt.fits(layer.rows, layer.columns, layer.dtype.itemsize):
+        return f"cuSPARSELt takes no {layer.rows} x {layer.columns}"
+    return cuda_decode.unfit(layer.columns, layer.dtype)
+
+
+def _unwise(layer: Layer, machine: Machine) -> str | None:
+    assert machine.capability is not None
     first, last = CAPABILITIES
     if not first <= machine.capability <= last:
         return f"capability {_dotted(machine.capability)} is untried"
     if layer.rows * layer.columns < SMALLEST:
         return f"small: {layer.rows} x {layer.columns}"
-    if not machine.triton or not machine.cusparselt:
-        return f"no {'cuSPARSELt' if machine.triton else 'Triton'} here"
-    if not cusparselt.fits(layer.rows, layer.columns, layer.dtype.itemsize):
-        return f"cuSPARSELt takes no {layer.rows} x {layer.columns}"
+    if layer.dtype.itemsize == 1 and not EIGHT_BITS:
+        return f"8 bits are unmeasured; {VARIABLE}=sparse tries them"
     return None
 
 
 def _only(kernel: Kernel, layer: Layer, machine: Machine) -> Choice:
     if kernel == "triton":
         missing = not machine.triton
+    elif kernel == "cuda":
+        missing = not machine.nvrtc
+        missing |= cuda_decode.unfit(layer.columns, layer.dtype) is not None
     else:
         missing = not machine.cusparselt or not cusparselt.fits(
             layer.rows, layer.columns, layer.dtype.itemsize
         )
     if missing:
         return keep_dense(f"{VARIABLE}={kernel}, which cannot run it here")
-    tokens = NO_LIMIT if kernel == "triton" else 0
+    tokens = 0 if kernel == "cusparselt" else NO_LIMIT
     return Choice(kernel, kernel, tokens, f"{VARIABLE}={kernel}")
 
 

@@ -70,7 +70,9 @@ static void (*choose(int, int))(Arguments) { return sparse_linear<BF16, 2>; }
 #else
 template <Kind KIND>
 static void (*choose(int blocks))(Arguments) {
+#if BLOCK_ROWS == 64
   if (blocks == 1) return sparse_linear<KIND, 1>;
+#endif
   if (blocks == 2) return sparse_linear<KIND, 2>;
   if (blocks == 4) return sparse_linear<KIND, 4>;
   return sparse_linear<KIND, 8>;

@@ -18,7 +18,15 @@ FLAGS += ("-Wno-unknown-pragmas", f"-I{_KERNELS}", f"-I{_HERE}")
 class Emulator:
     """Launches of the kernel, thread by thread."""
 
-    def __init__(self, folder: Path, source: Path = _HERE / "emulator.cc", *flags: str):
+    def __init__(
+        self,
+        folder: Path,
+        source: Path = _HERE / "emulator.cc",
+        *flags: str,
+        block: cuda_decode.Block = cuda_decode.BLOCK,
+    ):
+        self.block = block
+        flags += (f"-DBLOCK_ROWS={block.rows}", f"-DRING_STAGES={block.stages}")
         self._library = ctypes.CDLL(str(shared_library(source, folder, *FLAGS, *flags)))
         self._library.emulate.restype = ctypes.c_char_p
         self._library.emulate.argtypes = (
@@ -46,7 +54,9 @@ class Emulator:
         :param seed: for the order of threads and blocks
         """
         rows = values.shape[0]
-        how = cuda_decode.plan(len(x), rows, x.shape[1], x.dtype, multiprocessors)
+        how = cuda_decode.plan(
+            *(len(x), rows, x.shape[1], x.dtype, multiprocessors, self.block)
+        )
         out = torch.full((len(x), rows), float("nan"), dtype=out_dtype)
         shape = (how.split, len(x), rows)
         partial = torch.full(shape, -1, dtype=torch.int32) if how.split > 1 else None

@@ -64,6 +64,14 @@ def test_the_product_is_exact_to_its_sums(emulator, dtype, tokens, rows, columns
     check(emulator.linear, tokens, rows, columns, dtype, seed=tokens)
 
 
+def test_a_block_of_another_size_gives_the_same(tmp_path):
+    block = cuda_decode.Block(rows=128, stages=3)
+    run = Emulator(tmp_path, block=block).linear
+    for dtype in DTYPES:
+        check(run, 9, 200, 1024, dtype, multiprocessors=40)
+        check(run, 60, 130, 544, dtype)
+
+
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(
     tokens=st.integers(1, 66),
@@ -142,7 +150,7 @@ def test_tokens_that_are_not_there_are_not_read(emulator):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bytes_are_what_is_documented(dtype):
-    weight = random_2of4(64, 512, dtype)
+    weight = random_2of4(128, 512, dtype)
     packed = sum(part.nbytes for part in cuda_decode.pack(weight))
     assert packed * 16 == weight.nbytes * (9 if dtype.itemsize == 2 else 10)
 
@@ -227,7 +235,7 @@ given = cuda_decode.arguments(
     how, x, values, metadata, arrived, None, None, None, out, None
 )
 name = cuda_decode.kernel_name(dtype, how.tile)
-launch = (name, how.grid, cuda_decode.THREADS, how.shared_memory, 77, given)
+launch = (name, how.grid, how.block.threads, how.shared_memory, 77, given)
 try:
     module.launch(*launch)
 except RuntimeError as error:

@@ -6,14 +6,15 @@ import torch
 from llmc_attnmask.serving.kernels import select
 
 LAYER = select.Layer(4096, 4096, torch.bfloat16, True, "16-bit")
-HOPPER = select.Machine("cuda", (9, 0), triton=True, cusparselt=True)
-CPU = select.Machine("cpu", None, triton=False, cusparselt=False)
+HOPPER = select.Machine("cuda", (9, 0), nvrtc=True, triton=True, cusparselt=True)
+CPU = select.Machine("cpu", None, nvrtc=False, triton=False, cusparselt=False)
+EIGHT = {"dtype": torch.float8_e4m3fn, "activations": "8-bit per token"}
 
 
 def test_few_tokens_and_many_get_different_kernels():
     choice = select.choose(LAYER, HOPPER)
-    assert (choice.few, choice.many) == ("triton", "cusparselt")
-    assert choice.label == "triton to 64 tokens, then cusparselt"
+    assert (choice.few, choice.many) == ("cuda", "cusparselt")
+    assert choice.label == "cuda to 64 tokens, then cusparselt"
 
 
 @pytest.mark.parametrize(
@@ -28,13 +29,10 @@ def test_few_tokens_and_many_get_different_kernels():
         ({"rows": 4104}, HOPPER, "cuSPARSELt takes no 4104 x 4096"),
         ({}, replace(HOPPER, capability=(7, 5)), "capability 7.5 below 8.0"),
         ({}, replace(HOPPER, capability=(10, 0)), "capability 10.0 is untried"),
-        (
-            {"dtype": torch.float8_e4m3fn, "activations": "8-bit per token"},
-            replace(HOPPER, capability=(8, 6)),
-            "capability 8.6 below 8.9",
-        ),
+        (EIGHT, replace(HOPPER, capability=(8, 6)), "capability 8.6 below 8.9"),
+        (EIGHT, HOPPER, "8 bits are unmeasured; LLMC_ATTNMASK_KERNEL=sparse"),
         ({}, replace(HOPPER, cusparselt=False), "no cuSPARSELt here"),
-        ({}, replace(HOPPER, triton=False), "no Triton here"),
+        ({}, replace(HOPPER, nvrtc=False), "no cuda-bindings here"),
     ],
 )
 def test_everything_else_is_dense_and_says_why(layer, machine, reason):
@@ -45,12 +43,24 @@ def test_everything_else_is_dense_and_says_why(layer, machine, reason):
 
 def test_a_wanted_kernel_is_taken_where_it_was_only_unwise():
     blackwell = replace(HOPPER, capability=(10, 0), cusparselt=False)
-    choice = select.choose(LAYER, blackwell, "triton")
-    assert (choice.few, choice.many) == ("triton", "triton")
-    assert choice.tokens == select.NO_LIMIT
+    for wanted in ("triton", "cuda"):
+        choice = select.choose(LAYER, blackwell, wanted)
+        assert (choice.few, choice.many) == (wanted, wanted)
+        assert choice.tokens == select.NO_LIMIT
 
 
-@pytest.mark.parametrize("wanted", ["triton", "cusparselt"])
+def test_the_usual_kernels_can_be_wanted_where_they_are_unmeasured():
+    for layer, machine in (
+        (replace(LAYER, **EIGHT), HOPPER),
+        (LAYER, replace(HOPPER, capability=(10, 0))),
+    ):
+        assert not select.choose(layer, machine).sparse
+        choice = select.choose(layer, machine, "sparse")
+        assert (choice.few, choice.many) == ("cuda", "cusparselt")
+    assert not select.choose(replace(LAYER, two_of_four=False), HOPPER, "sparse").sparse
+
+
+@pytest.mark.parametrize("wanted", ["triton", "cuda", "cusparselt", "sparse"])
 def test_a_wanted_kernel_that_cannot_run_is_dense(wanted):
     choice = select.choose(LAYER, CPU, wanted)
     assert not choice.sparse
@@ -63,8 +73,9 @@ def test_dense_can_be_wanted():
 def test_the_environment_is_checked(monkeypatch):
     monkeypatch.delenv(select.VARIABLE, raising=False)
     assert select.forced() is None
-    monkeypatch.setenv(select.VARIABLE, "triton")
-    assert select.forced() == "triton"
+    for wish in select.WISHES:
+        monkeypatch.setenv(select.VARIABLE, wish)
+        assert select.forced() == wish
     monkeypatch.setenv(select.VARIABLE, "marlin")
     with pytest.raises(ValueError, match="'marlin'; expected one of dense"):
         select.forced()
