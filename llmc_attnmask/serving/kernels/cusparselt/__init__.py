@@ -1,0 +1,149 @@
+"""A 2:4 linear layer for many tokens: the sparse tensor cores, through cuSPARSELt.
+
+The library that torch ships, bound anew: torch makes a plan in every call and never
+searches for the fastest algorithm. Here both are done once per shape by ``prepare``,
+when a model is loaded; ``linear`` then only launches, eagerly or into a CUDA graph.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from llmc_attnmask.serving.kernels.cusparselt.engine import Engine
+from llmc_attnmask.serving.kernels.cusparselt.library import (
+    CuSparseLtError,
+    Library,
+    UnusableLibraryError,
+)
+
+__all__ = [
+    "LARGEST_TOKENS",
+    "MULTIPLE",
+    "CuSparseLtError",
+    "available",
+    "compress",
+    "fits",
+    "kept_values",
+    "linear",
+    "prepare",
+    "version",
+    "why_not",
+]
+
+MULTIPLE = {2: (16, 8), 1: (32, 16)}  # of rows and columns, of tokens; by item size
+LARGEST_TOKENS = 8192  # that one launch multiplies, unless ``prepare`` says otherwise
+
+
+def available() -> bool:
+    """Whether this torch build and machine have the library."""
+    return why_not() is None
+
+
+def why_not() -> str | None:
+    """What this machine lacks; None if ``available``."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "torch sees no CUDA GPU"
+    return _loaded()[1]
+
+
+def version() -> str | None:
+    """The library's version, as ``0.8.0``; None unless ``available``."""
+    if not available():
+        return None
+    return engine().library.version
+
+
+def engine() -> Engine:
+    """This process's plans.
+
+    :raises UnusableLibraryError: if the library that torch ships cannot be used
+    """
+    found, reason = _loaded()
+    if found is None:
+        raise UnusableLibraryError(reason)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> tuple[Engine | None, str | None]:
+    try:
+        return Engine(Library.of_torch()), None
+    except UnusableLibraryError as error:
+        return None, str(error)
+
+
+def fits(rows: int, columns: int, itemsize: int) -> bool:
+    """Whether the library takes a weight of this shape."""
+    multiple = MULTIPLE[itemsize][0]
+    return rows % multiple == 0 and columns % multiple == 0
+
+
+def compress(weight: Tensor) -> Tensor:
+    """The library's own form of a 2:4 weight: kept values first, then its metadata.
+
+    :param weight: [rows, K] in fp16, bf16, int8 or fp8, contiguous, on a GPU
+    :return: [rows, 9/16 K or more], for 8 bits [rows, 10/16 K or more]: the library
+        says how much it wants
+    :raises ValueError: for another dtype
+    :raises CuSparseLtError: if the library refuses, as it does a shape that does not
+        fit
+    """
+    return engine().compress(weight)
+
+
+def kept_values(compressed: Tensor, columns: int) -> Tensor:
+    """The first half of K columns of ``compressed``, as [rows, K/2] without a copy.
+
+    Where they are the kept values row by row, the decode kernel may read them there.
+
+    :param columns: K
+    """
+    rows = compressed.shape[0]
+    return compressed.view(-1)[: rows * columns // 2].view(rows, -1)
+
+
+def prepare(
+    compressed: Tensor,
+    columns: int,
+    *,
+    largest: int = LARGEST_TOKENS,
+    fewest: int = 1,
+    search: bool = True,
+) -> None:
+    """Make ready what ``linear`` needs for a weight of this shape and type.
+
+    Once per layer after ``compress``; layers of the same shape and type share it, so
+    that only the first takes time. Never while a CUDA graph is captured.
+
+    :param compressed: as ``compress`` makes it
+    :param columns: K
+    :param largest: tokens of one launch; ``linear`` takes more in pieces
+    :param fewest: tokens from which on ``linear`` will be called; fewer still work
+    :param search: whether to look for the fastest algorithms, for 20 seconds in all
+        shapes of this process together
+    :raises CuSparseLtError: if the library refuses
+    :raises RuntimeError: while a CUDA graph is captured
+    """
+    engine().prepare(compressed, columns, largest=largest, fewest=fewest, search=search)
+
+
+def linear(
+    x: Tensor,
+    compressed: Tensor,
+    channel_scale: Tensor | None,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``x W^T`` for a compressed W of x's dtype; both scales with 8 bits, else neither.
+
+    :param x: [tokens, K], contiguous
+    :param compressed: as ``compress`` makes it, and ``prepare`` has seen its shape
+    :param channel_scale: fp32 [rows], contiguous, of an 8-bit weight
+    :param token_scale: fp32 [tokens], of an 8-bit x
+    :param bias: [rows] in ``out_dtype``
+    :return: [tokens, rows] in ``out_dtype``, which is x's dtype in 16 bits
+    :raises RuntimeError: for a shape and type that ``prepare`` has not seen
+    """
+    return engine().linear(x, compressed, channel_scale, token_scale, bias, out_dtype)

@@ -1,0 +1,50 @@
+"""Numbers of tokens that have a plan; others are padded to the next one."""
+
+import bisect
+
+# (up to, in steps of): every step is a multiple of what the library takes in any type.
+# Fine where CUDA graphs of few tokens are recorded, which are of multiples of 8 and 16;
+# then at most the 128 tokens of a tile, which the kernels would fill up themselves.
+_STEPS = ((256, 16), (1024, 64))
+_LAST_STEP = 128
+# Searched for an algorithm; more tokens than 2048 fill the GPU in the same way, and the
+# search's own tensors must fit next to the model.
+_SEARCHED = (32, 128, 512, 2048)
+
+
+def buckets(fewest: int, largest: int) -> list[int]:
+    """The numbers of tokens, ascending.
+
+    :param fewest: no bucket is needed for fewer tokens
+    :param largest: the last bucket is this, rounded up to a multiple of 16
+    :raises ValueError: unless 1 <= fewest <= largest
+    """
+    if not 1 <= fewest <= largest:
+        raise ValueError(
+            f"plans for {fewest} to {largest} tokens: expected 1 <= fewest <= largest"
+        )
+    last = -(-largest // 16) * 16
+    found = []
+    tokens = 0
+    while tokens < last:
+        step = next((s for up_to, s in _STEPS if tokens < up_to), _LAST_STEP)
+        tokens = min(tokens + step, last)
+        if tokens >= fewest:
+            found.append(tokens)
+    return found
+
+
+def fitting(ascending: list[int], tokens: int) -> int:
+    """The smallest bucket for so many tokens, which are at most the last bucket's."""
+    return ascending[bisect.bisect_left(ascending, tokens)]
+
+
+def representatives(ascending: list[int]) -> list[int]:
+    """The buckets whose algorithm is searched, descending: long prompts matter most."""
+    chosen = {nearest(ascending, tokens) for tokens in _SEARCHED}
+    return sorted(chosen, reverse=True)
+
+
+def nearest(choices: list[int], tokens: int) -> int:
+    """The choice at the smallest ratio to ``tokens``."""
+    return min(choices, key=lambda other: max(other, tokens) / min(other, tokens))

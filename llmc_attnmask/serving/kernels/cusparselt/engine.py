@@ -1,0 +1,268 @@
+"""Plans of all shapes on all devices, made when a model is loaded, and their use."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from ctypes import byref, c_size_t
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmc_attnmask.serving.kernels.cusparselt import library as lib
+from llmc_attnmask.serving.kernels.cusparselt.buckets import (
+    buckets,
+    fitting,
+    nearest,
+    representatives,
+)
+from llmc_attnmask.serving.kernels.cusparselt.plans import (
+    Algorithm,
+    Handle,
+    Plan,
+    Problem,
+    weight_descriptor,
+)
+
+SEARCH_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The plans of one problem."""
+
+    buckets: list[int]  # ascending
+    plans: dict[int, Plan]  # by bucket
+
+    def pieces(self, tokens: int) -> Iterator[tuple[int, Plan]]:
+        """Where each piece of the tokens starts, and its plan."""
+        largest = self.buckets[-1]
+        for start in range(0, tokens, largest):
+            bucket = fitting(self.buckets, min(tokens - start, largest))
+            yield start, self.plans[bucket]
+
+
+class Engine:
+    """2:4 products with one copy of the library.
+
+    Its plans live as long as it does, shared by all layers of a shape and type.
+    """
+
+    def __init__(
+        self, library: lib.Library, search_seconds: float = SEARCH_SECONDS
+    ) -> None:
+        """
+        :param search_seconds: no search is begun after so many seconds of searching
+        """
+        self.library = library
+        self.seconds_left = search_seconds
+        self._handles: dict[torch.device, Handle] = {}
+        self._prepared: dict[Problem, _Prepared] = {}
+        self._algorithms: dict[Problem, dict[int, Algorithm]] = {}
+
+    def compress(self, weight: Tensor) -> Tensor:
+        """The library's own form of a 2:4 weight.
+
+        It is made without a plan, so it serves every algorithm.
+
+        :param weight: [rows, K] in fp16, bf16, int8 or fp8, contiguous
+        :return: [rows, as many columns as the library wants], in the weight's dtype
+        :raises ValueError: for another dtype
+        :raises CuSparseLtError: if the library refuses, as it does another shape
+        """
+        rows, columns = weight.shape
+        with _on(weight.device), ExitStack() as made:
+            handle = self._handle(weight.device)
+            described = weight_descriptor(handle, rows, columns, weight.dtype, made)
+            size, buffer_size = c_size_t(), c_size_t()
+            handle.call(
+                "cusparseLtSpMMACompressedSize2",
+                *(described.address, byref(size), byref(buffer_size)),
+            )
+            width = -(-size.value // (rows * weight.itemsize))
+            compressed = weight.new_empty(rows, width)
+            buffer = weight.new_empty(buffer_size.value, dtype=torch.uint8)
+            handle.call(
+                "cusparseLtSpMMACompress2",
+                *(described.address, 1, lib.AS_IT_IS, weight.data_ptr()),
+                *(compressed.data_ptr(), buffer.data_ptr(), _stream(weight.device)),
+            )
+        return compressed
+
+    def prepare(
+        self,
+        compressed: Tensor,
+        columns: int,
+        *,
+        largest: int,
+        fewest: int = 1,
+        search: bool = True,
+    ) -> None:
+        """Make the plans for a weight of this shape and type, unless they are there.
+
+        :param compressed: of ``compress``; only the search reads it
+        :param columns: K
+        :param largest: more tokens than these are multiplied in pieces
+        :param fewest: fewer tokens than these are padded to the bucket of these
+        :param search: whether to look for the fastest algorithms first
+        :raises CuSparseLtError: if the library refuses
+        :raises RuntimeError: while a CUDA graph is captured
+        """
+        problem = Problem(
+            compressed.device, compressed.shape[0], columns, compressed.dtype
+        )
+        known = self._prepared.get(problem, _Prepared([], {})).plans
+        missing = [n for n in buckets(fewest, largest) if n not in known]
+        if not missing:
+            return
+        if compressed.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"cuSPARSELt plans for {problem} are wanted while a CUDA graph is "
+                "captured; call prepare when the model is loaded"
+            )
+        with _on(problem.device):
+            handle = self._handle(problem.device)
+            if search and problem not in self._algorithms:
+                self._algorithms[problem] = dict(
+                    self._search(handle, problem, compressed, missing)
+                )
+            algorithms = self._algorithms.get(problem, {})
+            plans = {n: _plan(handle, problem, n, algorithms) for n in missing} | known
+        self._prepared[problem] = _Prepared(sorted(plans), plans)
+
+    def linear(
+        self,
+        x: Tensor,
+        compressed: Tensor,
+        channel_scale: Tensor | None,
+        token_scale: Tensor | None,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """As ``cusparselt.linear``."""
+        product = self._product(x.contiguous(), compressed, channel_scale)
+        if token_scale is None:
+            # Not by the library: it takes the bias's address into the plan, which
+            # layers share.
+            return product if bias is None else product.add_(bias)
+        # Nothing may be taken from all tokens at once: in a CUDA graph some are
+        # padding, with whatever was in their memory.
+        scale = token_scale[:, None]
+        if product.dtype == out_dtype:
+            out = product
+        else:
+            out = torch.empty_like(product, dtype=out_dtype)
+        if bias is None:
+            return torch.mul(product, scale, out=out)  # in fp32, rounded once
+        return torch.addcmul(bias, product, scale, out=out)  # likewise
+
+    def _product(self, x: Tensor, compressed: Tensor, scale: Tensor | None) -> Tensor:
+        tokens, columns = x.shape
+        problem = Problem(x.device, compressed.shape[0], columns, x.dtype)
+        prepared = self._prepared.get(problem)
+        if prepared is None:
+            raise RuntimeError(
+                f"no cuSPARSELt plan for {problem}; call prepare when the model is "
+                "loaded"
+            )
+        if problem.scaled != (scale is not None):
+            raise ValueError(
+                f"scales with a weight of {x.dtype}: expected both with 8 bits, and "
+                "none with 16"
+            )
+        pieces = list(prepared.pieces(tokens))
+        out = x.new_empty(
+            sum(plan.tokens for _, plan in pieces),
+            problem.rows,
+            dtype=problem.out_dtype,
+        )
+        with _on(x.device):
+            for start, plan in pieces:
+                end = start + plan.tokens
+                part = _padded(x[start:end], plan.tokens)
+                plan.multiply(compressed, part, scale, out[start:end])
+        return out[:tokens]
+
+    def _handle(self, device: torch.device) -> Handle:
+        if device not in self._handles:
+            self._handles[device] = Handle(self.library)
+        return self._handles[device]
+
+    def _search(
+        self, handle: Handle, problem: Problem, compressed: Tensor, tokens: list[int]
+    ) -> Iterator[tuple[int, Algorithm]]:
+        """The fastest algorithm of some numbers of tokens, while there is time."""
+        scale = None
+        if problem.scaled:
+            scale = compressed.new_ones(problem.rows, dtype=torch.float32)
+        for bucket in representatives(tokens):
+            if self.seconds_left <= 0:
+                return
+            start = time.monotonic()
+            try:
+                # as random as real tokens: zeros save power, and make clocks faster
+                x = _random(bucket, problem)
+                out = x.new_empty(bucket, problem.rows, dtype=problem.out_dtype)
+                plan = Plan(handle, problem, bucket)
+                algorithm = plan.searched(compressed, x, scale, out)
+            except (lib.CuSparseLtError, torch.OutOfMemoryError) as error:
+                lib.logger.warning(
+                    "No search for the fastest algorithm of %s with %d tokens: %s",
+                    *(problem, bucket, str(error)),  # not what its frames hold
+                )
+                continue
+            finally:
+                self.seconds_left -= time.monotonic() - start
+            yield bucket, algorithm
+
+
+def _plan(
+    handle: Handle, problem: Problem, tokens: int, algorithms: dict[int, Algorithm]
+) -> Plan:
+    """With the algorithm of the nearest search, as far as it takes so many tokens."""
+    if algorithms:
+        found = algorithms[nearest(list(algorithms), tokens)]
+        # its configuration alone may do where its split of K does not
+        configuration = tuple(item for item in found if item[0] == lib.CONFIGURATION)
+        for algorithm in dict.fromkeys((found, configuration)):
+            try:
+                return Plan(handle, problem, tokens, algorithm)
+            except lib.CuSparseLtError as error:
+                lib.logger.info(
+                    "%s with %d tokens does without %s: %s",
+                    *(problem, tokens, algorithm, str(error)),
+                )
+    return Plan(handle, problem, tokens)
+
+
+def _padded(x: Tensor, tokens: int) -> Tensor:
+    """x itself if it has so many tokens; else a copy with anything below it, which
+    reaches no other token."""
+    if x.shape[0] == tokens and x.data_ptr() % lib.ALIGNMENT == 0:
+        return x
+    padded = x.new_empty(tokens, x.shape[1])
+    padded[: x.shape[0]] = x
+    return padded
+
+
+def _random(tokens: int, problem: Problem) -> Tensor:
+    device = problem.device
+    generator = torch.Generator(device).manual_seed(0)  # the model's own stays as it is
+    x = torch.randn(
+        tokens,
+        problem.columns,
+        dtype=torch.bfloat16,
+        device=device,
+        generator=generator,
+    )
+    return (x * 40 if problem.dtype == torch.int8 else x).to(problem.dtype)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream
