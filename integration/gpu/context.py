@@ -1,0 +1,148 @@
+"""What a step is given: where it runs, until when, and where its figures go."""
+
+import json
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from integration.gpu.record import FILE, Row, append, read, today
+
+ENOUGH = 2.0  # seconds that must be left for one more case
+
+
+class GpuLostError(RuntimeError):
+    """After an illegal access nothing of this process runs on the GPU any more."""
+
+
+@dataclass
+class Context:
+    """One step of one call.
+
+    ``trial``: on a CPU, with small shapes, to find mistakes; such rows are no figures.
+    """
+
+    step: str
+    folder: Path
+    device: str = "cuda"
+    deadline: float = float("inf")  # of time.monotonic
+    gpu: str | None = None
+    done: set[str] = field(default_factory=set)  # cases that are not to be run again
+    _left_out: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def trial(self) -> bool:
+        return self.device == "cpu"
+
+    def left(self) -> float:
+        """Seconds until this step is cut off."""
+        return self.deadline - time.monotonic()
+
+    def record(self, **figures: Any) -> None:
+        """Append a row, with the step, the date and the GPU."""
+        row: Row = {"step": self.step, "date": today(), "gpu": self.gpu}
+        if self.trial:
+            row["trial"] = True
+        append(self.folder, row | figures)
+
+    def rows(self) -> list[Row]:
+        """What this and earlier steps have recorded."""
+        path = self.folder / FILE
+        return read(path).rows if path.exists() else []
+
+    def attempt(
+        self, case: dict[str, Any], work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Record the figures of a case, or why there are none, and go on.
+
+        A case that was recorded before the step was taken up again is not run.
+
+        :param case: what identifies it, recorded with the figures
+        :return: the figures; None without them
+        :raises GpuLostError: if the failure took the GPU from this process
+        """
+        if json.dumps(case) in self.done:
+            return None
+        if self.left() < ENOUGH:
+            self._left_out.append(case)
+            return None
+        try:
+            figures = work()
+        except Exception as error:  # whatever it is, the next case is worth trying
+            self.fail(case, error)
+            return None
+        self.record(**case, **figures)
+        return figures
+
+    def fail(self, case: dict[str, Any], error: Exception) -> None:
+        """Record why a case has no figures.
+
+        :raises GpuLostError: if the failure took the GPU from this process
+        """
+        traceback.print_exception(error)
+        self.record(**case, failed=short(error))
+        if self.device != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.ones(1, device="cuda").item()
+        except RuntimeError as error:
+            raise GpuLostError(short(error)) from error
+        torch.cuda.empty_cache()  # after an out-of-memory error
+
+    def lacks(self, kernel: str, dtype: str, why: str) -> None:
+        """Record, once, why a kernel has no figures."""
+        row = {"kernel": kernel, "dtype": dtype, "missing": why}
+        own = (_case(row) for row in self.rows() if row["step"] == self.step)
+        if row not in own:
+            self.record(**row)
+
+    def failed(self, **case: Any) -> bool:
+        """Whether this step has recorded a failure of exactly this case."""
+        return any(
+            "failed" in row and _case(row) == case
+            for row in self.rows()
+            if row["step"] == self.step
+        )
+
+    def finish(self) -> None:
+        """Record how many cases found no time."""
+        if self._left_out:
+            self.record(
+                failed="no time left",
+                left_out=len(self._left_out),
+                first=self._left_out[0],
+            )
+
+
+def known(rows: list[Row], step: str) -> set[str]:
+    """The cases of a step that have a row, as ``Context.done`` wants them.
+
+    A row begins with what identifies its case; figures come after it, so that every
+    beginning of a row may be a case.
+    """
+    found = set()
+    for row in rows:
+        if row["step"] != step:
+            continue
+        case: dict[str, Any] = {}
+        for key, value in _case(row).items():
+            case[key] = value
+            found.add(json.dumps(case))
+    return found
+
+
+def _case(row: Row) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in _NO_CASE}
+
+
+_NO_CASE = ("step", "date", "gpu", "trial", "failed")
+
+
+def short(error: BaseException) -> str:
+    """Kind and message in one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

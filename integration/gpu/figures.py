@@ -1,0 +1,126 @@
+"""The rows of one GPU, by what is asked of them. Needs neither torch nor a GPU."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from integration.gpu.record import Row
+
+SHAPES = ("gate_up_proj", "down_proj", "qkv_proj", "o_proj")
+DTYPES = ("bf16", "fp8", "int8")
+REFERENCE = {"bf16": "bf16", "fp8": "fp8", "int8": "fp8"}  # torch's int8 has no scales
+SPARSE = ("cuda", "cusparselt", "cusparselt unsearched", "triton")
+MANY = 65  # tokens from here on run eagerly in a server, fewer in a CUDA graph
+NOT_YET = "not yet"
+
+_NO_CASE = ("step", "date", "gpu", "trial", "failed", "seconds")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The fastest sparse kernel of a case against dense."""
+
+    kernel: str
+    us: float
+    dense: float
+
+    @property
+    def ratio(self) -> float:
+        """Above 1 it is faster."""
+        return self.dense / self.us
+
+
+class Figures:
+    """What was measured on one GPU; of what was measured again, the last."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+        self.times: dict[tuple[str, str, int, str, str], float] = {}
+        for row in self.rows:
+            if row["step"] in ("decode", "prefill") and "us" in row:
+                self.times[
+                    row["shape"],
+                    row["dtype"],
+                    row["tokens"],
+                    row["kernel"],
+                    row["mode"],
+                ] = row["us"]
+
+    def of(self, step: str, **wanted: Any) -> list[Row]:
+        """Rows of a step with these entries that did not fail, in order."""
+        entries = {"step": step, **wanted}.items()
+        return [
+            row for row in self.rows if entries <= row.items() and "failed" not in row
+        ]
+
+    def last(self, step: str, key: str, **wanted: Any) -> Any:
+        """The last figure of that name; None without one."""
+        found = [row[key] for row in self.of(step, **wanted) if key in row]
+        return found[-1] if found else None
+
+    def dense(self, shape: str, dtype: str, tokens: int, mode: str) -> float | None:
+        """Microseconds of torch's dense product of the type to compare with."""
+        return self.times.get((shape, REFERENCE[dtype], tokens, "dense", mode))
+
+    def best(
+        self, shape: str, dtype: str, tokens: int, mode: str | None = None
+    ) -> Best | None:
+        """The fastest sparse kernel of a size; None if it or dense was not timed.
+
+        :param mode: by default as a server runs so many tokens
+        """
+        mode = mode or ("eager" if tokens >= MANY else "graph")
+        dense = self.dense(shape, dtype, tokens, mode)
+        found = [
+            (us, kernel)
+            for kernel in SPARSE
+            if (us := self.times.get((shape, dtype, tokens, kernel, mode)))
+        ]
+        if not found or dense is None:
+            return None
+        us, kernel = min(found)
+        return Best(kernel, us, dense)
+
+    def sizes(self) -> list[tuple[str, str, int]]:
+        """Shape, type and tokens of everything timed, in the tables' order."""
+        found = {(shape, dtype, tokens) for shape, dtype, tokens, *_ in self.times}
+        return sorted(
+            found, key=lambda s: (DTYPES.index(s[1]), SHAPES.index(s[0]), s[2])
+        )
+
+    def failures(self) -> list[Row]:
+        """Rows of what failed and did not succeed later."""
+        found = []
+        for index, row in enumerate(self.rows):
+            if "failed" not in row:
+                continue
+            case = {
+                k: v for k, v in row.items() if k not in _NO_CASE and k != "seconds"
+            }
+            later = self.rows[index + 1 :]
+            mended = case and any(
+                {"step": row["step"], **case}.items() <= other.items()
+                and "failed" not in other
+                for other in later
+            )
+            if not mended:
+                found.append(row)
+        return found
+
+
+def by_gpu(rows: Iterable[Row], trials: bool = False) -> dict[str, list[Row]]:
+    """Rows by GPU; rows that know none go to the GPU before them.
+
+    :param trials: instead, those of trials on a CPU
+    """
+    if trials:
+        return {"a trial, no figures": [row for row in rows if row.get("trial")]}
+    found: dict[str, list[Row]] = {}
+    gpu = None
+    for row in rows:
+        if row.get("trial"):
+            continue
+        gpu = row.get("gpu") or gpu
+        if gpu is not None:
+            found.setdefault(gpu, []).append(row)
+    return found

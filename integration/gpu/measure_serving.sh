@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# vLLM on one GPU, a 2:4 model against the same weights dense, in less than six minutes.
+#
+#     bash integration/gpu/measure_serving.sh OUT [--cpu | --as-installed]
+#
+# Appends figures to OUT/results.jsonl; see steps.sh. vLLM comes from the bundle if there
+# is one (bundle.sh), else it is the one installed for PYTHON; --as-installed lets that
+# one choose its attention kernels, compile, and record the CUDA graphs it wants.
+# LAYERS (8) is the depth of the model; 32 is the whole Llama-3.1-8B.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. integration/gpu/steps.sh
+SITES=${SITES:-/tmp/llmc-attnmask-sites}
+LAYERS=${LAYERS:-8}
+begin "$(realpath -m "${1:-out/gpu}")" "${TOTAL_SECONDS:-320}" "${2:-}"
+
+HOW=()
+if [ "${2:-}" = --as-installed ]; then HOW=(--as-installed); fi
+SITE="$SITES/site-serving"
+BUNDLED=no
+if [ ${#HOW[@]} -eq 0 ] && bundled; then
+    BUNDLED=yes
+    set -a
+    . integration/gpu/bundle/vllm.env
+    set +a
+fi
+# 8-bit layers stay dense unless they are told not to
+BF16=(--dtype bf16 --layers "$LAYERS")
+FP8=(--dtype fp8 --layers "$LAYERS")
+
+#    name        at most  needs
+step machine          20      8 machine
+if [ $BUNDLED = yes ]; then
+    step unpack       25     10 run \
+        "$PYTHON" integration/gpu/bundle/unpack.py "$SITES" --only serving
+fi
+step vllm             40     15 site="$SITE" vllm
+# a library that the driver refuses must not take the kernels' figures along
+if [ $STATUS -ne 0 ]; then AGAIN=""; else AGAIN=$SITE; fi
+step decode-again     30     10 site="$AGAIN" \
+    decode --shapes gate_up_proj down_proj --tokens 1 16 --dtypes bf16 fp8
+step checkpoint       25     10 checkpoint "${BF16[@]}"
+step engine-dense     75     35 site="$SITE" \
+    engine "${BF16[@]}" --plugin off "${HOW[@]}"
+step engine-sparse    75     35 site="$SITE" \
+    engine "${BF16[@]}" --plugin on "${HOW[@]}"
+step checkpoint-fp8   25     70 checkpoint "${FP8[@]}"
+step engine-dense-8   60     30 site="$SITE" \
+    engine "${FP8[@]}" --plugin off "${HOW[@]}"
+step engine-sparse-8  60     30 site="$SITE" \
+    engine "${FP8[@]}" --plugin on --kernel sparse "${HOW[@]}"
+if running; then rm -rf /{dev/shm,tmp}/llmc-attnmask-{bf16,fp8}-"$LAYERS"; fi
+finish

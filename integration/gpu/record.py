@@ -1,0 +1,113 @@
+"""Figures on disk the moment they are known: one JSON object a line.
+
+    python integration/gpu/record.py OUT --step NAME --failed WHY [--seconds N]
+
+appends the row of a step that ended badly, which that step no longer could. Imports
+nothing heavy: the shell scripts call it between two steps.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "results.jsonl"
+
+Row = dict[str, Any]
+
+
+def append(folder: Path, row: Row) -> None:
+    """Add a row to the folder's file; when this returns it is on the disk.
+
+    Several processes may append at once. What one that was killed left of its last line
+    is closed, so that it spoils no other.
+
+    :param folder: made if it is not there
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    line = json.dumps({key: _plain(value) for key, value in row.items()}) + "\n"
+    if _ends_within_a_line(path):
+        line = "\n" + line
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(file, line.encode())  # one call, which O_APPEND keeps whole
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def _plain(value: Any) -> Any:
+    # NaN and infinity are no JSON
+    return (
+        str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    )
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a file holds."""
+
+    rows: list[Row]
+    broken: int  # lines that are no row: a process was killed within them
+
+
+def read(path: Path) -> Read:
+    """The rows of a file, as far as they were written whole.
+
+    :raises FileNotFoundError: if there is none
+    """
+    rows: list[Row] = []
+    broken = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        else:
+            broken += 1
+    return Read(rows, broken)
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--step", required=True)
+    parser.add_argument("--failed", required=True)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--gpu", help="its name")
+    parser.add_argument("--trial", action="store_true", help="as of step.py --cpu")
+    args = parser.parse_args()
+    row: Row = {"step": args.step, "date": today(), "gpu": args.gpu or None}
+    if args.trial:
+        row["trial"] = True
+    row["failed"] = " ".join(args.failed.split())[:500]
+    if args.seconds is not None:
+        row["seconds"] = args.seconds
+    append(args.folder, row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""A random 2:4 checkpoint of Llama-3.1-8B's shape, in memory if there is room.
+
+Stored dense with the note in config.json: served without the plugin it is the dense
+model. With fewer layers the vocabulary shrinks in proportion, so that the layers keep
+their share of the bytes that a token reads.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from integration.gpu import record
+from integration.gpu.context import Context
+from integration.gpu.weights import random_weight
+from llmc_attnmask.checkpoint import marker
+
+FOLDERS = (Path("/dev/shm"), Path("/tmp"))
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 2048,
+    "max_position_embeddings": 512,
+}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=["bf16", "fp8", "int8"], default="bf16")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--folder", type=Path, help="by default where there is room")
+
+
+def configuration(layers: int, trial: bool) -> dict[str, Any]:
+    """config.json of so many layers."""
+    whole: dict[str, Any] = LLAMA_8B | (TINY if trial else {})
+    vocabulary = whole["vocab_size"] * layers // LLAMA_8B["num_hidden_layers"]
+    return whole | {
+        "num_hidden_layers": layers,
+        "vocab_size": max(256, -(-vocabulary // 64) * 64),
+    }
+
+
+def quantization(dtype: str) -> dict[str, Any] | None:
+    """W8A8 as compressed-tensors describes it, tokens quantized while serving."""
+    if dtype == "bf16":
+        return None
+    kind = {"num_bits": 8, "type": "float" if dtype == "fp8" else "int"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if dtype == "fp8" else "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": kind | {"strategy": "channel", "symmetric": True},
+                "input_activations": kind
+                | {"strategy": "token", "symmetric": True, "dynamic": True},
+            }
+        },
+    }
+
+
+def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the linear layers of one decoder layer."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"] * config["head_dim"]
+    key_values = config["num_key_value_heads"] * config["head_dim"]
+    return {
+        "self_attn.q_proj": (heads, hidden),
+        "self_attn.k_proj": (key_values, hidden),
+        "self_attn.v_proj": (key_values, hidden),
+        "self_attn.o_proj": (hidden, heads),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
+def quantized(weight: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Tensors of one linear layer, by suffix."""
+    if dtype == "bf16":
+        return {"weight": weight}
+    largest = 448.0 if dtype == "fp8" else 127.0
+    scale = weight.float().abs().amax(dim=1, keepdim=True) / largest
+    scaled = weight.float() / scale
+    rounded = (
+        scaled.to(torch.float8_e4m3fn)
+        if dtype == "fp8"
+        else scaled.round().to(torch.int8)
+    )
+    return {"weight": rounded, "weight_scale": scale.bfloat16()}
+
+
+def shards(
+    config: dict[str, Any], dtype: str, device: str
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Files of the checkpoint, one decoder layer in memory at a time."""
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    table: Any = {"device": device, "dtype": torch.bfloat16}
+    yield (
+        "model-ends.safetensors",
+        {
+            "model.embed_tokens.weight": torch.randn(vocabulary, hidden, **table),
+            "lm_head.weight": torch.randn(vocabulary, hidden, **table) / hidden**0.5,
+            "model.norm.weight": torch.ones(hidden, **table),
+        },
+    )
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        tensors = {
+            f"{prefix}.{norm}.weight": torch.ones(hidden, **table)
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        for name, (rows, columns) in linears(config).items():
+            weight = random_weight(rows, columns, torch.bfloat16, device).dense
+            # of a size at which activations stay in range layer after layer
+            parts = quantized(weight * (2 / columns) ** 0.5, dtype)
+            tensors |= {f"{prefix}.{name}.{part}": parts[part] for part in parts}
+        yield f"model-layer-{layer:02}.safetensors", tensors
+
+
+def make(folder: Path, config: dict[str, Any], dtype: str, device: str) -> int:
+    """Write the checkpoint; its bytes."""
+    folder.mkdir(parents=True)
+    index: dict[str, str] = {}
+    total = 0
+    for file, tensors in shards(config, dtype, device):
+        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(kept, file)
+        total += sum(tensor.nbytes for tensor in kept.values())
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    described = dict(config)
+    if (how := quantization(dtype)) is not None:
+        described["quantization_config"] = how
+    marker.write(
+        described,
+        [
+            f"model.layers.{layer}.{name}"
+            for layer in range(config["num_hidden_layers"])
+            for name in linears(config)
+        ],
+    )
+    (folder / "config.json").write_text(json.dumps(described, indent=2))
+    return total
+
+
+def place(wanted: int) -> Path:
+    """The first folder with so many bytes free.
+
+    :raises OSError: if none has
+    """
+    free = {folder: shutil.disk_usage(folder).free for folder in FOLDERS}
+    for folder, available in free.items():
+        if available > wanted * 1.1:
+            return folder
+    raise OSError(f"no room for {wanted / 1e9:.1f} GB: free are {free}")
+
+
+def run(context: Context, options: argparse.Namespace) -> None:
+    case: dict[str, Any] = {"dtype": options.dtype, "layers": options.layers}
+    config = configuration(options.layers, context.trial)
+    per_layer = sum(rows * columns for rows, columns in linears(config).values())
+    entries = config["num_hidden_layers"] * per_layer
+    entries += 2 * config["vocab_size"] * config["hidden_size"]
+
+    def work() -> dict[str, Any]:
+        name = f"llmc-attnmask-{options.dtype}-{options.layers}"
+        folder = (options.folder or place(2 * entries)) / name
+        if folder.exists():  # of a call before, perhaps cut off
+            shutil.rmtree(folder)
+        start = time.monotonic()
+        size = make(folder, config, options.dtype, context.device)
+        return {
+            "folder": str(folder),
+            "gb": size / 1e9,
+            "seconds": time.monotonic() - start,
+        }
+
+    context.attempt(case, work)
+
+
+def made(rows: list[record.Row], dtype: str, layers: int) -> Path:
+    """The folder of the checkpoint that an earlier step has made.
+
+    :raises RuntimeError: if there is none
+    """
+    wanted = {"step": "checkpoint", "dtype": dtype, "layers": layers}
+    for row in reversed(rows):
+        if wanted.items() <= row.items() and "folder" in row:
+            return Path(row["folder"])
+    raise RuntimeError(
+        f"no {dtype} checkpoint of {layers} layers was made; run the step checkpoint "
+        f"with --dtype {dtype} --layers {layers} first"
+    )

@@ -1,0 +1,95 @@
+"""What the project takes for granted about cuSPARSELt, asked of this one.
+
+Its version; bytes of a weight; whether the kept values are row by row at the head of
+its buffer, where the decode kernels read them; how its metadata are laid out; whether a
+product of a size that was never called can be recorded; scales as a vector.
+"""
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+
+from integration.gpu.context import Context
+from integration.gpu.kernels import missing, pack
+from integration.gpu.steps import layout
+from integration.gpu.steps.correct import errors, tolerance
+from integration.gpu.weights import (
+    DTYPES,
+    SHAPES,
+    integer,
+    random_tokens,
+    random_weight,
+)
+from llmc_attnmask.serving.kernels import cusparselt, forms, packing
+
+PROBED = (128, 256)  # rows, columns
+
+
+def stored(dtype: torch.dtype, shape: tuple[int, int], device: str) -> dict[str, Any]:
+    """Bytes over dense; whether the kept values come first, row by row; and whether the
+    decode kernel can read the metadata, in which spans.
+    """
+    weight = random_weight(*shape, dtype, device).dense
+    compressed = cusparselt.compress(weight)
+    kept = cusparselt.kept_values(compressed, shape[1])
+    values, _ = packing.pack(weight)
+    bits = integer(dtype)
+    return {
+        "share": compressed.nbytes / weight.nbytes,
+        "values_shared": torch.equal(kept.view(bits), values.view(bits)),
+        "span": forms.shared_span(compressed, weight),
+    }
+
+
+def recorded_first(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """A product that is recorded before it was ever called."""
+    weight = random_weight(*SHAPES["o_proj"], dtype, device)
+    packed = pack("cusparselt", weight)
+    packed.prepare([64])
+    x, scale = random_tokens(48, weight.dense.shape[1], dtype, device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = packed(x, scale)
+    graph.replay()
+    expected = weight.product(x, scale)
+    error = float((out.double() - expected).norm() / expected.norm())
+    return {"error": error, "right": error < tolerance(dtype)}
+
+
+def in_vector(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Scales of an 8-bit weight, which go into the product as a vector."""
+    weight = random_weight(*SHAPES["o_proj"], dtype, device)
+    packed = pack("cusparselt", weight)
+    packed.prepare([16])
+    return errors(packed, 16, device)
+
+
+def run(context: Context, options: argparse.Namespace) -> None:
+    if why := cusparselt.why_not():
+        context.record(of="version", missing=why)
+        return
+    device = context.device
+    context.attempt({"of": "version"}, lambda: {"version": cusparselt.version()})
+    for kind, dtype in DTYPES.items():
+        case: dict[str, Any] = {"dtype": kind}
+        if why := missing("cusparselt", dtype, PROBED, device):
+            context.record(**case, missing=why)
+            continue
+        for name in ("o_proj", "down_proj"):
+            context.attempt(
+                case | {"of": "stored", "shape": name},
+                partial(stored, dtype, SHAPES[name], device),
+            )
+        context.attempt(
+            case | {"of": "recorded first"}, partial(recorded_first, dtype, device)
+        )
+        if dtype.itemsize == 1:
+            context.attempt(
+                case | {"of": "scales in a vector"}, partial(in_vector, dtype, device)
+            )
+        context.attempt(
+            case | {"of": "layout", "rows": PROBED[0], "columns": PROBED[1]},
+            partial(layout.of, cusparselt.compress, dtype, *PROBED, device),
+        )

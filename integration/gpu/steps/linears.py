@@ -1,0 +1,181 @@
+"""Time of every kernel at the linear shapes of Llama-3.1-8B, few tokens and many.
+
+Each in a replayed CUDA graph and called from Python. Weights rotate, so that no cache
+holds them; sparse kernels that the step `correct` found wrong are left out.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from integration.gpu.context import Context
+from integration.gpu.kernels import (
+    BLOCKS,
+    DENSE,
+    KERNELS,
+    SPARSE,
+    Packed,
+    missing,
+    pack,
+)
+from integration.gpu.steps.correct import wrong
+from integration.gpu.timing import Timer
+from integration.gpu.weights import (
+    CALLS,
+    CALLS_PREFILL,
+    DTYPES,
+    SHAPES,
+    SMALL,
+    Weight,
+    copies,
+    random_tokens,
+    random_weight,
+)
+
+DECODE = (1, 8, 16, 64)
+PREFILL = (4096, 1024, 256)  # the most wanted first
+TIMED = ("bf16", "fp8", "int8")
+SHAPES_OF_BLOCKS = ["gate_up_proj", "down_proj"]
+DTYPES_OF_BLOCKS = ["bf16", "fp8"]
+TOKENS_OF_BLOCKS = (64, 16, 1)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS)
+
+
+def decode(context: Context, options: argparse.Namespace) -> None:
+    """Few tokens: time goes into reading the weight."""
+    kernels = (DENSE[0], *SPARSE, DENSE[1])
+    measure(context, options, DECODE, kernels, CALLS)
+
+
+def prefill(context: Context, options: argparse.Namespace) -> None:
+    """Many tokens: time goes into arithmetic, and the decode kernels are out."""
+    kernels = (DENSE[0], "cusparselt", "cusparselt unsearched", DENSE[1])
+    measure(context, options, PREFILL, kernels, CALLS_PREFILL)
+
+
+def blocks(context: Context, options: argparse.Namespace) -> None:
+    """The decode kernel in CUDA with blocks of other sizes."""
+    chosen = argparse.Namespace(
+        shapes=options.shapes or SHAPES_OF_BLOCKS,
+        dtypes=options.dtypes or DTYPES_OF_BLOCKS,
+        tokens=options.tokens,
+        kernels=options.kernels,
+    )
+    measure(context, chosen, TOKENS_OF_BLOCKS, ("cuda", *BLOCKS), CALLS)
+
+
+def measure(
+    context: Context,
+    options: argparse.Namespace,
+    tokens: Sequence[int],
+    kernels: Sequence[str],
+    calls: int,
+) -> None:
+    """All shapes and types, in their order of worth."""
+    shapes = tuple(options.shapes or SHAPES)
+    if context.trial:
+        tokens = sorted({min(count, 16) for count in tokens})[:2]
+    for pair in (shapes[:2], shapes[2:]):
+        for kind in options.dtypes or TIMED:
+            for shape in pair:
+                case = {"shape": shape, "dtype": kind}
+                _measure_one(
+                    context,
+                    case,
+                    options.tokens or tokens,
+                    options.kernels or kernels,
+                    calls,
+                )
+
+
+def _measure_one(
+    context: Context,
+    case: dict[str, Any],
+    tokens: Sequence[int],
+    kernels: Sequence[str],
+    calls: int,
+) -> None:
+    """One shape and type."""
+    if context.left() < 2:
+        context.attempt(case, dict)  # is left out, and said to be
+        return
+    shape = (SMALL if context.trial else SHAPES)[case["shape"]]
+    dtype = DTYPES[case["dtype"]]
+    weight = random_weight(*shape, dtype, context.device)
+    count = 2 if context.trial else copies(*shape, dtype.itemsize)
+    out = wrong(context.rows())
+    packed: dict[str, list[Packed]] = {}
+    for name in kernels:
+        named = case | {"kernel": name}
+        if why := missing(name, dtype, shape, context.device):
+            context.lacks(name, case["dtype"], why)
+        elif name not in DENSE and out & {(name, case["dtype"]), (name, None)}:
+            context.lacks(name, case["dtype"], "wrong, see the step `correct`")
+        elif not context.failed(**named):
+            found = _packed(context, name, weight, count, tokens, named)
+            if found:
+                packed[name] = found
+    for number in tokens:
+        rounds = max(calls, count)
+        inputs = [
+            random_tokens(number, shape[1], dtype, context.device)
+            for _ in range(2 if context.trial else rounds)
+        ]
+        timer = Timer(context.device)
+        for mode, function in (("graph", timer.graph), ("eager", timer.eager)):
+            for name, weights in packed.items():
+                timed = case | {"tokens": number, "kernel": name, "mode": mode}
+                turn = [
+                    partial(weights[i % count], *pair) for i, pair in enumerate(inputs)
+                ]
+                context.attempt(timed, partial(_time, function, turn, timer.device))
+
+
+def _time(function: Any, turn: list[partial[Tensor]], device: str) -> dict[str, float]:
+    found = {"us": function(turn)}
+    if device == "cuda":
+        torch.cuda.synchronize()  # a failure belongs to this case
+    return found
+
+
+def _packed(
+    context: Context,
+    name: str,
+    weight: Weight,
+    count: int,
+    tokens: Sequence[int],
+    case: dict[str, Any],
+) -> list[Packed]:
+    """``count`` copies, ready for so many tokens; none if the kernel fails."""
+    try:
+        start = time.monotonic()
+        first = pack(name, weight)
+        if context.device == "cuda":
+            torch.cuda.synchronize()
+        packing = time.monotonic() - start
+        found = [first, *(first.copy() for _ in range(count - 1))]
+        start = time.monotonic()
+        first.prepare(list(tokens))  # for all weights of this shape and type
+        preparing = time.monotonic() - start
+    except Exception as error:  # whatever it is, the other kernels are worth trying
+        context.fail(case, error)
+        return []
+    context.record(
+        **case,
+        bytes=first.nbytes,
+        share=first.nbytes / weight.dense.nbytes,
+        pack_seconds=packing,
+        prepare_seconds=preparing,
+    )
+    return found

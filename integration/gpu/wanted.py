@@ -1,0 +1,137 @@
+"""What the kernels, serving and pruning have to reach, and what they do reach."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from integration.gpu.figures import NOT_YET, SHAPES, Best, Figures
+
+FEW = (1, 8, 16)
+LAYERS = 32  # of Llama-3.1-8B
+MISSED = "missed"
+KERNEL = {"bf16": None, "fp8": "sparse"}  # LLMC_ATTNMASK_KERNEL of the served model
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A row of the table; ``reached`` says "missed" where it is."""
+
+    what: str
+    wanted: str
+    reached: Callable[[Figures], str]
+
+
+def ratios(found: Iterable[Best | None], least: float) -> str:
+    """Slowest to fastest of all cases, judged by the slowest."""
+    cases = list(found)
+    known = [case.ratio for case in cases if case is not None]
+    if not known:
+        return NOT_YET
+    text = f"{min(known):.2f} to {max(known):.2f}"
+    if len(known) < len(cases):
+        text += f" ({len(known)} of {len(cases)} sizes)"
+    return _judged(text, min(known) >= least)
+
+
+def _judged(text: str, enough: bool) -> str:
+    return text if enough else f"{text}, {MISSED}"
+
+
+def decode(dtype: str, least: float) -> Callable[[Figures], str]:
+    return lambda figures: ratios(
+        (figures.best(shape, dtype, n) for shape in SHAPES[:2] for n in FEW), least
+    )
+
+
+def prefill(dtype: str, least: float) -> Callable[[Figures], str]:
+    return lambda figures: ratios(
+        (figures.best(shape, dtype, 4096) for shape in SHAPES), least
+    )
+
+
+def slower(figures: Figures) -> str:
+    """The worst size, and how many are worse than 3 % slower."""
+    known = [
+        (best.ratio, f"{dtype} {shape}, {tokens} tokens: {best.kernel}")
+        for shape, dtype, tokens in figures.sizes()
+        if (best := figures.best(shape, dtype, tokens))
+    ]
+    if not known:
+        return NOT_YET
+    ratio, where = min(known)
+    below = sum(ratio < 0.97 for ratio, _ in known)
+    text = f"{ratio:.2f} ({where}); {below} of {len(known)} sizes below 0.97"
+    return _judged(text, not below)
+
+
+def memory(dtype: str, most: float) -> Callable[[Figures], str]:
+    """Linear layers of the served model over those of the stock engine."""
+
+    def reached(figures: Figures) -> str:
+        case = {"of": "memory", "dtype": dtype}
+        ours = {"plugin": "on", "kernel": KERNEL[dtype]}
+        sparse = figures.last("engine", "linear_gb", **ours, **case)
+        dense = figures.last("engine", "linear_gb", plugin="off", **case)
+        if not sparse or not dense:
+            return NOT_YET
+        return _judged(f"{sparse / dense:.3f}", sparse / dense <= most)
+
+    return reached
+
+
+def speed(batch: int, least: float) -> Callable[[Figures], str]:
+    """Tokens per second over the stock engine's, bf16."""
+
+    def reached(figures: Figures) -> str:
+        case = {"of": "decode", "dtype": "bf16", "batch": batch}
+        ours = {"plugin": "on", "kernel": KERNEL["bf16"]}
+        sparse = figures.last("engine", "tokens_per_s", **ours, **case)
+        dense = figures.last("engine", "tokens_per_s", plugin="off", **case)
+        if not sparse or not dense:
+            return NOT_YET
+        return _judged(f"{sparse / dense:.2f}", sparse / dense >= least)
+
+    return reached
+
+
+def pruning(figures: Figures) -> str:
+    """32 times the measured layer."""
+    case = {"samples": 128, "length": 2048, "width": 4096}
+    seconds = figures.last("prune", "seconds_per_layer", **case)
+    peak = figures.last("prune", "peak_gb", **case)
+    if seconds is None or peak is None:
+        return NOT_YET
+    minutes = LAYERS * seconds / 60
+    text = f"{minutes:.0f} minutes ({seconds:.1f} s a layer), {peak:.1f} GB"
+    return _judged(text, minutes <= 20 and peak <= 60)
+
+
+FP8 = "over dense fp8"
+TABLE = (
+    Wanted(
+        "decode, 1 to 16 tokens, gate_up and down, bf16 over dense bf16",
+        "1.5 x (1.78 is the limit by bytes)",
+        decode("bf16", 1.5),
+    ),
+    Wanted(f"the same, fp8 {FP8}", "1.3 x (1.6 is the limit)", decode("fp8", 1.3)),
+    Wanted(f"the same, int8 {FP8}", "1.3 x (1.6 is the limit)", decode("int8", 1.3)),
+    Wanted("prefill, 4096 tokens, bf16 over dense bf16", "1.3 x", prefill("bf16", 1.3)),
+    Wanted(f"the same, fp8 {FP8}", "1.4 x", prefill("fp8", 1.4)),
+    Wanted("at any size, slower than dense by at most", "3 % (0.97 x)", slower),
+    Wanted("weights in GPU memory over dense, bf16", "0.58", memory("bf16", 0.58)),
+    Wanted("the same, 8 bits", "0.64", memory("fp8", 0.64)),
+    *(
+        Wanted(
+            f"tokens per second, whole block 2:4 in bf16, batch {batch}, "
+            "over dense in the same vLLM",
+            f"{least} x",
+            speed(batch, least),
+        )
+        for batch, least in ((1, 1.35), (16, 1.3), (128, 1.1))
+    ),
+    Wanted(
+        "pruning Llama-3.1-8B's shapes, 128 x 2048 tokens, most accurate recipe, "
+        "from the measured layer",
+        "20 minutes, 60 GB",
+        pruning,
+    ),
+)
