@@ -14,7 +14,11 @@ from scripts import measured_tables
 from tests.documents import DOCUMENTS, ROOT, blocks
 
 # options of other people's commands, by whose they are
-FOREIGN_OPTIONS = {"--quantization": "vllm serve", "--shm-size": "docker run"}
+FOREIGN_OPTIONS = {
+    "--load-format": "vllm serve",
+    "--quantization": "vllm serve",
+    "--shm-size": "docker run",
+}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -18,6 +18,14 @@ INTERNAL = {
     "a ... tensor of shape ... is no mask for this weight",
     "weight is ...; expected ... for inputs of shape ...",
     "the weight has ... columns; 2:4 kernels need a multiple of",
+    "the decode kernel does not take this weight",
+    "plans for ... tokens: expected",
+    "cuSPARSELt plans for ... are wanted while a CUDA graph is captured",
+    "no cuSPARSELt plan for ...; call prepare when the model is loaded",
+    "scales with a weight of ...: expected both with 8 bits",
+    "cuSPARSELt takes no ... weight here, only",
+    "... has no function ...",
+    "cannot load ...",
 }
 
 

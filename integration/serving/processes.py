@@ -64,6 +64,7 @@ RUNS = {
     "stock lora": Run(WITHOUT_PLUGIN, ["bf16-dense"], lora="adapter"),
     "plugin lora": Run({}, ["bf16-packed"], lora="adapter"),
     "interpreted": Run(INTERPRETED, ["bf16-packed", "int8-dense"]),
+    "made up": Run(INTERPRETED, ["bf16-packed"], {"load_format": "dummy"}),
     "stock tp": Run(TWO_RANKS | WITHOUT_PLUGIN, ["bf16-dense"], TP),
     "plugin tp": Run(TWO_RANKS, ["bf16-packed"], TP),
 }

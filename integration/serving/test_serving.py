@@ -68,6 +68,19 @@ def test_the_decode_kernel_in_the_interpreter(outputs: Outputs, model: str) -> N
             assert first[token] == pytest.approx(reference[token], abs=0.15)
 
 
+def test_made_up_weights_are_pruned_and_served_sparse(outputs: Outputs) -> None:
+    output = outputs["made up"].result()
+    row = (
+        r"4 +(\w+) +\d+ x \d+ +packed +triton +LLMC_ATTNMASK_KERNEL=triton; "
+        "made-up weights, pruned here"
+    )
+    kinds = ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    assert re.findall(row, output.log) == kinds
+    assert all(
+        len(found["tokens"]) == TOKENS for found in output.results["bf16-packed"]
+    )
+
+
 def test_vllm_serve_answers_the_openai_client(
     checkpoints: Path, outputs: Outputs, tmp_path: Path
 ) -> None:

@@ -1,6 +1,6 @@
 """vLLM's compressed-tensors configuration, with 2:4 layers.
 
-Written against vLLM 0.26 and 0.32.
+Written against vLLM 0.26, 0.32 and 0.33.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,9 @@
 """A vLLM linear layer whose weight is 2:4.
 
-Written against vLLM 0.26 and 0.32.
+Written against vLLM 0.26, 0.32 and 0.33.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.serving import made_up
 from llmc_attnmask.serving.kernels import (
+    activations,
     cusparselt,
+    forms,
     op,
-    packing,
     select,
     self_check,
 )
@@ -60,7 +63,20 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.table = table
         self.loader: ShardLoader | None = None
         self.few_tokens = 0
+        self.span = 1  # of the decode kernel's metadata
+        self.quantize: activations.Quantizer | None = None  # of 8-bit layers
         self.rows = self.columns = 0  # on this rank
+
+    @property
+    def supports_pre_processed_weights(self) -> bool:
+        """Asked by vLLM's weight cache only: ``vllm preload``, and an engine that takes
+        another process's weights as they are in GPU memory.
+        """
+        raise ValueError(
+            f"{self.name} is 2:4, and every process makes its weights ready for the "
+            "sparse kernels itself; serve it without --load-format ipc_cache, and "
+            "without vllm preload"
+        )
 
     def create_weights(
         self,
@@ -115,14 +131,21 @@ class Sparse24LinearMethod(LinearMethodBase):
             layer.quant_method = self.stock
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        tokens, token_scale = x.reshape(-1, x.shape[-1]), None
+        if self.quantize is not None:  # outside of the operator, to be fused
+            tokens, token_scale = self.quantize(tokens)
         out = op.sparse_linear(
-            x.reshape(-1, x.shape[-1]),
+            tokens,
             None if layer.weight_places is None else layer.weight_packed,
             layer.weight_places,
+            layer.weight_arrived,
             layer.weight_cusparselt,
+            self.span,
             layer.weight_channel_scale,
+            token_scale,
             bias,
             self.few_tokens,
+            x.dtype,
         )
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -134,11 +157,14 @@ class Sparse24LinearMethod(LinearMethodBase):
             self.rows,
             self.columns,
             weight.dtype,
-            self.all_sparse and not _dummy_weights(),
+            self.all_sparse,
             self._activations(layer),
         )
         choice = select.choose(facts, select.Machine.detect(), select.forced())
         # the weight is read only where it matters
+        if choice.sparse and _dummy_weights():
+            made_up.prune(weight.data)
+            return replace(choice, reason=f"{choice.reason}; {made_up.NOTE}")
         if choice.sparse and layout.crowded_groups(weight.data):
             raise ValueError(
                 f"{self.name} is 2:4 by config.json, but its weights are not; prune "
@@ -169,35 +195,29 @@ class Sparse24LinearMethod(LinearMethodBase):
         """
         self.few_tokens = choice.tokens
         weight = layer.weight.data
-        values = places = compressed = None
-        if "triton" in (choice.few, choice.many):
-            values, places = packing.pack(weight)
-        if "cusparselt" in (choice.few, choice.many):
-            compressed = cusparselt.compress(weight.contiguous())
-            kept = cusparselt.kept_values(compressed, self.columns)
-            if values is not None and torch.equal(_bits(kept), _bits(values)):
-                values = kept  # one copy of them for both kernels
+        try:
+            made = forms.make(weight, choice, _largest_step())
+        except cusparselt.CuSparseLtError as refusal:
+            return select.keep_dense(str(refusal))
         scale = None
         if weight.itemsize == 1:
             scale = _by_row(layer.weight_scale.data, layer.logical_widths)
         if wrong := self_check.failure(
-            weight,
-            None if places is None else values,
-            places,
-            compressed,
-            scale,
-            self.few_tokens,
-            layer.params_dtype,
+            weight, made, scale, self.few_tokens, layer.params_dtype
         ):
             return select.keep_dense(f"{choice.label} failed its check: {wrong}")
-        for name in ("weight", "weight_scale", "input_scale", "_input_quant_key"):
+        self.span = made.span
+        if weight.itemsize == 1:
+            self.quantize = activations.quantizer(weight.dtype, weight.device)
+        for name in ("weight", "weight_scale", "input_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)
         for name, tensor in (
             # LoRA asks a parameter of this name for the device
-            ("weight_packed", values if values is not None else compressed),
-            ("weight_places", places),
-            ("weight_cusparselt", compressed),
+            ("weight_packed", made.compressed if made.values is None else made.values),
+            ("weight_places", made.places),
+            ("weight_arrived", made.arrived),
+            ("weight_cusparselt", made.compressed),
             ("weight_channel_scale", scale),
         ):
             layer.register_parameter(
@@ -219,12 +239,14 @@ class Sparse24LinearMethod(LinearMethodBase):
 
 
 def _dummy_weights() -> bool:
-    """Whether vLLM makes the weights up, so that they are not 2:4."""
+    """Whether vLLM makes the weights up instead of reading the checkpoint's."""
     return get_current_vllm_config().load_config.load_format == "dummy"
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view({1: torch.int8, 2: torch.int16}[tensor.itemsize])
+def _largest_step() -> int:
+    """The most tokens that vLLM multiplies at once."""
+    largest: int = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+    return largest
 
 
 def _by_row(scale: Tensor, widths: list[int]) -> Tensor:

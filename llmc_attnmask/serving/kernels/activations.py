@@ -1,35 +1,63 @@
 """Tokens in 8 bits, each with a scale of its own: symmetric, as W8A8 schemes want."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
+
+Quantizer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantizer(dtype: torch.dtype, device: torch.device) -> Quantizer:
+    """What a served layer rounds its tokens with, outside its own operator.
+
+    On a GPU by the calls that vLLM's W8A8 layers make, so that its compiler passes fuse
+    them with the norm before as they do there. To be made while vLLM's configuration
+    is set, as it is when a model is loaded: by it ``QuantFP8`` runs its kernel, or a
+    formula that Inductor can fuse.
+
+    :param dtype: int8 or float8_e4m3fn
+    :param device: where the tokens will be
+    :return: a function of tokens [tokens, K] in 16 bits that gives [tokens, K] in
+        ``dtype`` and scales fp32 [tokens]
+    """
+    if device.type != "cuda":
+        return partial(reference, dtype=dtype)
+    return _int8_of_vllm if dtype == torch.int8 else _fp8_of_vllm()
+
+
+def _int8_of_vllm(x: Tensor) -> tuple[Tensor, Tensor]:
+    from vllm import _custom_ops as ops
+
+    rounded, scale, _ = ops.scaled_int8_quant(x.contiguous())
+    return rounded, scale.view(-1)
+
+
+def _fp8_of_vllm() -> Quantizer:
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
+
+    def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+        rounded, scale = quantize(x)
+        return rounded, scale.view(-1)
+
+    return per_token
+
+
+def reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Round to nearest, with the largest entry of a token at the end of the range.
 
-    On a GPU by vLLM's own kernel, one pass instead of five.
+    In plain torch, on any device.
 
     :param x: [tokens, K] in 16 or 32 bits
     :param dtype: int8 or float8_e4m3fn
     :return: [tokens, K] in ``dtype``, and scales fp32 [tokens]
     """
-    if x.is_cuda:
-        from vllm import _custom_ops as ops
-
-        if dtype == torch.int8:
-            rounded, scale, _ = ops.scaled_int8_quant(x.contiguous())
-        else:
-            rounded, scale = ops.scaled_fp8_quant(
-                x.contiguous(), use_per_token_if_dynamic=True
-            )
-        return rounded, scale.view(-1)
-    return reference(x, dtype)
-
-
-def reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``quantize`` in plain torch, on any device."""
     largest = _LARGEST[dtype]
     scale = x.float().abs().amax(dim=-1, keepdim=True) / largest
     scale.clamp_min_(torch.finfo(torch.float32).tiny)

@@ -11,7 +11,7 @@
 // them, in the order of K, so that no second launch is needed and results do not vary.
 //
 // Fragments are those of the PTX manual for mma.sp.m16n8k32 (16 bits) and m16n8k64
-// (8 bits); cuda_decode.py packs the metadata in their order. Hopper has no mma of fp8
+// (8 bits); fragments.py says how their metadata are stored. Hopper has no mma of fp8
 // outside wgmma, and PTX's would be translated to conversions of both operands for
 // every token: fp8 is expanded to fp16 here, exactly, tokens once and weights once.
 //
@@ -97,6 +97,11 @@ __device__ __forceinline__ void sparse_mma(
   SPARSE_MMA("m16n8k64.row.col.s32.s8.s8.s32", "+r");
 }
 
+// Bytes 0 and 2 of one word, then of another.
+__device__ __forceinline__ uint32 even_bytes(uint32 low, uint32 high) {
+  return __byte_perm(low, high, 0x6420);
+}
+
 __device__ __forceinline__ uint32 expand_fp8(uint32 two) {  // to two of fp16
   uint32 out;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(static_cast<uint16>(two)));
@@ -155,7 +160,7 @@ struct Sizes<INT8> {
 struct Arguments {
   const uint8* x;                            // [tokens, columns]
   const uint8* values;                       // [rows, columns / 2]
-  const uint8* metadata;                     // [row tiles of 32, stages, words, 32 lanes]
+  const uint8* metadata;                     // of fragments.py, rows filled up to ROWS
   const float* channel_scale;                // [rows], or null
   const float* token_scale;                  // [tokens], or null
   const void* bias;                          // [rows] of bias_type
@@ -163,6 +168,7 @@ struct Arguments {
   uint32* partial;                           // [gridDim.y, tokens, rows], if shared
   uint32* arrived;                           // [row blocks], zeros before and after
   int tokens, rows, columns, stages_each;
+  int row_tiles, span;                       // of the metadata: tiles, steps of a span
   int bias_type, out_type;
 };
 
@@ -244,34 +250,71 @@ struct ExpandedTokens {
   }
 };
 
+// A lane's words of the metadata of 32 rows in one step.
+template <Kind KIND>
+struct Words {
+  const uint32* tile;                        // of all steps of the stage
+  int span;
+
+  __device__ __forceinline__ const uint32* at(int step) const {
+    constexpr int EACH = Sizes<KIND>::TILE / 4 / STEPS;  // words of a step
+    return tile + step / span * (span * EACH) + step % span * (EACH / 32);
+  }
+  // 16 bits: one for both products of 16 rows, in lanes 0 and 1, and 2 and 3, of four
+  __device__ __forceinline__ uint32 both(int step, int lane) const {
+    return at(step)[span * (lane / 4 + lane % 2 * 8 + lane % 4 / 2 * 16)];
+  }
+  // 8 bits: 32 columns of one row
+  __device__ __forceinline__ uint32 row(int step, int row, int half) const {
+    return at(step)[row * 2 * span + half];
+  }
+  // The even groups of rows g and g + 8 in lanes 0 and 1 of four, the odd ones in the
+  // others.
+  __device__ __forceinline__ uint32 alternate(int step, int m, int lane) const {
+    uint32 word[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32 eight = row(step, m * 16 + lane / 4 + i * 8, lane % 2);
+      const uint32 four = eight >> lane % 4 / 2 * 4 & 0x0f0f0f0f;
+      word[i] = four | four >> 4;
+    }
+    return even_bytes(word[0], word[1]);
+  }
+};
+
 // A warp's half of the products of a stage.
 template <Kind KIND, int NB, class Sum>
 __device__ __forceinline__ void multiply_stage(
-    Sum (&sums)[2][NB][4], const uint8* values, const uint8* metadata, const uint8* x) {
+    Sum (&sums)[2][NB][4], const uint8* values, const uint8* metadata, const uint8* x,
+    int span) {
   using S = Sizes<KIND>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rows = warp % ROW_WARPS, k_half = warp / ROW_WARPS;
-  const uint32* words = reinterpret_cast<const uint32*>(metadata + rows * S::TILE) + lane;
-  constexpr int WORDS = S::TILE / 4 / 32 / STEPS;        // a lane has of a step
+  const Words<KIND> words{reinterpret_cast<const uint32*>(metadata + rows * S::TILE), span};
 #pragma unroll
   for (int i = 0; i < STEPS / 2; ++i) {
     const int step = k_half * (STEPS / 2) + i;
-    uint32 a[2][4];
+    uint32 a[2][4], word[2];
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < 2; ++m) {
       load_matrices(a[m], values + place<LINE>(rows * 32 + m * 16 + lane % 16,
-                                              2 * step + lane / 16));
+                                               2 * step + lane / 16));
+      if constexpr (S::EXPANDED)
+        word[m] = words.alternate(step, m, lane);
+      else if constexpr (S::ITEM == 1)
+        word[m] = words.row(step, m * 16 + lane / 4 + lane % 2 * 8, lane % 4 / 2);
+      else
+        word[m] = m ? word[0] : words.both(step, lane);
+    }
     if constexpr (S::EXPANDED) {
-      uint32 even[2][4], odd[2][4], word[2];
+      uint32 even[2][4], odd[2][4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        word[m] = words[(step * WORDS + m) * 32];
+      for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           even[m][j] = expand_fp8(a[m][j]);
           odd[m][j] = expand_fp8(a[m][j] >> 16);
         }
-      }
 #pragma unroll
       for (int n = 0; n < NB; ++n) {
         uint32 b[4];
@@ -283,14 +326,12 @@ __device__ __forceinline__ void multiply_stage(
         sparse_mma<FP16, 1>(sums[1][n], odd[1], b, word[1]);
       }
     } else {
-      const uint32 first = words[step * WORDS * 32];
-      const uint32 second = WORDS == 2 ? words[(step * WORDS + 1) * 32] : first;
 #pragma unroll
       for (int n = 0; n < NB; ++n) {
         uint32 b[4];
         load_matrices(b, x + place<S::TOKEN>(n * 8 + lane % 8, 4 * step + lane / 8));
-        sparse_mma<KIND, 0>(sums[0][n], a[0], b, first);
-        sparse_mma<KIND, WORDS == 2 ? 0 : 1>(sums[1][n], a[1], b, second);
+        sparse_mma<KIND, 0>(sums[0][n], a[0], b, word[0]);
+        sparse_mma<KIND, S::ITEM == 1 ? 0 : 1>(sums[1][n], a[1], b, word[1]);
       }
     }
   }
@@ -351,9 +392,13 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
   const Share<LINE, ROWS> values(g.values, first_row, g.rows, g.columns / 2 * S::ITEM);
   const Share<S::COLUMNS * S::ITEM, TOKENS> tokens(g.x, first_token, g.tokens,
                                                    static_cast<int64>(g.columns) * S::ITEM);
+  // a span of a tile of 32 rows is in one piece; then come those of the other tiles
+  const int piece = g.span * (S::TILE / STEPS), spans = STEPS / g.span;
+  const int at = threadIdx.x % (S::TILE / CHUNK) * CHUNK;
   const int64 tile = first_row / 32 + threadIdx.x / (S::TILE / CHUNK);
+  const int64 next_span = static_cast<int64>(g.row_tiles) * piece;
   const uint8* const metadata =
-      g.metadata + tile * stages * S::TILE + threadIdx.x % (S::TILE / CHUNK) * CHUNK;
+      g.metadata + tile * piece + at / piece * next_span + at % piece;
 
   auto copy = [&](int stage) {
     const int slot = stage % STAGES;
@@ -361,7 +406,7 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
       values.copy(stage, all_values + slot * ROWS * LINE);
       if (threadIdx.x < METADATA / CHUNK)
         copy_async(all_metadata + slot * METADATA + threadIdx.x * CHUNK,
-                   metadata + stage * S::TILE, true);
+                   metadata + stage * spans * next_span, true);
       if constexpr (!S::EXPANDED) tokens.copy(stage, all_x + slot * X_BYTES);
     }
     commit_copies();                         // an empty group keeps the count
@@ -380,7 +425,7 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
       if (stage + 1 < end) expanded.fetch(tokens, stage + 1);
     multiply_stage<KIND, NB>(sums, all_values + stage % STAGES * ROWS * LINE,
                              all_metadata + stage % STAGES * METADATA,
-                             all_x + stage % X_SLOTS * X_BYTES);
+                             all_x + stage % X_SLOTS * X_BYTES, g.span);
     if constexpr (S::EXPANDED)
       if (stage + 1 < end) expanded.store(all_x + (stage + 1) % X_SLOTS * X_BYTES);
   }

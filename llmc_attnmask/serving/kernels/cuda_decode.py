@@ -28,6 +28,7 @@ FEWEST_STAGES = 4  # of K for one block: a ring that is never full hides nothing
 _SOURCE = Path(__file__).with_suffix(".cu")
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NO_TYPE = 3
+_SHARED = 220_000  # bytes of a Hopper multiprocessor, less what a block needs besides
 _MULTIPROCESSORS = 132  # where no GPU says: an H100's
 
 
@@ -46,7 +47,7 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 *("tokens", "rows", "columns", "stages_each"),
-                *("bias_type", "out_type"),
+                *("row_tiles", "span", "bias_type", "out_type"),
             )
         ),
     )
@@ -106,13 +107,13 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a 2:4 weight.
 
     :param weight: [rows, K] in fp16, bf16, int8 or fp8 e4m3, on any device
-    :return: kept values [rows, K/2]; metadata, int32, of ``fragments.metadata``
+    :return: kept values [rows, K/2]; metadata, uint8, of ``fragments.metadata``
     :raises ValueError: if it is not 2:4, or K no multiple of 16 (8 bits: of 32)
     """
     if reason := unfit(weight.shape[1], weight.dtype):
         raise ValueError(f"the decode kernel does not take this weight: {reason}")
     values, nibbles = packing.kept(weight)
-    return values, fragments.metadata(nibbles, weight.dtype)
+    return values, fragments.metadata(nibbles, weight.itemsize)
 
 
 def counters(rows: int, device: torch.device) -> Tensor:
@@ -140,7 +141,7 @@ def plan(
     stages = -(-columns // fragments.STAGE[dtype.itemsize])
     row_blocks, token_blocks = -(-rows // block.rows), -(-tokens // (8 * tile))
     ring = block.shared_memory(tile, dtype)
-    room = multiprocessors * max(1, min(4 * 64 // block.rows, 200_000 // ring))
+    room = multiprocessors * max(1, min(4 * 64 // block.rows, _SHARED // ring))
     split = max(1, min(MAX_SPLIT, room // row_blocks, stages // FEWEST_STAGES))
     if token_blocks > 1:  # counters are of row blocks alone
         split = 1
@@ -197,18 +198,20 @@ def linear(
     token_scale: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    span: int = 1,
     block: Block = BLOCK,
 ) -> Tensor:
     """``x W^T`` for a packed W of x's dtype.
 
     :param x: [tokens, K], contiguous
     :param values: [rows, K/2], contiguous, and
-    :param metadata: as ``pack`` makes them
+    :param metadata: as ``pack`` makes them, or stored in other spans
     :param arrived: of ``counters``
     :param channel_scale: fp32 [rows], of an 8-bit weight
     :param token_scale: fp32 [tokens], of an 8-bit x
     :param bias: [rows] in 16 or 32 bits
     :param out_dtype: fp16, bf16 or fp32
+    :param span: of the metadata, see ``fragments``
     :return: [tokens, rows]
     """
     device, rows = x.device.index, values.shape[0]
@@ -221,8 +224,17 @@ def linear(
     if x.data_ptr() % 16:
         x = x.clone()
     given = arguments(
-        *(how, x, values, metadata, arrived),
-        *(channel_scale, token_scale, bias, out, partial),
+        how,
+        x,
+        values,
+        metadata,
+        arrived,
+        channel_scale,
+        token_scale,
+        bias,
+        out,
+        partial,
+        span,
     )
     _module(x.dtype, device, block).launch(
         kernel_name(x.dtype, how.tile),
@@ -246,6 +258,7 @@ def arguments(
     bias: Tensor | None,
     out: Tensor,
     partial: Tensor | None,
+    span: int = 1,
 ) -> Arguments:
     """What the kernel is given; the tensors must live until it was launched."""
     tensors = (x, values, metadata, channel_scale, token_scale, bias, out, partial)
@@ -253,6 +266,7 @@ def arguments(
     return Arguments(
         *pointers,
         *(len(x), len(values), x.shape[1], how.stages),
+        *(-(-len(values) // fragments.ROWS) * fragments.ROWS // fragments.TILE, span),
         _NO_TYPE if bias is None else _TYPES[bias.dtype],
         _TYPES[out.dtype],
     )

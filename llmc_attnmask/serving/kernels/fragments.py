@@ -1,17 +1,17 @@
 """Where the kept values of a 2:4 weight are, as sparse tensor cores want to be told.
 
-``mma.sp`` takes from every lane of a warp a word of eight nibbles, each a group of four
-columns: ``first | second << 2``. Which groups a lane tells of is laid down in the PTX
-manual (matrix fragments for sparse ``mma.m16n8k32`` and ``mma.m16n8k64``). With lane
-``4 g + t``:
+A group of four columns has a nibble: ``first | second << 2``, the kept columns. A lane
+of a warp hands ``mma.sp`` a word of eight nibbles; which ones is laid down in the PTX
+manual (matrix fragments for sparse ``mma.m16n8k32`` and ``mma.m16n8k64``). They are
+stored so that a lane finds its word in one piece, in the order of CUTLASS's
+``Sm90GemmSparseConfig`` (sm90_sparse_config.inl), in which cuSPARSELt may have them,
+too. From the slowest to the fastest:
 
-* 16 bits, 32 columns: one word serves two products of 16 rows, the first of which reads
-  the lanes t = 0 and 1, the second t = 2 and 3. Bits 0 to 15 are row g of the 16, bits
-  16 to 31 row g + 8; t even has the first four groups, t odd the others.
-* int8, 64 columns: a word for each product, of row ``g + 8 (t % 2)``, and of the first
-  eight groups for t < 2, the others for t > 1.
-* fp8, 64 columns, multiplied as fp16 in two products (see ``cuda_decode.cu``): a word
-  as in 16 bits, but t < 2 tells of the even groups, t > 1 of the odd ones.
+* spans of ``span`` steps of columns, a step being 32 columns in 16 bits and 64 in 8;
+* tiles of 32 rows;
+* 16 bits: upper or lower 16 rows, first or second four groups of a step, row g of
+  eight, step of the span, then a word: four groups of row g, and of row g + 8;
+* 8 bits: row of 32, step of the span, then two words: the 16 groups of a step.
 
 Four bits a group: 1/16 of a dense weight's bytes in 16 bits, 1/8 in 8 bits.
 """
@@ -21,33 +21,50 @@ from torch import Tensor
 
 ROWS = 128  # rows are filled up to a multiple: of the kernel's largest block
 STAGE = {2: 128, 1: 256}  # columns likewise, by bytes per entry
-LANES = 32
+SPANS = (1, 2, 4)  # that the kernel reads
+STEPS = 4  # of a stage
+TILE = 32  # rows
 _UNUSED = 4  # nibble of a group that is not there: columns 0 and 1
 
 
-def metadata(nibbles: Tensor, dtype: torch.dtype) -> Tensor:
-    """The words of all lanes, in the order in which the kernel reads them.
+def metadata(nibbles: Tensor, itemsize: int, span: int = 1) -> Tensor:
+    """Store nibbles in the order in which the kernel reads them.
 
     :param nibbles: uint8 [rows, K/4], of ``packing.kept``
-    :param dtype: of the weight: fp16, bf16, int8 or fp8 e4m3
-    :return: int32 [tiles of 32 rows, columns / 32, 32], with rows filled up to a
-        multiple of 128 and columns to one of 128 (16 bits) or 256 (8 bits)
+    :param itemsize: bytes per entry of the weight
+    :return: uint8 [bytes]; rows are filled up to a multiple of 128, columns to one of
+        128 (16 bits) or 256 (8 bits)
     """
-    rows, groups = nibbles.shape
-    columns = STAGE[dtype.itemsize]
+    groups = STAGE[itemsize] // 4
+    rows_left, groups_left = -nibbles.shape[0] % ROWS, -nibbles.shape[1] % groups
     filled = torch.nn.functional.pad(
-        nibbles, (0, -groups % (columns // 4), 0, -rows % ROWS), value=_UNUSED
+        nibbles, (0, groups_left, 0, rows_left), value=_UNUSED
     )
-    tiles = filled.shape[0] // LANES
-    # axes: tile of 32 rows, product of 16, upper or lower 8, g; step, groups within
-    if dtype.itemsize == 2:
-        axes = filled.view(tiles, 2, 2, 8, -1, 2, 4)
-        ordered = axes.permute(0, 4, 3, 1, 5, 2, 6)  # step, g, product, t % 2, half
-    elif dtype == torch.int8:
-        axes = filled.view(tiles, 2, 2, 8, -1, 2, 8)
-        ordered = axes.permute(0, 4, 1, 3, 5, 2, 6)  # step, product, g, t > 1, t % 2
+    tiles = filled.shape[0] // TILE
+    if itemsize == 2:  # tile, 16 rows, 8 rows, g; span, step, four groups
+        axes = filled.view(tiles, 2, 2, 8, -1, span, 2, 4)
+        ordered = axes.permute(4, 0, 1, 6, 3, 5, 2, 7)
     else:
-        axes = filled.view(tiles, 2, 2, 8, -1, 2, 4, 2)
-        ordered = axes.permute(0, 4, 1, 3, 7, 5, 2, 6)  # step, product, g, odd, t % 2
-    lanes = ordered.reshape(tiles, -1, LANES, 4, 2)
-    return (lanes[..., 0] | lanes[..., 1] << 4).view(torch.int32).squeeze(-1)
+        ordered = filled.view(tiles, TILE, -1, span * 16).permute(2, 0, 1, 3)
+    pairs = ordered.reshape(-1, 2)
+    return pairs[:, 0] | pairs[:, 1] << 4
+
+
+def nibbles(
+    metadata: Tensor, rows: int, columns: int, itemsize: int, span: int
+) -> Tensor:
+    """The nibbles of stored metadata, of shapes that need no filling up.
+
+    :param metadata: uint8 [rows * columns / 8]
+    :param rows: a multiple of 32
+    :param columns: a multiple of ``span`` steps
+    :return: uint8 [rows, columns / 4]
+    """
+    halves = torch.stack((metadata & 15, metadata >> 4), dim=-1)
+    tiles = rows // TILE
+    if itemsize == 2:
+        ordered = halves.view(-1, tiles, 2, 2, 8, span, 2, 4)
+        axes = ordered.permute(1, 2, 6, 4, 0, 5, 3, 7)
+    else:
+        axes = halves.view(-1, tiles, TILE, span * 16).permute(1, 2, 0, 3)
+    return axes.reshape(rows, columns // 4)

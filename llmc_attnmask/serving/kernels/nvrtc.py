@@ -128,7 +128,7 @@ def _check(returned: tuple[Any, ...]) -> Any:
     """The outputs of a call, which returned a status first."""
     status, *outputs = returned
     if status:
-        raise RuntimeError(f"CUDA: {status.name} ({int(status)})")
+        raise RuntimeError(f"the CUDA driver answered {status.name} ({int(status)})")
     return outputs[0] if outputs else None
 
 

@@ -2,13 +2,14 @@
 
 A custom operator, so that torch.compile does not look inside, and sees one graph for
 every number of tokens; the kernel is picked when the operator runs, or when a CUDA
-graph of that size is recorded.
+graph of that size is recorded. Tokens are rounded to 8 bits before it, where compilers
+see it and can fuse it with what came before.
 """
 
 import torch
 from torch import Tensor
 
-from llmc_attnmask.serving.kernels import activations, cusparselt
+from llmc_attnmask.serving.kernels import cuda_decode, cusparselt
 
 
 @torch.library.custom_op("llmc_attnmask::sparse_linear", mutates_args=())
@@ -16,33 +17,47 @@ def sparse_linear(
     x: Tensor,
     values: Tensor | None,
     places: Tensor | None,
+    arrived: Tensor | None,
     compressed: Tensor | None,
+    span: int,
     channel_scale: Tensor | None,
+    token_scale: Tensor | None,
     bias: Tensor | None,
     few_tokens: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """``x W^T + bias`` for a 2:4 weight in 16 bits, or W8A8 for one in 8.
+    """``x W^T + bias`` for a 2:4 weight of x's dtype; both scales or neither.
 
-    :param x: [tokens, K] in 16 or 32 bits
-    :param values: of ``packing.pack``, and
-    :param places: likewise, for the decode kernel
+    :param x: [tokens, K] in fp16 or bf16, int8 or fp8
+    :param values: for a decode kernel: of ``cuda_decode.pack`` or ``packing.pack``, and
+    :param places: likewise
+    :param arrived: of ``cuda_decode.counters``; None for the decode kernel in Triton
     :param compressed: of ``cusparselt.compress``
+    :param span: of ``places`` for the decode kernel in CUDA, see ``fragments``
     :param channel_scale: fp32 [rows], of an 8-bit weight
-    :param bias: [rows]
-    :param few_tokens: up to so many tokens the decode kernel, above it cuSPARSELt
-    :return: [tokens, rows] in x's dtype
+    :param token_scale: fp32 [tokens], of an 8-bit x
+    :param bias: [rows] in ``out_dtype``
+    :param few_tokens: up to so many tokens a decode kernel, above it cuSPARSELt
+    :param out_dtype: fp16 or bf16; x's own in 16 bits
+    :return: [tokens, rows] in ``out_dtype``
     """
-    weight = values if values is not None else compressed
-    assert weight is not None
-    out_dtype = x.dtype
     if not x.shape[0]:
-        return x.new_empty(0, weight.shape[0])
-    token_scale = None
-    if weight.itemsize == 1:
-        x, token_scale = activations.quantize(x, weight.dtype)
+        return _empty(x, values, compressed, out_dtype)
     x = x.contiguous()
     if x.shape[0] <= few_tokens:
         assert values is not None and places is not None
+        if arrived is not None:
+            return cuda_decode.linear(
+                x,
+                values,
+                places,
+                arrived,
+                channel_scale,
+                token_scale,
+                bias,
+                out_dtype,
+                span,
+            )
         # only where it runs: a machine without Triton serves other kernels
         from llmc_attnmask.serving.kernels import triton_decode
 
@@ -58,11 +73,21 @@ def _(
     x: Tensor,
     values: Tensor | None,
     places: Tensor | None,
+    arrived: Tensor | None,
     compressed: Tensor | None,
+    span: int,
     channel_scale: Tensor | None,
+    token_scale: Tensor | None,
     bias: Tensor | None,
     few_tokens: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return _empty(x, values, compressed, out_dtype)
+
+
+def _empty(
+    x: Tensor, values: Tensor | None, compressed: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     weight = values if values is not None else compressed
     assert weight is not None
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)

@@ -70,9 +70,21 @@ def unpack(values: Tensor, places: Tensor) -> Tensor:
     rows, half = values.shape
     halves = places.view(rows, -1, 1, GROUPS)
     nibbles = torch.cat([halves & 15, halves >> 4], dim=2).view(rows, -1)
-    nibbles = nibbles[:, : half // 2].long()
-    kept = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
+    return expand(values, nibbles[:, : half // 2])
+
+
+def expand(values: Tensor, nibbles: Tensor) -> Tensor:
+    """The dense weight again, of what ``kept`` found.
+
+    :param values: [rows, K/2]
+    :param nibbles: uint8 [rows, K/4]
+    :return: [rows, K]: kept values in their bits, +0.0 elsewhere
+    """
+    rows, half = values.shape
+    places = nibbles.long()
     bits = values.view({1: torch.int8, 2: torch.int16}[values.itemsize])
     dense = bits.new_zeros(rows, half // 2, 4)
-    dense.scatter_(-1, kept, bits.view(rows, -1, 2))
+    dense.scatter_(
+        -1, torch.stack([places & 3, places >> 2], -1), bits.view(rows, -1, 2)
+    )
     return dense.view(rows, 2 * half).view(values.dtype)

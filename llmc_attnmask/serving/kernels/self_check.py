@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
+from llmc_attnmask.serving.kernels import activations
+from llmc_attnmask.serving.kernels.forms import Forms
 from llmc_attnmask.serving.kernels.op import sparse_linear
 
+TOKENS = (1, 16, 32, 64, 65)
+MANY_TOKENS = (512, 2048)  # of cuSPARSELt, whose algorithms differ
 _ROWS = 256  # of the weight that are compared: a copy in float32 of all takes memory
 _TOLERANCE = 0.1  # of the norm; rounding tokens to fp8 costs a quarter of it
 
@@ -14,43 +18,56 @@ _known: dict[tuple[object, ...], str | None] = {}
 @torch.no_grad()
 def failure(
     weight: Tensor,
-    values: Tensor | None,
-    places: Tensor | None,
-    compressed: Tensor | None,
+    forms: Forms,
     channel_scale: Tensor | None,
     few_tokens: int,
     dtype: torch.dtype,
 ) -> str | None:
     """What is wrong with ``sparse_linear`` for a weight; None if nothing is.
 
-    Each kernel that it would use multiplies random tokens, once per shape and process.
+    The kernels that it would use multiply random tokens, once per shape and process:
+    as many as fill each of their tiles, and one more than the decode kernel takes.
 
     :param weight: the dense weight [rows, K]
-    :param dtype: of the tokens; the others as of ``sparse_linear``
+    :param forms: of it
+    :param channel_scale: fp32 [rows], of an 8-bit weight
+    :param few_tokens: as of ``sparse_linear``
+    :param dtype: of the tokens before they are rounded, and of the output
     """
-    kernels = (places is not None, compressed is not None, few_tokens)
-    key = (*weight.shape, weight.dtype, dtype, weight.device, *kernels)
+    given = (*(form is not None for form in forms), forms.span)
+    key = (*weight.shape, weight.dtype, dtype, weight.device, *given, few_tokens)
     if key not in _known:
-        arguments = (values, places, compressed, channel_scale, None, few_tokens)
-        counts = [1] if compressed is None else [1, few_tokens + 1]
-        found = [_failure(weight, arguments, count, dtype) for count in counts]
+        counts = TOKENS if forms.compressed is None else TOKENS + MANY_TOKENS
+        found = (
+            _failure(weight, forms, channel_scale, few_tokens, count, dtype)
+            for count in counts
+        )
         _known[key] = next((reason for reason in found if reason), None)
     return _known[key]
 
 
 def _failure(
-    weight: Tensor, arguments: tuple, tokens: int, dtype: torch.dtype
+    weight: Tensor,
+    forms: Forms,
+    channel_scale: Tensor | None,
+    few_tokens: int,
+    tokens: int,
+    dtype: torch.dtype,
 ) -> str | None:
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, weight.shape[1], generator=generator)
-    x = x.to(weight.device, dtype)
+    x = rounded = x.to(weight.device, dtype)
+    token_scale = None
+    if weight.itemsize == 1:
+        rounded, token_scale = activations.reference(x, weight.dtype)
+    rest = (channel_scale, token_scale, None, few_tokens, dtype)
     try:
-        found = sparse_linear(x, *arguments)[:, :_ROWS].float()
+        found = sparse_linear(rounded, *forms, *rest)[:, :_ROWS].float()
     except Exception as refusal:  # whatever a driver or a compiler has against it
         return f"{type(refusal).__name__} at {tokens} tokens: {str(refusal)[:200]}"
     dense = weight[:_ROWS].float()
-    if (scale := arguments[3]) is not None:
-        dense = dense * scale[:_ROWS, None]
+    if channel_scale is not None:
+        dense = dense * channel_scale[:_ROWS, None]
     wanted = x.float() @ dense.T
     deviation = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if deviation <= _TOLERANCE:  # False for NaN

@@ -155,6 +155,10 @@ static inline unsigned short fp8_to_half(unsigned char bits) {  // e4m3: 448 at 
   return to_half(bits & 128 ? -value : value);
 }
 
+static inline uint32 even_bytes(uint32 low, uint32 high) {
+  return (low & 0xff) | (low >> 8 & 0xff00) | (high & 0xff) << 16 | (high & 0xff0000) << 8;
+}
+
 static inline uint32 expand_fp8(uint32 two) {
   return fp8_to_half(two) | static_cast<uint32>(fp8_to_half(two >> 8)) << 16;
 }

@@ -44,6 +44,7 @@ class Emulator:
         token_scale: Tensor | None,
         bias: Tensor | None,
         out_dtype: torch.dtype,
+        span: int = 1,
         *,
         multiprocessors: int = 4,
         seed: int = 0,
@@ -62,7 +63,7 @@ class Emulator:
         partial = torch.full(shape, -1, dtype=torch.int32) if how.split > 1 else None
         given = cuda_decode.arguments(
             *(how, x, values, metadata, arrived),
-            *(channel_scale, token_scale, bias, out, partial),
+            *(channel_scale, token_scale, bias, out, partial, span),
         )
         failure = self._library.emulate(
             list(cuda_decode.KINDS).index(x.dtype),

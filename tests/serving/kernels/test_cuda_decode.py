@@ -13,7 +13,15 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from llmc_attnmask.serving.kernels import cuda_decode, fragments, nvrtc
+from llmc_attnmask.serving.kernels import (
+    cuda_decode,
+    forms,
+    fragments,
+    nvrtc,
+    packing,
+    select,
+    self_check,
+)
 from tests.compiler import shared_library
 from tests.serving.kernels.emulator import FLAGS, Emulator
 from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
@@ -62,6 +70,20 @@ def check(run, tokens, rows, columns, dtype, out_dtype=torch.float32, **how):
 )
 def test_the_product_is_exact_to_its_sums(emulator, dtype, tokens, rows, columns):
     check(emulator.linear, tokens, rows, columns, dtype, seed=tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("span", fragments.SPANS)
+def test_metadata_may_be_stored_in_longer_spans(emulator, dtype, span):
+    torch.manual_seed(0)
+    weight, x = random_2of4(70, 1056, dtype), random_values((9, 1056), dtype)
+    values, nibbles = packing.kept(weight)
+    metadata = fragments.metadata(nibbles, dtype.itemsize, span)
+    arrived = cuda_decode.counters(70, x.device)
+    rest = (arrived, None, None, None, torch.float32)
+    found = emulator.linear(x, values, metadata, *rest, span)
+    expected = x.double() @ weight.double().t()
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_a_block_of_another_size_gives_the_same(tmp_path):
@@ -117,7 +139,7 @@ def test_results_do_not_vary_with_the_order_of_blocks(emulator, dtype):
         ("await_copies<STAGES - 2>()", "await_copies<STAGES - 1>()"),
         ("lane % 16,", "lane % 8,"),
         ("sum = half ? sums[m][n][i] : sum + sums[m][n][i];", "sum = sums[m][n][i];"),
-        ("sparse_mma<KIND, WORDS == 2 ? 0 : 1>", "sparse_mma<KIND, 0>"),
+        ("sparse_mma<KIND, S::ITEM == 1 ? 0 : 1>", "sparse_mma<KIND, 0>"),
         ("    __syncthreads();                         // and the slot", "    // "),
     ],
 )
@@ -180,6 +202,24 @@ def test_a_plan_covers_tokens_rows_and_columns(dtype, tokens, rows, columns):
 def test_k_is_split_where_rows_alone_would_not_fill_a_gpu():
     assert cuda_decode.plan(1, 28672, 4096, torch.bfloat16).split == 1
     assert cuda_decode.plan(1, 4096, 14336, torch.bfloat16).split > 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_is_served_and_checked_through_it(emulator, monkeypatch, dtype):
+    monkeypatch.setattr(cuda_decode, "linear", emulator.linear)
+    monkeypatch.setattr(self_check, "_known", {})
+    torch.manual_seed(0)
+    weight = random_2of4(70, 288, dtype)
+    choice = select.Choice("cuda", "cuda", select.NO_LIMIT, "")
+    made = forms.make(weight, choice, largest=8192)
+    assert made.compressed is None
+    scaled = dtype.itemsize == 1
+    scale = torch.rand(70) + 0.1 if scaled else None
+    rest = (scale, choice.tokens, torch.bfloat16 if scaled else dtype)
+    assert self_check.failure(weight, made, *rest) is None
+    self_check._known.clear()
+    wrong = made._replace(places=made.places.flip(0))
+    assert "of the norm at 1 tokens" in str(self_check.failure(weight, wrong, *rest))
 
 
 GPUS = [
@@ -261,7 +301,8 @@ def test_a_launch_reaches_the_driver_as_it_should(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     # more shared memory than is allowed without being asked for
-    assert done.stdout.splitlines() == ["CUDA: CUDA_ERROR_INVALID_VALUE (1)", "True"]
+    refusal = "the CUDA driver answered CUDA_ERROR_INVALID_VALUE (1)"
+    assert done.stdout.splitlines() == [refusal, "True"]
 
 
 def test_a_source_that_does_not_compile_is_named_with_the_compilers_words():

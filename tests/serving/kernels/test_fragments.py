@@ -1,4 +1,4 @@
-"""Against the PTX manual's figures, written out for each lane."""
+"""Against CUTLASS's layout, written out as strides, and there and back."""
 
 import pytest
 import torch
@@ -9,50 +9,56 @@ from tests.serving.kernels.matrices import DTYPES, random_2of4
 UNUSED = 4
 
 
-def word(nibbles, places):
-    """Eight nibbles, from the lowest; places are (row, group)."""
-    found = 0
-    for i, (row, group) in enumerate(places):
-        inside = row < nibbles.shape[0] and group < nibbles.shape[1]
-        found |= int(nibbles[row, group] if inside else UNUSED) << (4 * i)
-    return found - (1 << 32) if found >> 31 else found
-
-
-def manual(dtype, tile, block, lane):
-    """The (row, group) of the nibbles in a lane's word of 32 columns, or for 8 bits of
-    the product of 16 rows ``block % 2`` in 64 columns ``block // 2``.
+def address(row, group, rows, itemsize, span):
+    """Of a nibble, in nibbles: modes of (row, column) from the fastest, as
+    sm90_sparse_config.inl orders them.
     """
-    g, t = lane // 4, lane % 4
-    if dtype.itemsize == 2:
-        row = 32 * tile + 16 * (t // 2) + g
-        return [
-            (row + 8 * h, 8 * block + 4 * (t % 2) + j) for h in (0, 1) for j in range(4)
+    if itemsize == 2:  # atom of 64 rows and 32 * span columns
+        within = [
+            (group % 4, 4),
+            (row // 8 % 2, 2),
+            (group // 8 % span, span),
+            (row % 8, 8),
+            (group // 4 % 2, 2),
+            (row // 16 % 4, 4),
         ]
-    first = 32 * tile + 16 * (block % 2) + g
-    groups = 16 * (block // 2)
-    if dtype == torch.int8:
-        return [(first + 8 * (t % 2), groups + 8 * (t // 2) + j) for j in range(8)]
-    return [
-        (first + 8 * h, groups + 2 * (4 * (t % 2) + j) + t // 2)
-        for h in (0, 1)
-        for j in range(4)
-    ]
+        atom = group // (8 * span)
+    else:  # atom of 64 rows and 64 * span columns, row by row
+        within = [(group % (16 * span), 16 * span), (row % 64, 64)]
+        atom = group // (16 * span)
+    found, stride = 0, 1
+    for position, size in within:
+        found += position * stride
+        stride *= size
+    return found + (row // 64 + atom * (rows // 64)) * stride
+
+
+@pytest.mark.parametrize("itemsize", [1, 2])
+@pytest.mark.parametrize("span", fragments.SPANS)
+def test_nibbles_are_where_cutlass_has_them(itemsize, span):
+    torch.manual_seed(0)
+    rows, groups = 256, 128
+    nibbles = torch.randint(16, (rows, groups), dtype=torch.uint8)
+    found = fragments.metadata(nibbles, itemsize, span)
+    halves = torch.stack((found & 15, found >> 4), dim=-1).flatten()
+    for row, group in torch.cartesian_prod(torch.arange(rows), torch.arange(groups)):
+        at = address(int(row), int(group), rows, itemsize, span)
+        assert halves[at] == nibbles[row, group], (row, group)
+    back = fragments.nibbles(found, rows, 4 * groups, itemsize, span)
+    assert torch.equal(back, nibbles)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(64, 512), (70, 288)])
-def test_every_lane_gets_the_groups_that_the_manual_says(dtype, rows, columns):
+def test_rows_and_columns_are_filled_up_with_valid_places(dtype):
     torch.manual_seed(0)
-    _, nibbles = packing.kept(random_2of4(rows, columns, dtype))
-    found = fragments.metadata(nibbles, dtype)
-    stage = fragments.STAGE[dtype.itemsize]
-    assert found.dtype == torch.int32
-    assert found.shape == (4, -(-columns // stage) * stage // 32, 32)
-    for tile, block, lane in torch.cartesian_prod(
-        *map(torch.arange, found.shape)
-    ).tolist():
-        expected = word(nibbles, manual(dtype, tile, block, lane))
-        assert found[tile, block, lane] == expected, (tile, block, lane)
+    _, nibbles = packing.kept(random_2of4(70, 288, dtype))
+    found = fragments.metadata(nibbles, dtype.itemsize)
+    columns = (
+        -(-288 // fragments.STAGE[dtype.itemsize]) * fragments.STAGE[dtype.itemsize]
+    )
+    back = fragments.nibbles(found, 128, columns, dtype.itemsize, 1)
+    assert torch.equal(back[:70, :72], nibbles)
+    assert back[70:].eq(UNUSED).all() and back[:, 72:].eq(UNUSED).all()
 
 
 def test_kept_places_are_in_order():

@@ -18,12 +18,16 @@ pytestmark = interpreted
 
 def _arguments(dtype: torch.dtype, tokens: int = 3) -> tuple:
     torch.manual_seed(0)
-    x_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    out_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
     values, places = packing.pack(random_2of4(32, 64, dtype))
-    scale = torch.rand(32) if dtype.itemsize == 1 else None
-    x = random_values((tokens, 64), x_dtype)
-    bias = torch.randn(32, dtype=x_dtype)
-    return x, values, places, None, scale, bias, select.NO_LIMIT
+    scale = token_scale = None
+    x = random_values((tokens, 64), out_dtype)
+    if dtype.itemsize == 1:
+        scale = torch.rand(32)
+        x, token_scale = activations.reference(x, dtype)
+    bias = torch.randn(32, dtype=out_dtype)
+    forms = (values, places, None, None, 1)
+    return x, *forms, scale, token_scale, bias, select.NO_LIMIT, out_dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,19 +39,21 @@ def test_it_is_a_valid_custom_operator(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_eight_bits_means_quantized_tokens(dtype):
-    x, values, places, _, scale, bias, limit = _arguments(dtype)
-    found = sparse_linear(x, values, places, None, scale, bias, limit)
-    tokens, token_scale = activations.quantize(x, dtype)
-    expected = dense.linear(
-        tokens, values, places, scale, token_scale, bias, torch.float32
+def test_eight_bits_with_scales_give_sixteen(dtype):
+    x, values, places, _, _, _, scale, token_scale, bias, *_ = arguments = _arguments(
+        dtype
     )
+    found = sparse_linear(*arguments)
+    assert x.dtype == dtype and found.dtype == torch.bfloat16
+    expected = dense.linear(x, values, places, scale, token_scale, bias, torch.float32)
     # the interpreter cuts bfloat16 off where a GPU rounds
     torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-5)
 
 
-def test_no_tokens_at_all():
-    assert sparse_linear(*_arguments(torch.bfloat16, tokens=0)).shape == (0, 32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_no_tokens_at_all(dtype):
+    found = sparse_linear(*_arguments(dtype, tokens=0))
+    assert found.shape == (0, 32) and found.dtype == torch.bfloat16
 
 
 def test_one_compiled_graph_serves_every_number_of_tokens():
@@ -70,7 +76,7 @@ def test_one_compiled_graph_serves_every_number_of_tokens():
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_a_token_of_zeros_and_a_large_one(dtype):
     x = torch.tensor([[0.0, 0.0], [60000.0, -30000.0]], dtype=torch.float16)
-    rounded, scale = activations.quantize(x, dtype)
+    rounded, scale = activations.quantizer(dtype, x.device)(x)
     back = rounded.float() * scale[:, None]
     assert not back[0].any()
     torch.testing.assert_close(back[1], x[1].float(), rtol=0.04, atol=0)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from llmc_attnmask.serving.kernels import packing, select, self_check
+from llmc_attnmask.serving.kernels.forms import Forms
 from tests.interpreter import interpreted
 from tests.serving.kernels.matrices import DTYPES, random_2of4
 
@@ -15,13 +16,14 @@ def _nothing_known(monkeypatch):
 
 
 def layer(dtype: torch.dtype) -> tuple:
-    """Dense weight, values, places, no cuSPARSELt, scales, tokens, dtype of tokens."""
+    """Dense weight, forms of the Triton kernel, scales, tokens, dtype of tokens."""
     torch.manual_seed(0)
     weight = random_2of4(300, 64, dtype)
     values, places = packing.pack(weight)
     scale = torch.rand(300) + 0.1 if dtype.itemsize == 1 else None
     x_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
-    return weight, values, places, None, scale, select.NO_LIMIT, x_dtype
+    forms = Forms(values, places, None, None)
+    return weight, forms, scale, select.NO_LIMIT, x_dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -31,19 +33,20 @@ def test_the_decode_kernel_passes(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wrong_places_are_noticed(dtype):
-    weight, values, places, *rest = layer(dtype)
-    reason = self_check.failure(weight, values, places.flip(0), *rest)
+    weight, forms, *rest = layer(dtype)
+    wrong = forms._replace(places=forms.places.flip(0))
+    reason = self_check.failure(weight, wrong, *rest)
     assert reason is not None and "of the norm at 1 tokens" in reason
 
 
 def test_not_a_number_is_noticed():
-    weight, values, *rest = layer(torch.bfloat16)
-    values[0, 0] = float("nan")
-    assert "off by nan" in str(self_check.failure(weight, values, *rest))
+    weight, forms, *rest = layer(torch.bfloat16)
+    forms.values[0, 0] = float("nan")
+    assert "off by nan" in str(self_check.failure(weight, forms, *rest))
 
 
 def test_a_kernel_that_raises_is_noticed_and_tried_once(monkeypatch):
-    weight, values, places, _, scale, _, dtype = layer(torch.bfloat16)
+    weight, forms, scale, _, dtype = layer(torch.bfloat16)
     tried = []
 
     def fail(x, *_):
@@ -52,6 +55,23 @@ def test_a_kernel_that_raises_is_noticed_and_tried_once(monkeypatch):
 
     monkeypatch.setattr(self_check, "sparse_linear", fail)
     for _ in range(2):
-        reason = self_check.failure(weight, values, places, weight, scale, 4, dtype)
+        reason = self_check.failure(weight, forms, scale, 64, dtype)
         assert reason == "RuntimeError at 1 tokens: no such kernel in this driver"
-    assert tried == [1, 5]
+    assert tried == [1]
+
+
+def test_every_tile_of_the_decode_kernel_and_what_lies_above_is_tried(monkeypatch):
+    weight, forms, scale, _, dtype = layer(torch.bfloat16)
+    tried = []
+
+    def right(x, *_):
+        tried.append(len(x))
+        return torch.nn.functional.linear(x, weight)
+
+    monkeypatch.setattr(self_check, "sparse_linear", right)
+    assert self_check.failure(weight, forms, scale, 64, dtype) is None
+    assert tried == [1, 16, 32, 64, 65]
+    tried.clear()
+    both = forms._replace(compressed=weight)
+    assert self_check.failure(weight, both, scale, 64, dtype) is None
+    assert tried == [1, 16, 32, 64, 65, 512, 2048]

@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.serving import made_up
+from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_two_smallest_of_every_four_become_zeros_in_place(dtype, monkeypatch):
+    monkeypatch.setattr(made_up, "_ENTRIES", 64)  # several blocks and a rest
+    torch.manual_seed(0)
+    weight = random_values((12, 24), dtype)
+    before = weight.float().view(-1, 4)
+    made_up.prune(weight)
+    after = weight.float().view(-1, 4)
+    assert layout.crowded_groups(weight) == 0
+    assert torch.equal(after[after != 0], before[after != 0])
+    dropped = before.abs().masked_fill(after != 0, 0).amax(-1)
+    kept = before.abs().masked_fill(after == 0, torch.inf).amin(-1)
+    assert (dropped <= kept).all()
+
+
+def test_zeros_are_bits_too():
+    weight = torch.full((4, 8), -0.0).to(torch.float8_e4m3fn)  # what fp8 rounds to
+    assert layout.crowded_groups(weight)
+    made_up.prune(weight)
+    assert not layout.crowded_groups(weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_that_are_2of4_stay(dtype):
+    weight = random_2of4(8, 32, dtype)
+    kept = weight.clone()
+    made_up.prune(weight)
+    assert torch.equal(weight.float(), kept.float())
