@@ -250,62 +250,74 @@ struct ExpandedTokens {
   }
 };
 
-// A lane's words of the metadata of 32 rows in one step.
+// Where a lane finds its words of the metadata in a stage, in words from its start.
 template <Kind KIND>
 struct Words {
-  const uint32* tile;                        // of all steps of the stage
-  int span;
+  int first[STEPS / 2];                      // by step of this warp's half
+  int eight_rows;                            // further on, in 8 bits
 
-  __device__ __forceinline__ const uint32* at(int step) const {
-    constexpr int EACH = Sizes<KIND>::TILE / 4 / STEPS;  // words of a step
-    return tile + step / span * (span * EACH) + step % span * (EACH / 32);
-  }
-  // 16 bits: one for both products of 16 rows, in lanes 0 and 1, and 2 and 3, of four
-  __device__ __forceinline__ uint32 both(int step, int lane) const {
-    return at(step)[span * (lane / 4 + lane % 2 * 8 + lane % 4 / 2 * 16)];
-  }
-  // 8 bits: 32 columns of one row
-  __device__ __forceinline__ uint32 row(int step, int row, int half) const {
-    return at(step)[row * 2 * span + half];
-  }
-  // The even groups of rows g and g + 8 in lanes 0 and 1 of four, the odd ones in the
-  // others.
-  __device__ __forceinline__ uint32 alternate(int step, int m, int lane) const {
-    uint32 word[2];
+  __device__ __forceinline__ explicit Words(int span) {
+    using S = Sizes<KIND>;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int rows = warp % ROW_WARPS, k_half = warp / ROW_WARPS;
+    constexpr int EACH = S::TILE / 4 / STEPS;            // of a step
+    int own;
+    if (S::EXPANDED)                         // of row g, a half of the step
+      own = lane / 4 * 2 * span + lane % 2;
+    else if (S::ITEM == 1)                   // of row g or g + 8, a half of the step
+      own = (lane / 4 + lane % 2 * 8) * 2 * span + lane % 4 / 2;
+    else                                     // of rows g and g + 8, half of the groups
+      own = (lane / 4 + lane % 2 * 8 + lane % 4 / 2 * 16) * span;
+    eight_rows = 8 * 2 * span;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32 eight = row(step, m * 16 + lane / 4 + i * 8, lane % 2);
-      const uint32 four = eight >> lane % 4 / 2 * 4 & 0x0f0f0f0f;
-      word[i] = four | four >> 4;
+    for (int i = 0; i < STEPS / 2; ++i) {
+      const int step = k_half * (STEPS / 2) + i;
+      first[i] = rows * (S::TILE / 4) + step / span * (span * EACH) +
+                 step % span * (EACH / 32) + own;
     }
-    return even_bytes(word[0], word[1]);
+  }
+
+  // For the products of rows 0 to 15 and 16 to 31. One word serves both in 16 bits,
+  // in lanes 0 and 1, and in 2 and 3, of four.
+  __device__ __forceinline__ void load(uint32 (&word)[2], const uint32* stage, int i) const {
+    using S = Sizes<KIND>;
+    const uint32* const own = stage + first[i];
+    if constexpr (S::EXPANDED) {
+      const int odd = threadIdx.x % 4 / 2 * 4;           // groups for these lanes
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        word[m] = even_bytes(every_other(own[2 * m * eight_rows] >> odd),
+                             every_other(own[(2 * m + 1) * eight_rows] >> odd));
+    } else {
+      word[0] = own[0];
+      word[1] = S::ITEM == 1 ? own[2 * eight_rows] : word[0];
+    }
+  }
+
+  // The lower nibbles of all bytes, in pairs in bytes 0 and 2.
+  static __device__ __forceinline__ uint32 every_other(uint32 word) {
+    const uint32 four = word & 0x0f0f0f0f;
+    return four | four >> 4;
   }
 };
 
 // A warp's half of the products of a stage.
 template <Kind KIND, int NB, class Sum>
 __device__ __forceinline__ void multiply_stage(
-    Sum (&sums)[2][NB][4], const uint8* values, const uint8* metadata, const uint8* x,
-    int span) {
+    Sum (&sums)[2][NB][4], const Words<KIND>& words, const uint8* values,
+    const uint8* metadata, const uint8* x) {
   using S = Sizes<KIND>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rows = warp % ROW_WARPS, k_half = warp / ROW_WARPS;
-  const Words<KIND> words{reinterpret_cast<const uint32*>(metadata + rows * S::TILE), span};
 #pragma unroll
   for (int i = 0; i < STEPS / 2; ++i) {
     const int step = k_half * (STEPS / 2) + i;
     uint32 a[2][4], word[2];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < 2; ++m)
       load_matrices(a[m], values + place<LINE>(rows * 32 + m * 16 + lane % 16,
                                                2 * step + lane / 16));
-      if constexpr (S::EXPANDED)
-        word[m] = words.alternate(step, m, lane);
-      else if constexpr (S::ITEM == 1)
-        word[m] = words.row(step, m * 16 + lane / 4 + lane % 2 * 8, lane % 4 / 2);
-      else
-        word[m] = m ? word[0] : words.both(step, lane);
-    }
+    words.load(word, reinterpret_cast<const uint32*>(metadata), i);
     if constexpr (S::EXPANDED) {
       uint32 even[2][4], odd[2][4];
 #pragma unroll
@@ -399,6 +411,9 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
   const int64 next_span = static_cast<int64>(g.row_tiles) * piece;
   const uint8* const metadata =
       g.metadata + tile * piece + at / piece * next_span + at % piece;
+  const int64 next_stage = spans * next_span;
+
+  const Words<KIND> words(g.span);
 
   auto copy = [&](int stage) {
     const int slot = stage % STAGES;
@@ -406,7 +421,7 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
       values.copy(stage, all_values + slot * ROWS * LINE);
       if (threadIdx.x < METADATA / CHUNK)
         copy_async(all_metadata + slot * METADATA + threadIdx.x * CHUNK,
-                   metadata + stage * spans * next_span, true);
+                   metadata + stage * next_stage, true);
       if constexpr (!S::EXPANDED) tokens.copy(stage, all_x + slot * X_BYTES);
     }
     commit_copies();                         // an empty group keeps the count
@@ -423,9 +438,9 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
     copy(stage + STAGES - 1);
     if constexpr (S::EXPANDED)
       if (stage + 1 < end) expanded.fetch(tokens, stage + 1);
-    multiply_stage<KIND, NB>(sums, all_values + stage % STAGES * ROWS * LINE,
+    multiply_stage<KIND, NB>(sums, words, all_values + stage % STAGES * ROWS * LINE,
                              all_metadata + stage % STAGES * METADATA,
-                             all_x + stage % X_SLOTS * X_BYTES, g.span);
+                             all_x + stage % X_SLOTS * X_BYTES);
     if constexpr (S::EXPANDED)
       if (stage + 1 < end) expanded.store(all_x + (stage + 1) % X_SLOTS * X_BYTES);
   }
