@@ -15,6 +15,7 @@ from tests.documents import DOCUMENTS, ROOT, blocks
 
 # options of other people's commands, by whose they are
 FOREIGN_OPTIONS = {
+    "--cpu-offload-gb": "vllm serve",
     "--load-format": "vllm serve",
     "--quantization": "vllm serve",
     "--shm-size": "docker run",

@@ -31,7 +31,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.transformers_utils.config import HFConfigParser
 
 from llmc_attnmask.serving.config import Sparse24Config
-from llmc_attnmask.serving.kernels import activations
+from llmc_attnmask.serving.kernels import activations, select
 from llmc_attnmask.serving.linear import Sparse24LinearMethod
 from llmc_attnmask.serving.table import KernelTable
 
@@ -134,3 +134,16 @@ def test_the_weight_cache_is_refused_with_what_to_do() -> None:
     )
     with pytest.raises(ValueError, match=r"q_proj is 2:4.*without --load-format ipc"):
         cache.check_ipc_quant_support(model)
+
+
+def test_a_compiled_graph_is_used_again_only_with_the_kernels_it_was_made_for() -> None:
+    config = VllmConfig()
+    hashes = set()
+    with set_current_vllm_config(config):
+        for kernel in ("dense", "cuda", "cusparselt", "cuda"):
+            method = Sparse24LinearMethod(
+                None, name="layer", packed_parts=0, all_sparse=True, table=KernelTable()
+            )
+            method._tell_compile_cache(select.Choice(kernel, kernel, 0, ""))
+            hashes.add(config.compute_hash())
+    assert len(hashes) == 3

@@ -126,6 +126,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         if choice.sparse:
             choice = self._to_sparse(layer, choice)
         self._log(choice)
+        self._tell_compile_cache(choice)
         if not choice.sparse:
             self.stock.process_weights_after_loading(layer)
             layer.quant_method = self.stock
@@ -197,8 +198,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         weight = layer.weight.data
         try:
             made = forms.make(weight, choice, _largest_step())
-        except cusparselt.CuSparseLtError as refusal:
-            return select.keep_dense(str(refusal))
+        except (cusparselt.CuSparseLtError, torch.OutOfMemoryError) as refusal:
+            return select.keep_dense(str(refusal).splitlines()[0])
         scale = None
         if weight.itemsize == 1:
             scale = _by_row(layer.weight_scale.data, layer.logical_widths)
@@ -236,6 +237,15 @@ class Sparse24LinearMethod(LinearMethodBase):
             self.name,
             Row(kind, shape, storage, choice.label, choice.reason),
         )
+
+    def _tell_compile_cache(self, choice: select.Choice) -> None:
+        """A graph that vLLM compiled and kept asks for the tensors of its kernels: with
+        others it must be compiled again. vLLM's key has this dictionary in it.
+        """
+        settings = get_current_vllm_config().additional_config
+        if isinstance(settings, dict):  # on CUDA it is
+            kernels = settings.setdefault("llmc_attnmask", {})
+            kernels[self.name] = f"{choice.label}, span {self.span}"
 
 
 def _dummy_weights() -> bool:

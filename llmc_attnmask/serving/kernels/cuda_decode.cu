@@ -450,20 +450,24 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
   // Both halves of K meet in shared memory, which also turns rows into neighbours.
   Sum* const together = reinterpret_cast<Sum*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int half = 1; half >= 0; --half) {
-    if (warp / ROW_WARPS == half)
+  auto there = [&](int i) -> Sum& {          // of sums[m][n][k], in one number
+    const int m = i / (4 * NB), n = i / 4 % NB, k = i % 4;
+    const int row = warp % ROW_WARPS * 32 + m * 16 + lane / 4 + k / 2 * 8;
+    return together[(n * 8 + lane % 4 * 2 + k % 2) * (ROWS + PAD) + row];
+  };
+  auto own = [&](int i) -> Sum& { return sums[i / (4 * NB)][i / 4 % NB][i % 4]; };
+  const bool second = warp / ROW_WARPS;
+  if (second)
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+    for (int i = 0; i < 8 * NB; ++i) there(i) = own(i);
+  __syncthreads();
+  if (!second) {                             // all loads before the first store
 #pragma unroll
-        for (int n = 0; n < NB; ++n)
+    for (int i = 0; i < 8 * NB; ++i) own(i) += there(i);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int row = warp % ROW_WARPS * 32 + m * 16 + lane / 4 + i / 2 * 8;
-            Sum& sum = together[(n * 8 + lane % 4 * 2 + i % 2) * (ROWS + PAD) + row];
-            sum = half ? sums[m][n][i] : sum + sums[m][n][i];
-          }
-    __syncthreads();
+    for (int i = 0; i < 8 * NB; ++i) there(i) = own(i);
   }
+  __syncthreads();
 
   const uint32 splits = gridDim.y;
   bool last = true;
@@ -481,18 +485,37 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
       *reinterpret_cast<uint32*>(shared) = atomicInc(g.arrived + blockIdx.x, splits - 1);
     __syncthreads();
     last = *reinterpret_cast<uint32*>(shared) == splits - 1;
-    __threadfence();
   }
   if (!last) return;
+  if (splits > 1) {
+    __threadfence();                         // the others' sums are there
+    __syncthreads();                         // everyone knows, so ours may come back
+    constexpr int EACH = TOKENS * ROWS / THREADS, BATCH = EACH < 8 ? EACH : 8;
+#pragma unroll 1
+    for (int from = 0; from < EACH; from += BATCH) {
+      Sum total[BATCH] = {};
+#pragma unroll 1
+      for (uint32 split = 0; split < splits; ++split)
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {    // loads that do not wait for each other
+          const int at = threadIdx.x + (from + i) * THREADS;
+          const int token = first_token + at / ROWS, row = first_row + at % ROWS;
+          if (token < g.tokens && row < g.rows)
+            total[i] += load_fresh(reinterpret_cast<const Sum*>(g.partial) +
+                                   (static_cast<int64>(split) * g.tokens + token) *
+                                       g.rows + row);
+        }
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int at = threadIdx.x + (from + i) * THREADS;
+        together[at / ROWS * (ROWS + PAD) + at % ROWS] = total[i];
+      }
+    }
+  }
+#pragma unroll 1
   for (int at = threadIdx.x; at < TOKENS * ROWS; at += THREADS) {
     const int token = first_token + at / ROWS, row = first_row + at % ROWS;
-    if (token >= g.tokens || row >= g.rows) continue;
-    Sum sum = splits > 1 ? Sum(0) : together[at / ROWS * (ROWS + PAD) + at % ROWS];
-    if (splits > 1)
-      for (uint32 split = 0; split < splits; ++split)
-        sum += load_fresh(reinterpret_cast<const Sum*>(g.partial) +
-                               (static_cast<int64>(split) * g.tokens + token) *
-                                   g.rows + row);
-    finish(g, token, row, sum);
+    if (token < g.tokens && row < g.rows)
+      finish(g, token, row, together[at / ROWS * (ROWS + PAD) + at % ROWS]);
   }
 }

@@ -28,7 +28,7 @@ FEWEST_STAGES = 4  # of K for one block: a ring that is never full hides nothing
 _SOURCE = Path(__file__).with_suffix(".cu")
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NO_TYPE = 3
-_SHARED = 220_000  # bytes of a Hopper multiprocessor, less what a block needs besides
+_SHARED = 228 * 1024  # bytes of a Hopper multiprocessor; a block takes 1 KB more
 _MULTIPROCESSORS = 132  # where no GPU says: an H100's
 
 
@@ -77,6 +77,13 @@ class Block:
         ring = self.stages * self.rows * (LINE + columns // 8)
         ring += (2 if expanded else self.stages) * 8 * tile * token
         return max(ring, 8 * tile * (self.rows + 4) * 4)
+
+    def at_once(self, tile: int, dtype: torch.dtype) -> int:
+        """How many of them a Hopper multiprocessor runs: by registers, as the source's
+        ``max_blocks`` says, and by shared memory.
+        """
+        by_registers = max(1, {1: 4, 2: 4, 4: 3, 8: 2}[tile] * 64 // self.rows)
+        return min(by_registers, _SHARED // (self.shared_memory(tile, dtype) + 1024))
 
 
 BLOCK = Block()  # unmeasured: see integration/gpu/RESULTS.md
@@ -133,21 +140,20 @@ def plan(
     multiprocessors: int = _MULTIPROCESSORS,
     block: Block = BLOCK,
 ) -> Plan:
-    """Divide a product over blocks that all run at once, as many as there is room for.
+    """Divide a product over blocks, as many as run at once, or one for every tile.
 
     Unmeasured: see integration/gpu/RESULTS.md.
     """
     tile = next((n for n in block.tiles if 8 * n >= tokens), TILES[-1])
     stages = -(-columns // fragments.STAGE[dtype.itemsize])
     row_blocks, token_blocks = -(-rows // block.rows), -(-tokens // (8 * tile))
-    ring = block.shared_memory(tile, dtype)
-    room = multiprocessors * max(1, min(4 * 64 // block.rows, _SHARED // ring))
+    room = multiprocessors * block.at_once(tile, dtype)
     split = max(1, min(MAX_SPLIT, room // row_blocks, stages // FEWEST_STAGES))
     if token_blocks > 1:  # counters are of row blocks alone
         split = 1
     each = -(-stages // split)
     grid = (row_blocks, -(-stages // each), token_blocks)
-    return Plan(block, tile, grid[1], each, grid, ring)
+    return Plan(block, tile, grid[1], each, grid, block.shared_memory(tile, dtype))
 
 
 def kernel_name(dtype: torch.dtype, tile: int) -> str:
@@ -174,13 +180,12 @@ def compile_kernels(
 
 @cache
 def _module(dtype: torch.dtype, device: int, block: Block) -> nvrtc.Module:
-    with torch.cuda.device(device):
-        torch.cuda.current_stream()  # torch makes its context current
-        architecture = nvrtc.architecture(device)
-        module = nvrtc.Module(*compile_kernels(dtype, architecture, block))
-        for tile in block.tiles:
-            size = block.shared_memory(tile, dtype)
-            module.allow_shared_memory(kernel_name(dtype, tile), size)
+    # of the current device, whose context torch has made current
+    architecture = nvrtc.architecture(device)
+    module = nvrtc.Module(*compile_kernels(dtype, architecture, block))
+    for tile in block.tiles:
+        size = block.shared_memory(tile, dtype)
+        module.allow_shared_memory(kernel_name(dtype, tile), size)
     return module
 
 
@@ -236,14 +241,15 @@ def linear(
         partial,
         span,
     )
-    _module(x.dtype, device, block).launch(
-        kernel_name(x.dtype, how.tile),
-        how.grid,
-        block.threads,
-        how.shared_memory,
-        torch.cuda.current_stream(device).cuda_stream,
-        given,
-    )
+    with torch.cuda.device(device):
+        _module(x.dtype, device, block).launch(
+            kernel_name(x.dtype, how.tile),
+            how.grid,
+            block.threads,
+            how.shared_memory,
+            torch.cuda.current_stream().cuda_stream,
+            given,
+        )
     return out
 
 

@@ -83,15 +83,17 @@ class Module:
         }
 
     def allow_shared_memory(self, kernel: str, size: int) -> None:
-        """Let a kernel have that many bytes, more than the usual 48 KB."""
+        """Let a block have that many bytes, more than the usual 48 KB, and as many
+        blocks run at once as all of a multiprocessor's shared memory has room for.
+        """
         attribute = self._driver.CUfunction_attribute
-        _check(
-            self._driver.cuFuncSetAttribute(
-                self._functions[kernel],
-                attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                size,
+        for name, value in (
+            (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size),
+            (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+        ):
+            _check(
+                self._driver.cuFuncSetAttribute(self._functions[kernel], name, value)
             )
-        )
 
     def launch(
         self,
@@ -128,7 +130,7 @@ def _check(returned: tuple[Any, ...]) -> Any:
     """The outputs of a call, which returned a status first."""
     status, *outputs = returned
     if status:
-        raise RuntimeError(f"the CUDA driver answered {status.name} ({int(status)})")
+        raise RuntimeError(f"CUDA answered {status.name} ({int(status)})")
     return outputs[0] if outputs else None
 
 

@@ -9,8 +9,10 @@ from llmc_attnmask.serving.kernels.op import sparse_linear
 
 TOKENS = (1, 16, 32, 64, 65)
 MANY_TOKENS = (512, 2048)  # of cuSPARSELt, whose algorithms differ
-_ROWS = 256  # of the weight that are compared: a copy in float32 of all takes memory
-_TOLERANCE = 0.1  # of the norm; rounding tokens to fp8 costs a quarter of it
+_ROWS = 128  # at either end of the weight: a copy in float32 of all takes memory
+# Of the norm. Rounding the output takes 0.004 of it, fp8 sums of 14 bits on Hopper less
+# than 0.01; one stage of K that is left out, of 14336 columns, 0.09.
+_TOLERANCE = 0.04
 
 _known: dict[tuple[object, ...], str | None] = {}
 
@@ -56,20 +58,31 @@ def _failure(
 ) -> str | None:
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, weight.shape[1], generator=generator)
-    x = rounded = x.to(weight.device, dtype)
+    x = x.to(weight.device, dtype)
     token_scale = None
     if weight.itemsize == 1:
-        rounded, token_scale = activations.reference(x, weight.dtype)
+        x, token_scale = activations.reference(x, weight.dtype)
     rest = (channel_scale, token_scale, None, few_tokens, dtype)
     try:
-        found = sparse_linear(rounded, *forms, *rest)[:, :_ROWS].float()
+        # twice: what the first leaves behind must not disturb the second
+        outs = [sparse_linear(x, *forms, *rest) for _ in range(2)]
     except Exception as refusal:  # whatever a driver or a compiler has against it
         return f"{type(refusal).__name__} at {tokens} tokens: {str(refusal)[:200]}"
-    dense = weight[:_ROWS].float()
-    if channel_scale is not None:
-        dense = dense * channel_scale[:_ROWS, None]
-    wanted = x.float() @ dense.T
-    deviation = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
-    if deviation <= _TOLERANCE:  # False for NaN
-        return None
-    return f"off by {deviation:.2g} of the norm at {tokens} tokens"
+    wanted = x.float() @ _ends(weight).float().T
+    if channel_scale is not None and token_scale is not None:
+        wanted *= token_scale[:, None] * _ends(channel_scale)
+    for out in outs:
+        found = _ends(out.T).T.float()
+        deviation = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+        if not deviation <= _TOLERANCE:  # also for NaN
+            return f"off by {deviation:.2g} of the norm at {tokens} tokens"
+    return None
+
+
+def _ends(rows: Tensor) -> Tensor:
+    """The first and the last rows, or all if they are few."""
+    if len(rows) <= 2 * _ROWS:
+        return rows
+    # bytes, as some types cannot be concatenated
+    bits = rows.view(torch.uint8) if rows.itemsize == 1 else rows
+    return torch.cat([bits[:_ROWS], bits[-_ROWS:]]).view(rows.dtype)

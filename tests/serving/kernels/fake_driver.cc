@@ -30,6 +30,7 @@ static Result module_get_function(void** found, void* module, const char* name) 
 }
 
 static Result set_attribute(void* function, int attribute, int value) {
+  if (attribute == 9) return SUCCESS;         // PREFERRED_SHARED_MEMORY_CARVEOUT
   if (attribute != 8) return INVALID_VALUE;  // MAX_DYNAMIC_SHARED_SIZE_BYTES
   static_cast<Function*>(function)->shared = value;
   return SUCCESS;
