@@ -1,6 +1,6 @@
 """A 2:4 linear layer for few tokens, in CUDA C++ on the sparse tensor cores.
 
-The kernel, and how it works: ``cuda_decode.cu``. It is compiled by NVRTC for the GPU at
+The kernel, and how it works: ``cuda/decode.cu``. It is compiled by NVRTC for the GPU at
 hand, once per dtype and process, when the first layer is checked at load.
 """
 
@@ -25,7 +25,7 @@ TILES = (1, 2, 4, 8)  # tokens of one block, in eights
 LINE = 128  # as in the source
 MAX_SPLIT = 16
 FEWEST_STAGES = 4  # of K for one block: a ring that is never full hides nothing
-_SOURCE = Path(__file__).with_suffix(".cu")
+_SOURCES = Path(__file__).parent / "cuda"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NO_TYPE = 3
 _SHARED = 228 * 1024  # bytes of a Hopper multiprocessor; a block takes 1 KB more
@@ -170,8 +170,9 @@ def compile_kernels(
     :return: as of ``nvrtc.compile_cubin``
     """
     return nvrtc.compile_cubin(
-        _SOURCE.read_text("utf-8"),
-        _SOURCE.name,
+        (_SOURCES / "decode.cu").read_text("utf-8"),
+        "decode.cu",
+        {path.name: path.read_text("utf-8") for path in _SOURCES.glob("*.cuh")},
         [kernel_name(dtype, tile) for tile in block.tiles],
         architecture,
         {"BLOCK_ROWS": block.rows, "RING_STAGES": block.stages},

@@ -26,6 +26,7 @@ def missing() -> str | None:
 def compile_cubin(
     source: str,
     name: str,
+    headers: Mapping[str, str],
     kernels: Sequence[str],
     architecture: str,
     macros: Mapping[str, int] | None = None,
@@ -34,6 +35,7 @@ def compile_cubin(
 
     :param source: CUDA C++
     :param name: of the source, for messages
+    :param headers: what it may include, by name
     :param kernels: name expressions such as ``f<1>``
     :param architecture: ``sm_90``
     :param macros: to define, with their values
@@ -43,7 +45,13 @@ def compile_cubin(
     from cuda.bindings import nvrtc
 
     program = _check(
-        nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+        nvrtc.nvrtcCreateProgram(
+            source.encode(),
+            name.encode(),
+            len(headers),
+            [content.encode() for content in headers.values()],
+            [header.encode() for header in headers],
+        )
     )
     try:
         for kernel in kernels:

@@ -1,4 +1,4 @@
-"""``cuda_decode.cu`` on a CPU, by ``emulator.h``."""
+"""The decode kernel in CUDA on a CPU, by the primitives in ``emulation``."""
 
 import ctypes
 from pathlib import Path
@@ -9,10 +9,17 @@ from torch import Tensor
 from llmc_attnmask.serving.kernels import cuda_decode
 from tests.compiler import shared_library
 
-_HERE = Path(__file__).parent
-_KERNELS = Path(cuda_decode.__file__).parent
-FLAGS = ("-x", "c++", "-std=c++17", "-fno-exceptions", "-fno-rtti")
-FLAGS += ("-Wno-unknown-pragmas", f"-I{_KERNELS}", f"-I{_HERE}")
+SOURCES = Path(__file__).parent / "emulation"
+KERNEL = Path(cuda_decode.__file__).parent / "cuda"
+
+
+def flags(kernel: Path = KERNEL) -> list[str]:
+    """For the compiler; the emulation's primitives are found before the kernel's.
+
+    :param kernel: folder of the kernel's sources
+    """
+    language = ["-x", "c++", "-std=c++17", "-fno-exceptions", "-fno-rtti"]
+    return [*language, "-Wno-unknown-pragmas", f"-I{SOURCES}", f"-I{kernel}"]
 
 
 class Emulator:
@@ -21,13 +28,20 @@ class Emulator:
     def __init__(
         self,
         folder: Path,
-        source: Path = _HERE / "emulator.cc",
-        *flags: str,
+        *options: str,
+        kernel: Path = KERNEL,
         block: cuda_decode.Block = cuda_decode.BLOCK,
     ):
+        """
+        :param folder: where it is compiled
+        :param options: for the compiler
+        :param kernel: as of ``flags``
+        """
         self.block = block
-        flags += (f"-DBLOCK_ROWS={block.rows}", f"-DRING_STAGES={block.stages}")
-        self._library = ctypes.CDLL(str(shared_library(source, folder, *FLAGS, *flags)))
+        macros = (f"-DBLOCK_ROWS={block.rows}", f"-DRING_STAGES={block.stages}")
+        source = SOURCES / "launch.cc"
+        library = shared_library(source, folder, *flags(kernel), *options, *macros)
+        self._library = ctypes.CDLL(str(library))
         self._library.emulate.restype = ctypes.c_char_p
         self._library.emulate.argtypes = (
             *(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),

@@ -23,7 +23,7 @@ from llmc_attnmask.serving.kernels import (
     self_check,
 )
 from tests.compiler import shared_library
-from tests.serving.kernels.emulator import FLAGS, Emulator
+from tests.serving.kernels.emulator import KERNEL, SOURCES, Emulator, flags
 from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
 
 
@@ -145,13 +145,14 @@ def test_results_do_not_vary_with_the_order_of_blocks(emulator, dtype):
 )
 def test_the_emulator_notices_mistakes(tmp_path, what, instead):
     """Each of these runs without complaint, and is wrong, on a GPU."""
-    source = Path(cuda_decode.__file__).with_suffix(".cu").read_text("utf-8")
-    assert what in source
-    (tmp_path / "cuda_decode.cu").write_text(source.replace(what, instead), "utf-8")
-    original = Path(__file__).with_name("emulator.cc")
-    mistaken = tmp_path / "emulator.cc"  # quotes look beside the file first
-    mistaken.write_text(original.read_text("utf-8"), "utf-8")
-    run = Emulator(tmp_path, mistaken, "-DONE_KERNEL").linear
+    found = 0
+    for source in KERNEL.iterdir():
+        text = source.read_text("utf-8")
+        found += text.count(what)
+        (tmp_path / source.name).write_text(text.replace(what, instead), "utf-8")
+    assert found == 1
+    (tmp_path / "primitives.cuh").unlink()
+    run = Emulator(tmp_path, "-DONE_KERNEL", kernel=tmp_path).linear
     with pytest.raises(AssertionError):
         for seed in range(4):
             check(run, 9, 64, 1024, torch.bfloat16, seed=seed)
@@ -290,8 +291,8 @@ print(float((out - expected).abs().max() / expected.abs().max()) < 1e-6)
 def test_a_launch_reaches_the_driver_as_it_should(tmp_path):
     """By the real NVRTC and cuda-bindings, to a driver whose GPU is the emulator."""
     pytest.importorskip("cuda.bindings.nvrtc")
-    source = Path(__file__).with_name("fake_driver.cc")
-    driver = shared_library(source, tmp_path, *FLAGS, "-DONE_KERNEL")
+    source = SOURCES / "driver.cc"
+    driver = shared_library(source, tmp_path, *flags(), "-DONE_KERNEL")
     driver.rename(tmp_path / "libcuda.so.1")
     done = subprocess.run(
         [sys.executable, "-c", _LAUNCH],
@@ -310,4 +311,4 @@ def test_a_source_that_does_not_compile_is_named_with_the_compilers_words():
     with pytest.raises(
         nvrtc.CompilationError, match=r"a\.cu does not compile for sm_90"
     ):
-        nvrtc.compile_cubin("nonsense;", "a.cu", [], "sm_90")
+        nvrtc.compile_cubin("nonsense;", "a.cu", {}, [], "sm_90")

@@ -3,7 +3,7 @@
 
 #include <stdio.h>
 
-#include "emulator.cc"
+#include "launch.cc"
 
 typedef int Result;
 static const Result SUCCESS = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500,

@@ -1,4 +1,4 @@
-// What cuda_decode.cu's primitives do on a GPU, from the PTX manual, one thread at a time.
+// What the primitives of serving/kernels/cuda do on a GPU, from the PTX manual, one thread at a time.
 //
 // The threads of a block are fibers. One runs until it meets a barrier or an
 // instruction of its whole warp; the order in which they run is shuffled, so that a
@@ -6,6 +6,19 @@
 // and shared memory starts as NaN. Blocks run one after another, in shuffled order.
 
 #pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __align__(bytes) alignas(bytes)
+#define __launch_bounds__(...)
+
+#include <types.cuh>
 
 static const int LANES = 32, MAX_THREADS = 256, STACK = 1 << 17;
 struct Three { unsigned x, y, z; };
@@ -59,7 +72,7 @@ static inline void meet(Barrier& barrier, int count, Work work) {
 static inline void __syncthreads() { meet(block_barrier, threads, [] {}); }
 static inline void __threadfence() {}
 
-// ---- primitives, as cuda_decode.cu names them
+// ---- primitives, by the names of serving/kernels/cuda/primitives.cuh
 
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }

@@ -1,18 +1,6 @@
-// Runs cuda_decode.cu on a CPU: a launch, block after block.
+// Runs decode.cu on a CPU: a launch, block after block.
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include <ucontext.h>
-
-#define EMULATED
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __align__(bytes) alignas(bytes)
-#define __launch_bounds__(...)
-
-#include "cuda_decode.cu"
+#include <decode.cu>
 
 static void (*kernel)(Arguments);
 static Arguments arguments;
