@@ -3,9 +3,9 @@
 What ``matrix.py`` computes in blocks of query rows, here in tiles that never leave the
 chip. With A = exp(S - m) / l row by row, G = dE/dA~ and delta = rowsum(A~ o G):
 
-1. ``statistics``: m and l of the dense and of the pruned logits in one pass over the
-   keys (online softmax).
-2. ``change``: ||A~ - A||_F^2, (A~ - A) V, A~ V and rowsum(A~ o (A~ - A)).
+1. ``statistics``: m and l of the dense and of the pruned logits and A~ V in one pass
+   over the keys (online softmax).
+2. ``change``: ||A~ - A||_F^2, (A~ - A) V and rowsum(A~ o (A~ - A)).
 3. Outside: what (A~ - A) V becomes behind W_o, its gradient U and delta.
 4. ``query_gradient`` and ``key_gradient``: P = A~ o (G - delta) with
    G = 2 w_A (A~ - A) + U V^T, dE/dQ~ = scaling * P K~ and dE/dK~ = scaling * P^T Q~.
@@ -19,13 +19,17 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llmc_attnmask.attention import fused_kernels as kernels
 from llmc_attnmask.attention.capture import AttentionCall
 from llmc_attnmask.attention.visibility import key_ranges
 
-# One stage: pipelined, float32 heads of 128 would not fit an A100's shared memory.
-_LAUNCH: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
+# A program's tile of A and its steps over a head's width, whatever that width: a warp
+# has 16 rows. With 168 registers a thread three programs share a multiprocessor, and
+# ptxas spills none then: tests/attention/test_fused_compile.py.
+TILES = {"ROWS": 64, "COLUMNS": 32, "CHUNK": 16}
+LAUNCH = {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
 
 
 def error_and_gradient(
@@ -41,9 +45,10 @@ def error_and_gradient(
 
     :return: scalar and, if needed, [B, H, L, dh] and [B, G, L, dh], all float32
     """
-    problem = _Problem(reference, query, key, matrix_weight)
-    error, reached, context, inner = problem.change(bool(output_weight))
-    error = matrix_weight * error
+    problem = _Problem(reference, query, key, matrix_weight, bool(output_weight))
+    context = problem.statistics()
+    squares, reached, inner = problem.change()
+    error = matrix_weight * squares
     upstream = None
     delta = (2 * matrix_weight) * inner
     if output_weight:
@@ -59,16 +64,24 @@ def error_and_gradient(
     return error, problem.gradients(upstream, delta)
 
 
-def tile_size(width: int) -> int:
-    """Rows and columns of a tile of A, by head dimension: what shared memory holds."""
-    return 32 if width <= 128 else 16
+def _padded(mask: Tensor, keys: int) -> Tensor:
+    """The mask with contiguous rows of whole tiles, which need no look at their end."""
+    mask = mask.expand(*mask.shape[:-1], keys)
+    rest = -keys % TILES["COLUMNS"]
+    whole = rest == 0 and mask.stride(-1) == 1
+    return mask if whole else pad(mask, (0, rest)).contiguous()
 
 
 class _Problem:
-    """Arguments that the kernels share."""
+    """Arguments that the kernels share, and their launches, in this order."""
 
     def __init__(
-        self, call: AttentionCall, query: Tensor, key: Tensor, matrix_weight: float
+        self,
+        call: AttentionCall,
+        query: Tensor,
+        key: Tensor,
+        matrix_weight: float,
+        with_output: bool,
     ):
         self.batch, self.heads, self.length, width = query.shape
         self.groups, self.keys = key.shape[1:3]
@@ -76,77 +89,90 @@ class _Problem:
             tensor.detach().contiguous()
             for tensor in (call.query, query, call.key, key, call.value)
         ]
-        tile = tile_size(width)
-        self.blocks = triton.cdiv(self.length, tile)
-        self.ranges = key_ranges(call, tile).to(torch.int32).contiguous()
-        sinks, mask = call.sinks, call.mask
-        shape = (self.batch, self.heads, self.length, self.keys)
-        strides = (0, 0, 0, 0) if mask is None else mask.expand(shape).stride()
-        self.statistics = query.new_empty(
-            (4, self.batch, self.heads, self.length), dtype=torch.float32
+        rows, columns = TILES["ROWS"], TILES["COLUMNS"]
+        self.by_row = triton.cdiv(self.length, rows), self.batch * self.heads
+        self.by_column = triton.cdiv(self.keys, columns), self.batch * self.groups
+        self.ranges = key_ranges(call, rows).to(torch.int32).contiguous()
+        self.sinks = call.sinks
+        mask, strides = self.ranges, [0, 0, 0]
+        if call.mask is not None:
+            mask = _padded(call.mask, self.keys)
+            shape = (self.batch, self.heads, self.length, mask.shape[-1])
+            strides = list(mask.expand(shape).stride()[:3])
+        # of each row m and 1 / l of the dense logits, then of the pruned ones
+        self.softmax = self._new(self.length, 4)
+        self.common = (
+            *self.tensors,
+            self.softmax,
+            self.ranges,
+            mask,
+            *strides,
+            call.scaling,
+            call.softcap or 1.0,
+            matrix_weight,
+            self.heads,
+            self.groups,
+            self.length,
+            self.keys,
         )
-        self.scalars = (call.scaling, call.softcap or 1.0, matrix_weight)
-        self.shape = (self.heads, self.groups, self.length, self.keys)
-        self.mask = self.ranges if mask is None else mask, *strides
-        self.sizes: dict[str, Any] = {
+        self.options: dict[str, Any] = {
+            "OUTPUT": with_output,
             "dh": width,
             "dv": call.value.shape[-1],
-            "WIDTH": max(16, triton.next_power_of_2(width)),
-            "VALUE_WIDTH": max(16, triton.next_power_of_2(call.value.shape[-1])),
-            "ROWS": tile,
-            "COLUMNS": tile,
-            "MASKED": mask is not None,
+            "MASKED": call.mask is not None,
             "CAPPED": call.softcap is not None,
+            **TILES,
+            **LAUNCH,
         }
-        launch = (*self._common(), self.ranges if sinks is None else sinks)
-        kernels.statistics[self.blocks, self.batch * self.heads](
-            *launch, HAS_SINKS=sinks is not None, **self.sizes, **_LAUNCH
+
+    def _new(self, *shape: int) -> Tensor:
+        return self.tensors[0].new_zeros(
+            (self.batch, self.heads, *shape), dtype=torch.float32
         )
 
-    def _common(self) -> tuple[Any, ...]:
+    def _wide(self) -> Tensor:
+        """Zeros [B, H, L, dv] to add to, or a pointer that is not followed."""
+        wanted = self.options["OUTPUT"]
+        return self._new(self.length, self.options["dv"]) if wanted else self.softmax
+
+    def statistics(self) -> Tensor:
+        """A~ V, [B, H, L, dv], where the output counts."""
+        context = self._wide()
+        sinks = self.ranges if self.sinks is None else self.sinks
+        kernels.statistics[(*self.by_row, 2)](
+            *self.common, sinks, context, HAS_SINKS=sinks is self.sinks, **self.options
+        )
         return (
-            *self.tensors,
-            self.statistics,
-            self.ranges,
-            *self.mask,
-            *self.scalars,
-            *self.shape,
+            context.mul_(self.softmax[..., 3:]) if self.options["OUTPUT"] else context
         )
 
-    def change(self, with_output: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """||A~ - A||_F^2, (A~ - A) V, A~ V and rowsum(A~ o (A~ - A))."""
-        per_row = self.statistics.new_empty(2, self.batch, self.heads, self.length)
-        contexts = self.statistics.new_empty(
-            (2, self.batch, self.heads, self.length, self.sizes["dv"])
-            if with_output
-            else (2,)
+    def change(self) -> tuple[Tensor, Tensor, Tensor]:
+        """||A~ - A||_F^2, (A~ - A) V where the output counts, rowsum(A~ o (A~ - A))."""
+        squares, inner, reached = (
+            self._new(self.length),
+            self._new(self.length),
+            self._wide(),
         )
-        kernels.change[self.blocks, self.batch * self.heads](
-            *self._common(),
-            per_row,
-            contexts,
-            OUTPUT=with_output,
-            **self.sizes,
-            **_LAUNCH,
+        kernels.change[self.by_row](
+            *self.common, squares, inner, reached, **self.options
         )
-        return per_row[0].sum(), contexts[0], contexts[1], per_row[1]
+        return squares.sum(), reached, inner
 
     def gradients(
         self, upstream: Tensor | None, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
         """dE/dQ~ and dE/dK~.
 
-        :param upstream: U, [B, H, L, dv]
+        :param upstream: U, [B, H, L, dv], where the output counts
         :param delta: [B, H, L]
         """
         to_query = torch.zeros_like(self.tensors[1], dtype=torch.float32)
         to_key = torch.zeros_like(self.tensors[3], dtype=torch.float32)
-        given = (delta if upstream is None else upstream, delta.contiguous())
-        flags: dict[str, Any] = {"OUTPUT": upstream is not None, **self.sizes}
-        kernels.query_gradient[self.blocks, self.batch * self.heads](
-            *self._common(), *given, to_query, **flags, **_LAUNCH
+        given = delta if upstream is None else upstream, delta
+        kernels.query_gradient[self.by_row](
+            *self.common, *given, to_query, **self.options
         )
-        kernels.key_gradient[
-            triton.cdiv(self.keys, self.sizes["COLUMNS"]), self.batch * self.groups
-        ](*self._common(), *given, to_key, **flags, **_LAUNCH)
+        kernels.key_gradient[self.by_column](
+            *self.common, *given, to_key, **self.options
+        )
         return to_query, to_key

@@ -1,7 +1,14 @@
 """The kernels of ``fused.py``, which says what each computes.
 
 In all of them q, k are dense, p, j their pruned twins; b is a sample, h a query head, g
-its key head. Pointers to [B, H or G, tokens, width] are contiguous.
+its key head. Pointers to [B, H or G, tokens, width] are contiguous. So are the rows of
+the mask, which can be read to the end of the last COLUMNS keys.
+
+A thread has registers for little more than one tile of A and the operands of one small
+product, so nothing of a head's width is held in them: products over the width go in
+steps of CHUNK, and sums as wide as a head stay in global memory, which here means in
+the L2 cache. Addresses are one base and offsets of 32 bits, for they live in registers
+as well; ``disable_licm`` leaves them to be computed for every tile.
 """
 
 import triton
@@ -9,283 +16,301 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(base, tokens, count, width, WIDTH: tl.constexpr):
-    """Rows [tokens, WIDTH] of a matrix [count, width], zero outside of it."""
-    within = tl.arange(0, WIDTH)
-    inside = (tokens[:, None] < count) & (within[None, :] < width)
-    return tl.load(base + tokens[:, None] * width + within[None, :], inside, 0.0)
+def _load(base, tokens, count, start, width: tl.constexpr, CHUNK: tl.constexpr):
+    """[tokens, CHUNK] of a matrix [count, width], zero outside of it."""
+    within = start + tl.arange(0, CHUNK)
+    inside = tokens[:, None] < count
+    if width % CHUNK:
+        inside = inside & (within[None, :] < width)
+    at = base + (tokens[:, None] * width + within[None, :])
+    return tl.load(at, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _high(number):
+    """Rounded to the 11 bits of TF32."""
+    bits = number.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b):
+    """a b with float32's precision, by three products of TF32.
+
+    As Triton's own "tf32x3" but for infinite operands, on which that spends as many
+    instructions as on the rest.
+    """
+    a_high, b_high = _high(a), _high(b)
+    total = tl.dot(a - a_high, b_high, input_precision="tf32")
+    total = tl.dot(a_high, b - b_high, total, input_precision="tf32")
+    return tl.dot(a_high, b_high, total, input_precision="tf32")
+
+
+@triton.jit
+def _product(
+    left, right, rows, columns, length, keys, width: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Rows of a matrix [length, width] times columns of one [keys, width], float32."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, width, CHUNK):
+        a = _load(left, rows, length, start, width, CHUNK)
+        b = _load(right, columns, keys, start, width, CHUNK)
+        total += _dot(a, tl.trans(b))
+    return total
+
+
+@triton.jit
+def _add_product(
+    found, at, count, kept, factor, right, tokens, others,
+    width: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """found = kept * found + factor @ right in the rows ``at`` of found [count, width].
+
+    ``kept`` [at] or a number, ``factor`` [at, tokens], ``right`` [others, width]. Only
+    this program writes these rows.
+    """
+    # an end that the compiler does not know, or it unrolls few steps and spills
+    for start in range(0, width + tl.minimum(count, 0), CHUNK):
+        within = start + tl.arange(0, CHUNK)
+        inside = at[:, None] < count
+        if width % CHUNK:
+            inside = inside & (within[None, :] < width)
+        place = found + (at[:, None] * width + within[None, :])
+        before = kept * tl.load(place, inside, 0.0)
+        matrix = _load(right, tokens, others, start, width, CHUNK)
+        tl.store(place, before + _dot(factor, matrix), inside)
+    tl.debug_barrier()  # the next tile's sum may be read by other threads
 
 
 @triton.jit
 def _logits(
-    query,
-    key,
-    mask,
-    mask_row,
-    mask_column,
-    rows,
-    columns,
-    scaling,
-    softcap,
-    length,
-    keys,
-    MASKED: tl.constexpr,
-    CAPPED: tl.constexpr,
-):
-    """S and the soft cap's derivative, float32 [rows, columns]."""
-    logits = tl.dot(query, tl.trans(key), input_precision="tf32x3") * scaling
-    slope = tl.full(logits.shape, 1.0, tl.float32)
+    query, key, mask, mask_row, row, rows, columns,
+    scaling, softcap, length, keys, dh: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """S and the soft cap's derivative, float32 [rows, columns]; ``row`` starts rows."""
+    logits = scaling * _product(
+        query, key, rows, columns, length, keys, dh, ROWS, COLUMNS, CHUNK
+    )
+    slope = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
     if CAPPED:
         capped = 2 * tl.sigmoid(2 * logits / softcap) - 1  # tanh
         logits = capped * softcap
         slope = 1 - capped * capped
     if MASKED:
-        inside = (rows[:, None] < length) & (columns[None, :] < keys)
-        at = rows[:, None].to(tl.int64) * mask_row + columns[None, :] * mask_column
-        logits += tl.load(mask + at, inside, 0.0).to(tl.float32)
+        mask += tl.cast(row, tl.int64) * mask_row
+        at = (rows - row)[:, None] * mask_row + columns[None, :]
+        logits += tl.load(mask + at, rows[:, None] < length, 0.0).to(tl.float32)
     return tl.where(columns[None, :] < keys, logits, float("-inf")), slope
-
-
-@triton.jit
-def _online(logits, highest, total):
-    """Take a tile of logits into the running maximum and sum of exponentials."""
-    now = tl.maximum(highest, tl.max(logits, 1))
-    finite = tl.where(now == float("-inf"), 0.0, now)
-    total = total * tl.exp(highest - finite)
-    return now, total + tl.sum(tl.exp(logits - finite[:, None]), 1)
 
 
 @triton.jit
 def statistics(
     q, p, k, j, v, statistics, ranges,
-    mask, mask_b, mask_h, mask_row, mask_column,
-    scaling, softcap, matrix_weight, heads, groups, length, keys, sinks,
-    HAS_SINKS: tl.constexpr, dh: tl.constexpr, dv: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    mask, mask_b, mask_h, mask_row,
+    scaling, softcap, matrix_weight, heads, groups, length, keys,
+    sinks, context,
+    HAS_SINKS: tl.constexpr, OUTPUT: tl.constexpr, dh: tl.constexpr, dv: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    which = tl.program_id(2)  # dense or pruned
     b, h = bh // heads, bh % heads
     bg = b * groups + h // (heads // groups)
+    query = tl.where(which == 0, q, p) + bh * length * dh
+    key = tl.where(which == 0, k, j) + bg * keys * dh
     rows = block * ROWS + tl.arange(0, ROWS)
-    query = _load(q + bh * length * dh, rows, length, dh, WIDTH)
-    pruned_query = _load(p + bh * length * dh, rows, length, dh, WIDTH)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     if HAS_SINKS:  # a column of its own, dropped after the softmax
         highest = tl.zeros((ROWS,), tl.float32) + tl.load(sinks + h).to(tl.float32)
         total += 1.0
-    pruned_highest, pruned_total = highest, total
     mask += b * mask_b + h * mask_h
     first, end = tl.load(ranges + 2 * block), tl.load(ranges + 2 * block + 1)
-    for start in range(first // COLUMNS * COLUMNS, end, COLUMNS):
+    for start in tl.range(first // COLUMNS * COLUMNS, end, COLUMNS, disable_licm=True):
         columns = start + tl.arange(0, COLUMNS)
-        key = _load(k + bg * keys * dh, columns, keys, dh, WIDTH)
         logits, _ = _logits(
-            query, key, mask, mask_row, mask_column, rows, columns,
-            scaling, softcap, length, keys, MASKED, CAPPED,
+            query, key, mask, mask_row, block * ROWS, rows, columns,
+            scaling, softcap, length, keys, dh, ROWS, COLUMNS, CHUNK, MASKED, CAPPED,
         )  # fmt: skip
-        highest, total = _online(logits, highest, total)
-        key = _load(j + bg * keys * dh, columns, keys, dh, WIDTH)
-        logits, _ = _logits(
-            pruned_query, key, mask, mask_row, mask_column, rows, columns,
-            scaling, softcap, length, keys, MASKED, CAPPED,
-        )  # fmt: skip
-        pruned_highest, pruned_total = _online(logits, pruned_highest, pruned_total)
-    plane = tl.num_programs(1).to(tl.int64) * length
-    at = statistics + bh * length + rows
-    inside = rows < length
-    tl.store(at, highest, inside)
-    tl.store(at + plane, 1 / total, inside)
-    tl.store(at + 2 * plane, pruned_highest, inside)
-    tl.store(at + 3 * plane, 1 / pruned_total, inside)
+        now = tl.maximum(highest, tl.max(logits, 1))
+        finite = tl.where(now == float("-inf"), 0.0, now)
+        kept = tl.exp(highest - finite)
+        exponentials = tl.exp(logits - finite[:, None])
+        total = kept * total + tl.sum(exponentials, 1)
+        highest = now
+        if OUTPUT and which == 1:
+            _add_product(
+                context + bh * length * dv, rows, length, kept[:, None],
+                exponentials, v + bg * keys * dv, columns, keys, dv, CHUNK,
+            )  # fmt: skip
+    # a row of -inf alone sees nothing: 0 and 1 / inf make its A zero
+    blind = highest == float("-inf")
+    total = tl.where(blind, float("inf"), total)
+    at = statistics + (bh * length * 4 + which * 2) + rows * 4
+    tl.store(at, tl.where(blind, 0.0, highest), rows < length)
+    tl.store(at + 1, 1 / total, rows < length)
 
 
 @triton.jit
 def _tile(
-    query, pruned_query, key, pruned_key, statistics, plane,
-    mask, mask_row, mask_column, rows, columns, scaling, softcap, length, keys,
+    query, pruned_query, key, pruned_key, statistics,
+    mask, mask_row, row, rows, columns, scaling, softcap, length, keys,
+    dh: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """A~ - A, A~ and the pruned logits' slope, [rows, columns]."""
-    logits, _ = _logits(
-        query, key, mask, mask_row, mask_column, rows, columns,
-        scaling, softcap, length, keys, MASKED, CAPPED,
-    )  # fmt: skip
-    pruned_logits, slope = _logits(
-        pruned_query, pruned_key, mask, mask_row, mask_column, rows, columns,
-        scaling, softcap, length, keys, MASKED, CAPPED,
-    )  # fmt: skip
-    at = statistics + rows
     inside = rows < length  # others get A = 0
-    highest = tl.load(at, inside, 0.0)
-    share = tl.load(at + plane, inside, 0.0)
-    pruned_highest = tl.load(at + 2 * plane, inside, 0.0)
-    pruned_share = tl.load(at + 3 * plane, inside, 0.0)
-    dense = tl.exp(logits - highest[:, None]) * share[:, None]
-    pruned = tl.exp(pruned_logits - pruned_highest[:, None]) * pruned_share[:, None]
-    return pruned - dense, pruned, slope
+    change = tl.zeros((ROWS, COLUMNS), tl.float32)
+    found = tl.zeros((ROWS, COLUMNS), tl.float32)
+    slope = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+    for which in range(2):  # a loop, so that only one's operands are in registers
+        logits, slope = _logits(
+            tl.where(which == 0, query, pruned_query),
+            tl.where(which == 0, key, pruned_key),
+            mask, mask_row, row, rows, columns,
+            scaling, softcap, length, keys, dh, ROWS, COLUMNS, CHUNK, MASKED, CAPPED,
+        )  # fmt: skip
+        at = statistics + (rows * 4 + which * 2)
+        highest = tl.load(at, inside, 0.0)
+        share = tl.load(at + 1, inside, 0.0)
+        found = tl.exp(logits - highest[:, None]) * share[:, None]
+        change = found - change
+    return change, found, slope
 
 
 @triton.jit
 def change(
     q, p, k, j, v, statistics, ranges,
-    mask, mask_b, mask_h, mask_row, mask_column,
+    mask, mask_b, mask_h, mask_row,
     scaling, softcap, matrix_weight, heads, groups, length, keys,
-    per_row, contexts,
+    squares, inner, reached,
     OUTPUT: tl.constexpr, dh: tl.constexpr, dv: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     bg = b * groups + h // (heads // groups)
-    plane = tl.num_programs(1).to(tl.int64) * length
     rows = block * ROWS + tl.arange(0, ROWS)
-    query = _load(q + bh * length * dh, rows, length, dh, WIDTH)
-    pruned_query = _load(p + bh * length * dh, rows, length, dh, WIDTH)
-    squares = tl.zeros((ROWS,), tl.float32)
-    inner = tl.zeros((ROWS,), tl.float32)
-    reached = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
-    context = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+    sum_of_squares = tl.zeros((ROWS,), tl.float32)
+    sum_of_products = tl.zeros((ROWS,), tl.float32)
     mask += b * mask_b + h * mask_h
     first, end = tl.load(ranges + 2 * block), tl.load(ranges + 2 * block + 1)
-    for start in range(first // COLUMNS * COLUMNS, end, COLUMNS):
+    for start in tl.range(first // COLUMNS * COLUMNS, end, COLUMNS, disable_licm=True):
         columns = start + tl.arange(0, COLUMNS)
-        key = _load(k + bg * keys * dh, columns, keys, dh, WIDTH)
-        pruned_key = _load(j + bg * keys * dh, columns, keys, dh, WIDTH)
         change, pruned, _ = _tile(
-            query, pruned_query, key, pruned_key, statistics + bh * length, plane,
-            mask, mask_row, mask_column, rows, columns, scaling, softcap, length, keys,
-            MASKED, CAPPED,
+            q + bh * length * dh, p + bh * length * dh,
+            k + bg * keys * dh, j + bg * keys * dh, statistics + bh * length * 4,
+            mask, mask_row, block * ROWS, rows, columns,
+            scaling, softcap, length, keys, dh, ROWS, COLUMNS, CHUNK, MASKED, CAPPED,
         )  # fmt: skip
-        squares += tl.sum(change * change, 1)
-        inner += tl.sum(pruned * change, 1)
+        sum_of_squares += tl.sum(change * change, 1)
+        sum_of_products += tl.sum(pruned * change, 1)
         if OUTPUT:
-            value = _load(v + bg * keys * dv, columns, keys, dv, VALUE_WIDTH)
-            value = value.to(tl.float32)
-            reached += tl.dot(change, value, input_precision="tf32x3")
-            context += tl.dot(pruned, value, input_precision="tf32x3")
-    inside = rows < length
-    tl.store(per_row + bh * length + rows, squares, inside)
-    tl.store(per_row + plane + bh * length + rows, inner, inside)
-    if OUTPUT:
-        within = tl.arange(0, VALUE_WIDTH)
-        at = contexts + (bh * length + rows[:, None]) * dv + within[None, :]
-        inside = inside[:, None] & (within[None, :] < dv)
-        tl.store(at, reached, inside)
-        tl.store(at + plane * dv, context, inside)
+            _add_product(
+                reached + bh * length * dv, rows, length, 1.0,
+                change, v + bg * keys * dv, columns, keys, dv, CHUNK,
+            )  # fmt: skip
+    tl.store(squares + bh * length + rows, sum_of_squares, rows < length)
+    tl.store(inner + bh * length + rows, sum_of_products, rows < length)
 
 
 @triton.jit
 def _through_softmax(
-    change, pruned, slope, value, upstream, delta, scaling, matrix_weight,
-    OUTPUT: tl.constexpr,
+    query, pruned_query, key, pruned_key, value, statistics, upstream, delta,
+    mask, mask_row, row, rows, columns,
+    scaling, softcap, matrix_weight, length, keys,
+    OUTPUT: tl.constexpr, dh: tl.constexpr, dv: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """scaling * P: the gradient at the logits."""
+    """scaling * P: the gradient at the logits, [rows, columns]."""
+    change, pruned, slope = _tile(
+        query, pruned_query, key, pruned_key, statistics,
+        mask, mask_row, row, rows, columns,
+        scaling, softcap, length, keys, dh, ROWS, COLUMNS, CHUNK, MASKED, CAPPED,
+    )  # fmt: skip
     gradient = (2 * matrix_weight) * change
+    pruned = pruned * slope * scaling
     if OUTPUT:
-        gradient += tl.dot(upstream, tl.trans(value), input_precision="tf32x3")
-    return pruned * (gradient - delta[:, None]) * slope * scaling
+        gradient += _product(
+            upstream, value, rows, columns, length, keys, dv, ROWS, COLUMNS, CHUNK
+        )
+    return pruned * (gradient - tl.load(delta + rows, rows < length, 0.0)[:, None])
 
 
 @triton.jit
 def query_gradient(
     q, p, k, j, v, statistics, ranges,
-    mask, mask_b, mask_h, mask_row, mask_column,
+    mask, mask_b, mask_h, mask_row,
     scaling, softcap, matrix_weight, heads, groups, length, keys,
     upstream, delta, found,
     OUTPUT: tl.constexpr, dh: tl.constexpr, dv: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     bg = b * groups + h // (heads // groups)
-    plane = tl.num_programs(1).to(tl.int64) * length
     rows = block * ROWS + tl.arange(0, ROWS)
-    query = _load(q + bh * length * dh, rows, length, dh, WIDTH)
-    pruned_query = _load(p + bh * length * dh, rows, length, dh, WIDTH)
-    to_delta = tl.load(delta + bh * length + rows, rows < length, 0.0)
-    back = to_delta
-    if OUTPUT:
-        back = _load(upstream + bh * length * dv, rows, length, dv, VALUE_WIDTH)
-    gradient = tl.zeros((ROWS, WIDTH), tl.float32)
+    pruned_key = j + bg * keys * dh
     mask += b * mask_b + h * mask_h
     first, end = tl.load(ranges + 2 * block), tl.load(ranges + 2 * block + 1)
-    for start in range(first // COLUMNS * COLUMNS, end, COLUMNS):
+    for start in tl.range(first // COLUMNS * COLUMNS, end, COLUMNS, disable_licm=True):
         columns = start + tl.arange(0, COLUMNS)
-        key = _load(k + bg * keys * dh, columns, keys, dh, WIDTH)
-        pruned_key = _load(j + bg * keys * dh, columns, keys, dh, WIDTH)
-        change, pruned, slope = _tile(
-            query, pruned_query, key, pruned_key, statistics + bh * length, plane,
-            mask, mask_row, mask_column, rows, columns, scaling, softcap, length, keys,
-            MASKED, CAPPED,
-        )  # fmt: skip
-        value = pruned_key
-        if OUTPUT:
-            value = _load(v + bg * keys * dv, columns, keys, dv, VALUE_WIDTH)
-            value = value.to(tl.float32)
         through = _through_softmax(
-            change, pruned, slope, value, back, to_delta, scaling, matrix_weight, OUTPUT
-        )
-        gradient += tl.dot(through, pruned_key.to(tl.float32), input_precision="tf32x3")
-    within = tl.arange(0, WIDTH)
-    at = found + (bh * length + rows[:, None]) * dh + within[None, :]
-    tl.store(at, gradient, (rows[:, None] < length) & (within[None, :] < dh))
+            q + bh * length * dh, p + bh * length * dh,
+            k + bg * keys * dh, pruned_key, v + bg * keys * dv,
+            statistics + bh * length * 4,
+            upstream + bh * length * dv, delta + bh * length,
+            mask, mask_row, block * ROWS, rows, columns,
+            scaling, softcap, matrix_weight, length, keys,
+            OUTPUT, dh, dv, ROWS, COLUMNS, CHUNK, MASKED, CAPPED,
+        )  # fmt: skip
+        _add_product(
+            found + bh * length * dh, rows, length, 1.0,
+            through, pruned_key, columns, keys, dh, CHUNK,
+        )  # fmt: skip
 
 
 @triton.jit
 def key_gradient(
     q, p, k, j, v, statistics, ranges,
-    mask, mask_b, mask_h, mask_row, mask_column,
+    mask, mask_b, mask_h, mask_row,
     scaling, softcap, matrix_weight, heads, groups, length, keys,
     upstream, delta, found,
     OUTPUT: tl.constexpr, dh: tl.constexpr, dv: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     block, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = bg // groups, bg % groups
     shared = heads // groups
-    plane = tl.num_programs(1).to(tl.int64) * shared * length
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
-    key = _load(k + bg * keys * dh, columns, keys, dh, WIDTH)
-    pruned_key = _load(j + bg * keys * dh, columns, keys, dh, WIDTH)
-    value = pruned_key
-    if OUTPUT:
-        value = _load(v + bg * keys * dv, columns, keys, dv, VALUE_WIDTH)
-        value = value.to(tl.float32)
-    gradient = tl.zeros((COLUMNS, WIDTH), tl.float32)
     for member in range(shared):
         h = g * shared + member
         bh = b * heads + h
-        for row_block in range(0, tl.cdiv(length, ROWS)):
+        pruned_query = p + bh * length * dh
+        for row_block in tl.range(0, tl.cdiv(length, ROWS), disable_licm=True):
             first = tl.load(ranges + 2 * row_block)
             end = tl.load(ranges + 2 * row_block + 1)
             if (block * COLUMNS < end) & ((block + 1) * COLUMNS > first):
                 rows = row_block * ROWS + tl.arange(0, ROWS)
-                query = _load(q + bh * length * dh, rows, length, dh, WIDTH)
-                pruned_query = _load(p + bh * length * dh, rows, length, dh, WIDTH)
-                to_delta = tl.load(delta + bh * length + rows, rows < length, 0.0)
-                back = to_delta
-                if OUTPUT:
-                    at = upstream + bh * length * dv
-                    back = _load(at, rows, length, dv, VALUE_WIDTH)
-                change, pruned, slope = _tile(
-                    query, pruned_query, key, pruned_key, statistics + bh * length,
-                    plane, mask + b * mask_b + h * mask_h, mask_row, mask_column,
-                    rows, columns, scaling, softcap, length, keys, MASKED, CAPPED,
-                )  # fmt: skip
                 through = _through_softmax(
-                    change, pruned, slope, value, back, to_delta, scaling,
-                    matrix_weight, OUTPUT,
+                    q + bh * length * dh, pruned_query,
+                    k + bg * keys * dh, j + bg * keys * dh, v + bg * keys * dv,
+                    statistics + bh * length * 4,
+                    upstream + bh * length * dv, delta + bh * length,
+                    mask + b * mask_b + h * mask_h, mask_row,
+                    row_block * ROWS, rows, columns,
+                    scaling, softcap, matrix_weight, length, keys,
+                    OUTPUT, dh, dv, ROWS, COLUMNS, CHUNK, MASKED, CAPPED,
                 )  # fmt: skip
-                gradient += tl.dot(
-                    tl.trans(through),
-                    pruned_query.to(tl.float32),
-                    input_precision="tf32x3",
-                )
-    within = tl.arange(0, WIDTH)
-    at = found + (bg * keys + columns[:, None]) * dh + within[None, :]
-    tl.store(at, gradient, (columns[:, None] < keys) & (within[None, :] < dh))
+                _add_product(
+                    found + bg * keys * dh, columns, keys, 1.0,
+                    tl.trans(through), pruned_query, rows, length, dh, CHUNK,
+                )  # fmt: skip

@@ -12,12 +12,12 @@ paper's P = F o C - diag((F o C) 1) F for G = C, and dE/dQ~ = scaling * P K~,
 dE/dK~ = scaling * P^T Q~ summed over the query heads that share a key head.
 
 Everything is computed in blocks of query rows, so memory does not grow with L^2. On a
-GPU the error and its gradient come from the kernels in ``fused.py`` instead.
+GPU the error and its gradient come from the kernels in ``fused.py`` instead, where
+``fused_choice.py`` says so.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmc_attnmask.attention.capture import AttentionCall
+from llmc_attnmask.attention.fused_choice import fusible as _fusible
 from llmc_attnmask.attention.visibility import key_ranges
 
 # Elements of A alive in one block. Small blocks stay in a CPU's cache and skip more of
@@ -276,26 +277,15 @@ def _blocks(call: AttentionCall) -> Iterator[tuple[slice, int]]:
         yield slice(start, min(start + size, rows)), columns
 
 
-def _fusible(query: Tensor) -> bool:
-    # triton comes with torch's CUDA builds; float64 is for checking against
-    cuda = query.is_cuda and not torch.version.hip
-    return cuda and query.dtype != torch.float64 and bool(find_spec("triton"))
-
-
 def _fused(
     reference: AttentionCall, query: Tensor, *arguments: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
-    """Error and gradients from the GPU kernels; None where they cannot run."""
-    if not _fusible(query):
+    """Error and gradients from the GPU kernels; None where they are not the choice."""
+    if not _fusible(reference):
         return None
-    from triton.runtime.errors import OutOfResources
-
     from llmc_attnmask.attention.fused import error_and_gradient
 
-    try:
-        return error_and_gradient(reference, query, *arguments)
-    except OutOfResources:  # wide heads on a GPU with little shared memory
-        return None
+    return error_and_gradient(reference, query, *arguments)
 
 
 def _mask_rows(mask: Tensor, rows: slice) -> Tensor:
@@ -333,11 +323,17 @@ def _logits(
 
 
 def _softmax(logits: Tensor, call: AttentionCall) -> Tensor:
-    if call.sinks is None:
-        return logits.softmax(-1)
-    sinks = call.sinks.to(logits.dtype).view(1, logits.shape[1], -1, 1, 1)
-    sinks = sinks.expand(*logits.shape[:-1], 1)
-    return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+    """A; a row of -inf alone sees nothing and is zero."""
+    if call.sinks is not None:
+        sinks = call.sinks.to(logits.dtype).view(1, logits.shape[1], -1, 1, 1)
+        logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], -1)
+    # masks of -inf are rare, and a look at one column costs next to nothing
+    if (logits[..., 0] == -torch.inf).any():
+        blind = (logits == -torch.inf).all(-1, keepdim=True)
+        attention = logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+    else:
+        attention = logits.softmax(-1)
+    return attention if call.sinks is None else attention[..., :-1]
 
 
 def _through_softmax(

@@ -1,19 +1,17 @@
 """The GPU kernels against the plain version, on CPU through Triton's interpreter."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from llmc_attnmask.attention import fused, matrix
+from llmc_attnmask.attention import matrix
+from llmc_attnmask.attention.capture import AttentionCall
 from llmc_attnmask.attention.fused import error_and_gradient
+from llmc_attnmask.attention.fused_choice import fused_by_default, fusible
 from llmc_attnmask.attention.matrix import attention_error
-from tests.attention.test_matrix import CALLS, DH, D, H, random_call
+from tests.attention.test_matrix import BLIND, CALLS, DH, D, H, random_call
 from tests.interpreter import interpreted
 
 pytestmark = interpreted
@@ -98,6 +96,55 @@ def test_a_query_that_sees_no_key_counts_as_in_the_plain_version():
     compare(call, nudged(call, 0.3), (0.3, 0.7), rtol=1e-5)
 
 
+@pytest.mark.parametrize("mask", BLIND.values(), ids=BLIND.keys())
+def test_a_row_of_infinity_alone_is_zero_as_in_the_plain_version(mask):
+    compare(random_call(mask=mask), nudged(CALLS["causal"], 0.3), (0.3, 0.7), 1e-5)
+
+
+def test_a_tile_of_rows_that_see_nothing_adds_nothing():
+    length, blind = 3 * 64, slice(64, 128)
+    generator = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(1, 1, length, 8, generator=generator) for _ in range(3)]
+    mask = torch.zeros(1, 1, length, length)
+    mask.masked_fill_(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    mask[:, :, blind] = -torch.inf
+    call = AttentionCall(*tensors, mask, 0.25)
+    arguments = 0.3, 0.7, torch.randn(D, 8, generator=generator)
+    query, key = nudged(call, 0.3)
+    error, (to_query, to_key) = error_and_gradient(call, query, key, *arguments)
+    seen = torch.ones(length, dtype=torch.bool)
+    seen[blind] = False
+    rest = replace(call, query=call.query[:, :, seen], mask=mask[:, :, seen])
+    expected, (from_query, from_key) = error_and_gradient(
+        rest, query[:, :, seen], key, *arguments
+    )
+    assert error.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not to_query[:, :, blind].any()
+    torch.testing.assert_close(to_query[:, :, seen], from_query)
+    torch.testing.assert_close(to_key, from_key)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_a_pruned_row_of_infinity_alone_is_zero_as_in_the_plain_version():
+    """Logits below float32: A~ is zero in that row, and A counts in full."""
+    call = random_call(mask=None)
+    single = replace(
+        call, **{n: getattr(call, n).float() for n in ("query", "key", "value")}
+    )
+    query, key = (x.float() for x in nudged(call, 0.3))
+    query[..., 0], key[..., 0] = 0, -(2.0**70)
+    query[:, :, 3, 0] = 2.0**70
+    plain = [x.clone().requires_grad_() for x in (query, key)]
+    expected = attention_error(single, *plain)
+    expected.backward()
+    error, gradients = error_and_gradient(single, query, key, 1.0, 0.0, None)
+    assert error.item() == pytest.approx(expected.item(), rel=1e-5)
+    for found, exact in zip(gradients, plain, strict=True):
+        assert exact.grad.isfinite().all()
+        assert found.isfinite().all()
+    assert not gradients[0][:, :, 3].any()
+
+
 def test_without_gradient_only_the_error_is_computed():
     call = random_call()
     single = replace(
@@ -110,68 +157,37 @@ def test_without_gradient_only_the_error_is_computed():
     assert gradients is None
 
 
-def test_a_gpu_whose_shared_memory_is_too_small_gets_the_plain_version(monkeypatch):
-    from triton.runtime.errors import OutOfResources
-
-    def too_large(*_):
-        raise OutOfResources(114_688, 101_376, "shared memory")
-
-    call = CALLS["causal"]
-    query, key = (x.requires_grad_() for x in nudged(call, 0.3))
-    expected = torch.autograd.grad(attention_error(call, query, key), (query, key))
-    monkeypatch.setattr(matrix, "_fusible", lambda _: True)
-    monkeypatch.setattr(fused, "error_and_gradient", too_large)
-    found = torch.autograd.grad(attention_error(call, query, key), (query, key))
-    assert all(map(torch.equal, found, expected))
-
-
-_COMPILE = """
-import json, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from llmc_attnmask.attention import fused, fused_kernels
-
-capability, width = int(sys.argv[1]), int(sys.argv[2])
-tile = fused.tile_size(width)
-sizes = dict(dh=width, dv=width, WIDTH=width, VALUE_WIDTH=width, ROWS=tile,
-             COLUMNS=tile, MASKED=True, CAPPED=True)
-integers = ("heads", "groups", "length", "keys")
-floats = ("scaling", "softcap", "matrix_weight")
-found = {}
-for name in ("statistics", "change", "query_gradient", "key_gradient"):
-    kernel = getattr(fused_kernels, name)
-    flag = "HAS_SINKS" if name == "statistics" else "OUTPUT"
-    constants = {**sizes, flag: True}
-    signature = {
-        argument: "constexpr" if argument in constants
-        else "fp32" if argument in floats
-        else "i32" if argument in integers or argument.startswith("mask_")
-        else "*i32" if argument == "ranges" else "*fp32"
-        for argument in kernel.arg_names
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants),
-        target=GPUTarget("cuda", capability, 32),
-        options=fused._LAUNCH,
-    )
-    found[name] = compiled.metadata.shared
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "capability, limit, width", [(80, 166_912, 128), (90, 232_448, 256)]
+    "capability, dtype, widths, chosen",
+    [
+        ((8, 0), torch.float32, (128, 128), True),
+        ((9, 0), torch.float32, (64, 64), True),
+        ((9, 0), torch.float32, (256, 256), False),
+        ((9, 0), torch.float32, (192, 128), False),
+        ((9, 0), torch.float64, (64, 64), False),
+        ((7, 5), torch.float32, (64, 64), False),
+        ((10, 0), torch.float32, (64, 64), False),
+    ],
 )
-def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, limit, width):
-    done = subprocess.run(
-        [sys.executable, "-c", _COMPILE, str(capability), str(width)],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=True,
+def test_the_kernels_are_the_default_where_they_are_checked(
+    capability, dtype, widths, chosen
+):
+    assert fused_by_default(capability, dtype, widths) is chosen
+
+
+def test_without_a_gpu_the_plain_version_computes():
+    assert not fusible(CALLS["causal"])
+
+
+def test_where_the_kernels_are_the_choice_they_compute(monkeypatch):
+    call = CALLS["causal"]
+    exact = [x.requires_grad_() for x in nudged(call, 0.3)]
+    expected = torch.autograd.grad(attention_error(call, *exact), exact)
+    single = replace(
+        call, **{n: getattr(call, n).float() for n in ("query", "key", "value", "mask")}
     )
-    shared = json.loads(done.stdout.splitlines()[-1])
-    assert len(shared) == 4
-    assert max(shared.values()) <= limit
+    pruned = [x.detach().float().requires_grad_() for x in exact]
+    monkeypatch.setattr(matrix, "_fusible", lambda _: True)
+    found = torch.autograd.grad(attention_error(single, *pruned), pruned)
+    for ours, wanted in zip(found, expected, strict=True):
+        assert 0 < (ours - wanted).norm() <= 1e-5 * wanted.norm()

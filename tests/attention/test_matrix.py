@@ -54,6 +54,27 @@ CALLS = {
 }
 
 
+def _blind(rows: list[int]) -> torch.Tensor:
+    """Causal, but ``rows`` see nothing."""
+    visible = torch.ones(L, L, dtype=torch.bool).tril()
+    mask = torch.zeros(1, 1, L, L, dtype=torch.float64)
+    mask.masked_fill_(~visible, -torch.inf)
+    mask[..., rows, :] = -torch.inf
+    return mask
+
+
+_PADDED = _blind([])
+_PADDED[..., 2, :] = torch.finfo(torch.float32).min
+_PADDED[..., 2, 5:] = -torch.inf
+BLIND = {  # masks of -inf, as some models have them
+    "causal": _blind([]),
+    "one row": _blind([5]),
+    "the first rows": _blind([0, 1, 2]),
+    "all rows but one": _blind([i for i in range(L) if i != 9]),
+    "of which one row is padding": _PADDED,
+}
+
+
 def by_autograd(call, query, key, matrix_weight, output_weight, output_projection):
     """The error written down naively, in full matrices."""
     change = probabilities(replace(call, query=query, key=key)) - probabilities(call)
@@ -140,6 +161,28 @@ def test_a_query_that_sees_no_key_is_counted_as_the_model_computes_it():
     expected = probabilities(replace(call, query=query)) - probabilities(call)
     error = attention_error(call, query, call.key)
     torch.testing.assert_close(error, expected.square().sum())
+
+
+@pytest.mark.parametrize("mask", BLIND.values(), ids=BLIND.keys())
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_row_of_infinity_alone_adds_no_error_and_no_gradient(mask, sinks):
+    call = random_call(mask=mask, sinks=CALLS["sinks"].sinks if sinks else None)
+    blind = (mask == -torch.inf).all(-1).flatten()
+    assert not probabilities(call)[:, :, blind].any()
+    torch.manual_seed(1)
+    projection = torch.randn(D, H * DH, dtype=torch.float64)
+    weights = {"matrix_weight": 0.3, "output_weight": 0.7}
+    found = []
+    for rows in (torch.arange(L), torch.arange(L)[~blind]):
+        part = replace(call, query=call.query[:, :, rows], mask=mask[:, :, rows])
+        pruned = [x.detach().mul(1.1).requires_grad_() for x in (part.query, part.key)]
+        error = attention_error(part, *pruned, **weights, output_projection=projection)
+        found.append([error, *torch.autograd.grad(error, pruned)])
+    (error, to_query, to_key), (expected, from_query, from_key) = found
+    assert error.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert not to_query[:, :, blind].any()
+    torch.testing.assert_close(to_query[:, :, ~blind], from_query)
+    torch.testing.assert_close(to_key, from_key)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
