@@ -9,6 +9,7 @@ from integration.gpu.record import Row
 SHAPES = ("gate_up_proj", "down_proj", "qkv_proj", "o_proj")
 DTYPES = ("bf16", "fp8", "int8")
 REFERENCE = {"bf16": "bf16", "fp8": "fp8", "int8": "fp8"}  # torch's int8 has no scales
+DENSE = ("dense", "dense vllm")
 SPARSE = ("cuda", "cusparselt", "cusparselt unsearched", "triton")
 MANY = 65  # tokens from here on run eagerly in a server, fewer in a CUDA graph
 NOT_YET = "not yet"
@@ -59,8 +60,40 @@ class Figures:
         return found[-1] if found else None
 
     def dense(self, shape: str, dtype: str, tokens: int, mode: str) -> float | None:
-        """Microseconds of torch's dense product of the type to compare with."""
-        return self.times.get((shape, REFERENCE[dtype], tokens, "dense", mode))
+        """Microseconds of the fastest dense product, torch's or vLLM's, of the type to
+        compare with or of the same one.
+        """
+        found = (
+            self.times.get((shape, kind, tokens, kernel, mode))
+            for kind in {dtype, REFERENCE[dtype]}
+            for kernel in DENSE
+        )
+        return min((us for us in found if us), default=None)
+
+    def correctness(self) -> list[Row]:
+        """The last row of every case of the step `correct`; of a kernel that failed as
+        a whole none that is older than a success.
+        """
+        last: dict[tuple[Any, ...], Row] = {}
+        for row in self.rows:
+            if row["step"] != "correct" or "kernel" not in row:
+                continue
+            case = tuple(
+                row.get(key) for key in ("kernel", "dtype", "tokens", "rows", "columns")
+            )
+            last.pop(case, None)
+            if row.get("right"):
+                last.pop((row["kernel"], None, None, None, None), None)
+            last[case] = row
+        return list(last.values())
+
+    def setups(self) -> list[dict[str, Any]]:
+        """Depths and ways of running of the engines, the deepest first."""
+        found = {(row["layers"], row["as_installed"]) for row in self.of("engine")}
+        return [
+            {"layers": layers, "as_installed": as_installed}
+            for layers, as_installed in sorted(found, reverse=True)
+        ]
 
     def best(
         self, shape: str, dtype: str, tokens: int, mode: str | None = None

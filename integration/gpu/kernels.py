@@ -19,6 +19,7 @@ from llmc_attnmask.serving.kernels import (
     cuda_decode,
     cusparselt,
     nvrtc,
+    op,
     packing,
     select,
 )
@@ -167,7 +168,20 @@ def _cusparselt_missing(
 def _cusparselt(
     parts: Parts, weight: Weight, x: Tensor, scale: Tensor | None
 ) -> Tensor:
-    return cusparselt.linear(x, parts[0], weight.scale, scale, None, weight.out_dtype)
+    # through the operator, as it is served: its own time counts in an eager call
+    return op.sparse_linear(
+        *(x, None, None, None, parts[0], 1),
+        *(weight.scale, scale, None, 0, weight.out_dtype),
+    )
+
+
+def searched(packed: Packed) -> list[int] | None:
+    """For how many tokens cuSPARSELt's algorithm was searched; once the time for that
+    is spent, it takes its default. None of other kernels.
+    """
+    if packed.kernel is not KERNELS["cusparselt"]:
+        return None
+    return cusparselt.engine().searched(packed.parts[0], packed.weight.dense.shape[1])
 
 
 def _search(parts: Parts, weight: Weight, tokens: list[int]) -> None:

@@ -27,7 +27,7 @@ if bundled; then
     step unpack       20     10 run \
         "$PYTHON" integration/gpu/bundle/unpack.py "$SITES" --only kernels
 fi
-step prune            90     45 site="$SITES/site-kernels" \
+step prune            90     75 site="$SITES/site-kernels" \
     prune --layers 1 "${SMALL[@]}"
 step profile          30     12 profile
 finish

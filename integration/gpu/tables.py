@@ -68,7 +68,7 @@ def machine(figures: Figures) -> str:
 def correctness(figures: Figures) -> str:
     """The largest error of each kernel over all shapes, or what is wrong."""
     rows = []
-    cases = [r for r in figures.rows if r["step"] == "correct" and "kernel" in r]
+    cases = figures.correctness()
     names = dict.fromkeys((row["kernel"], row.get("dtype")) for row in cases)
     for kernel, dtype in names:
         own = [r for r in cases if (r["kernel"], r.get("dtype")) == (kernel, dtype)]

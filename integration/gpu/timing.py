@@ -49,7 +49,12 @@ class Timer:
             for call in calls:
                 call()
         graph.replay()
-        found = self._median(graph.replay) / len(calls)
+
+        def twice() -> None:  # the launch of the second hides behind the first
+            graph.replay()
+            graph.replay()
+
+        found = self._median(twice) / (2 * len(calls))
         graph.reset()
         return found
 

@@ -62,7 +62,7 @@ def _cuda(given: dict[str, Any]) -> Tensor:
     return product(packing.expand(given["values"], given["metadata"]), given)
 
 
-class Unsearched:
+class Plans:
     """``Engine``."""
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -70,6 +70,10 @@ class Unsearched:
 
     def linear(self, *args: Any, **kwargs: Any) -> Tensor:
         return bound(Engine.linear, _cusparselt)(self, *args, **kwargs)
+
+    def searched(self, *args: Any, **kwargs: Any) -> list[int]:
+        inspect.signature(Engine.searched).bind(self, *args, **kwargs)
+        return [32, 128]
 
 
 def install(monkeypatch) -> None:
@@ -85,4 +89,5 @@ def install(monkeypatch) -> None:
         (nvrtc, "missing", lambda given: None),
     ):
         monkeypatch.setattr(module, name, bound(getattr(module, name), made))
-    monkeypatch.setattr(kernels, "_unsearched", Unsearched)
+    monkeypatch.setattr(kernels, "_unsearched", Plans)
+    monkeypatch.setattr(cusparselt, "engine", Plans)

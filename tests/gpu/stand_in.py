@@ -69,7 +69,7 @@ class OnTheCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if "device" in kwargs and torch.device(kwargs["device"]).type == "cuda":
+        if torch.device(kwargs.get("device") or "cpu").type == "cuda":
             kwargs["device"] = "cpu"
         args = tuple("cpu" if isinstance(x, str) and x == "cuda" else x for x in args)
         return func(*args, **kwargs)

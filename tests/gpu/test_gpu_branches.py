@@ -147,9 +147,30 @@ def test_prefill_times_searched_and_unsearched(gpu, tmp_path):
     }
 
 
+def o_proj() -> tuple[int, int]:
+    return weights.SHAPES["o_proj"]
+
+
+def test_what_was_found_wrong_and_mended_is_timed(tmp_path):
+    checked = step_context(tmp_path, "correct")
+    case = {"kernel": "cuda", "dtype": "bf16", "tokens": 1}
+    case |= dict(zip(("rows", "columns"), o_proj(), strict=True))
+    checked.record(**case, right=False)
+    checked.record(kernel="triton", failed="ended with exit code 1")
+    found = {("cuda", "bf16"), ("triton", None)}
+    assert correct.wrong(checked.rows()) == found
+    assert "**wrong** in 1" in tables.correctness(Figures(checked.rows()))
+    checked.record(**case, right=True)
+    checked.record(**(case | {"kernel": "triton"}), right=True)
+    assert correct.wrong(checked.rows()) == set()
+    assert "wrong" not in tables.correctness(Figures(checked.rows()))
+
+
 def test_what_was_found_wrong_is_not_timed(gpu, tmp_path):
     checked = step_context(tmp_path, "correct")
-    checked.record(kernel="cuda", dtype="bf16", tokens=1, right=False)
+    timed_size, odd = ({"rows": r, "columns": c} for r, c in (o_proj(), (96, 320)))
+    checked.record(kernel="cuda", dtype="bf16", tokens=1, **timed_size, right=False)
+    checked.record(kernel="cuda", dtype="int8", tokens=1, **odd, right=False)
     checked.record(kernel="cusparselt", failed="timed out")
     checked.record(kernel="dense", dtype="bf16", failed="what others are compared with")
     chosen = {"shapes": ["o_proj"], "tokens": [1], "dtypes": ["bf16", "int8"]}

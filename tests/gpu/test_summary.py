@@ -108,12 +108,12 @@ def test_what_was_reached_stands_beside_what_is_wanted():
         "| at any size, slower than dense by at most | 3 % (0.97 x) "
         "| 0.80 (bf16 gate_up_proj, 4096 tokens: cusparselt); "
         "1 of 9 sizes below 0.97, missed |",
-        "| weights in GPU memory over dense, bf16 | 0.58 | 0.625, missed |",
+        "| weights in GPU memory over dense, bf16 | 0.58 | 0.625 (8 layers), missed |",
         "| the same, 8 bits | 0.64 | not yet |",
         "| tokens per second, whole block 2:4 in bf16, batch 1, over dense in the same "
-        "vLLM | 1.35 x | 1.40 |",
+        "vLLM | 1.35 x | 1.40 (8 layers) |",
         "| tokens per second, whole block 2:4 in bf16, batch 16, over dense in the "
-        "same vLLM | 1.3 x | 1.10, missed |",
+        "same vLLM | 1.3 x | 1.10 (8 layers), missed |",
         "| tokens per second, whole block 2:4 in bf16, batch 128, over dense in the "
         "same vLLM | 1.1 x | not yet |",
         "| pruning Llama-3.1-8B's shapes, 128 x 2048 tokens, most accurate recipe, "

@@ -122,29 +122,32 @@ def quantized(weight: Tensor, dtype: str) -> dict[str, Tensor]:
 def shards(
     config: dict[str, Any], dtype: str, device: str
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Files of the checkpoint, one decoder layer in memory at a time."""
+    """Files of the checkpoint, on the CPU; all decoder layers have the same weights,
+    which takes nothing away from what they cost.
+    """
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     table: Any = {"device": device, "dtype": torch.bfloat16}
-    yield (
-        "model-ends.safetensors",
-        {
-            "model.embed_tokens.weight": torch.randn(vocabulary, hidden, **table),
-            "lm_head.weight": torch.randn(vocabulary, hidden, **table) / hidden**0.5,
-            "model.norm.weight": torch.ones(hidden, **table),
-        },
-    )
+    ends = {
+        "model.embed_tokens.weight": torch.randn(vocabulary, hidden, **table),
+        "lm_head.weight": torch.randn(vocabulary, hidden, **table) / hidden**0.5,
+        "model.norm.weight": torch.ones(hidden, **table),
+    }
+    yield "model-ends.safetensors", {name: t.cpu() for name, t in ends.items()}
+    one = {
+        f"{norm}.weight": torch.ones(hidden, dtype=torch.bfloat16)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    for name, (rows, columns) in linears(config).items():
+        weight = random_weight(rows, columns, torch.bfloat16, device).dense
+        # of a size at which activations stay in range layer after layer
+        parts = quantized(weight * (2 / columns) ** 0.5, dtype)
+        one |= {f"{name}.{part}": parts[part].cpu().contiguous() for part in parts}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        tensors = {
-            f"{prefix}.{norm}.weight": torch.ones(hidden, **table)
-            for norm in ("input_layernorm", "post_attention_layernorm")
-        }
-        for name, (rows, columns) in linears(config).items():
-            weight = random_weight(rows, columns, torch.bfloat16, device).dense
-            # of a size at which activations stay in range layer after layer
-            parts = quantized(weight * (2 / columns) ** 0.5, dtype)
-            tensors |= {f"{prefix}.{name}.{part}": parts[part] for part in parts}
-        yield f"model-layer-{layer:02}.safetensors", tensors
+        yield (
+            f"model-layer-{layer:02}.safetensors",
+            {f"{prefix}.{name}": tensor for name, tensor in one.items()},
+        )
 
 
 def make(folder: Path, config: dict[str, Any], dtype: str, device: str) -> int:
@@ -153,10 +156,9 @@ def make(folder: Path, config: dict[str, Any], dtype: str, device: str) -> int:
     index: dict[str, str] = {}
     total = 0
     for file, tensors in shards(config, dtype, device):
-        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, folder / file, {"format": "pt"})
-        index |= dict.fromkeys(kept, file)
-        total += sum(tensor.nbytes for tensor in kept.values())
+        save_file(tensors, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": index})
     )

@@ -120,9 +120,35 @@ class Server:
         """Milliseconds until a prompt is read and one token is there."""
         return {"ms": 1000 * self.seconds(1, prompt, 1, repeats)}
 
+    def kernels(self, sparse: bool) -> dict[str, str]:
+        """Which kernels serve.
+
+        :param sparse: whether the plugin is on
+        :raises RuntimeError: if it is, and no layer is sparse
+        """
+        (found,) = self.engine.apply_model(kernels)
+        if sparse and not set(found) - {"dense"}:
+            raise RuntimeError(
+                "every layer is served dense; the log has a table that says why"
+            )
+        return {"layers_by_kernel": json.dumps(found)}
+
     def weights(self) -> dict[str, float]:
         """Bytes of the decoder's linear layers, whatever form they have."""
         return {"linear_gb": sum(self.engine.apply_model(linear_bytes)) / 1e9}
+
+
+def kernels(model: Any) -> dict[str, int]:
+    """How many linear layers of the decoder are served by which kernels."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if ".layers." in name and name.endswith("_proj"):
+            forms = {"cuda": "weight_arrived", "cusparselt": "weight_cusparselt"}
+            kinds = [k for k, form in forms.items() if hasattr(module, form)]
+            kinds = [k for k in kinds if getattr(module, forms[k]) is not None]
+            kind = " and ".join(kinds) or "dense"
+            found[kind] = found.get(kind, 0) + 1
+    return found
 
 
 def linear_bytes(model: Any) -> int:
@@ -185,6 +211,10 @@ def run(context: Context, options: argparse.Namespace) -> None:
     if not servers:
         return
     server = servers[0]
+    sparse = options.plugin == "on" and not trial
+    served = partial(server.kernels, sparse)
+    if context.attempt(case | {"of": "kernels"}, served) is None and sparse:
+        return  # what would be measured is not ours
     context.attempt(case | {"of": "memory"}, server.weights)
     context.attempt(
         case | {"of": "tokens"}, partial(greedy, context, server, case, compared)

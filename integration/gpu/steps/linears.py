@@ -22,6 +22,7 @@ from integration.gpu.kernels import (
     Packed,
     missing,
     pack,
+    searched,
 )
 from integration.gpu.steps.correct import wrong
 from integration.gpu.timing import Timer
@@ -72,7 +73,8 @@ def blocks(context: Context, options: argparse.Namespace) -> None:
         tokens=options.tokens,
         kernels=options.kernels,
     )
-    measure(context, chosen, TOKENS_OF_BLOCKS, ("cuda", *BLOCKS), CALLS)
+    kernels = ("cuda", *BLOCKS)
+    measure(context, chosen, TOKENS_OF_BLOCKS, kernels, CALLS, modes=("graph",))
 
 
 def measure(
@@ -81,6 +83,7 @@ def measure(
     tokens: Sequence[int],
     kernels: Sequence[str],
     calls: int,
+    modes: Sequence[str] = ("graph", "eager"),
 ) -> None:
     """All shapes and types, in their order of worth."""
     shapes = tuple(options.shapes or SHAPES)
@@ -96,6 +99,7 @@ def measure(
                     options.tokens or tokens,
                     options.kernels or kernels,
                     calls,
+                    modes,
                 )
 
 
@@ -105,6 +109,7 @@ def _measure_one(
     tokens: Sequence[int],
     kernels: Sequence[str],
     calls: int,
+    modes: Sequence[str],
 ) -> None:
     """One shape and type."""
     if context.left() < 2:
@@ -126,14 +131,15 @@ def _measure_one(
             found = _packed(context, name, weight, count, tokens, named)
             if found:
                 packed[name] = found
-    for number in tokens:
-        rounds = max(calls, count)
-        inputs = [
-            random_tokens(number, shape[1], dtype, context.device)
-            for _ in range(2 if context.trial else rounds)
-        ]
-        timer = Timer(context.device)
-        for mode, function in (("graph", timer.graph), ("eager", timer.eager)):
+    timer = Timer(context.device)
+    functions = {"graph": timer.graph, "eager": timer.eager}
+    for mode in modes:
+        function = functions[mode]
+        for number in tokens:
+            inputs = [
+                random_tokens(number, shape[1], dtype, context.device)
+                for _ in range(2 if context.trial else max(calls, count))
+            ]
             for name, weights in packed.items():
                 timed = case | {"tokens": number, "kernel": name, "mode": mode}
                 turn = [
@@ -177,5 +183,6 @@ def _packed(
         share=first.nbytes / weight.dense.nbytes,
         pack_seconds=packing,
         prepare_seconds=preparing,
+        searched=searched(first),
     )
     return found

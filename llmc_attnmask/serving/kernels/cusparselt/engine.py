@@ -130,6 +130,15 @@ class Engine:
             plans = {n: _plan(handle, problem, n, algorithms) for n in missing} | known
         self._prepared[problem] = _Prepared(sorted(plans), plans)
 
+    def searched(self, compressed: Tensor, columns: int) -> list[int]:
+        """The numbers of tokens whose algorithm was searched, for weights of a shape.
+
+        :param compressed: of ``compress``
+        :param columns: K
+        """
+        shape = compressed.device, compressed.shape[0], columns, compressed.dtype
+        return sorted(self._algorithms.get(Problem(*shape), {}))
+
     def linear(
         self,
         x: Tensor,
