@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from integration.gpu import record
 from integration.gpu.record import FILE, Row, append, read, today
 
 ENOUGH = 2.0  # seconds that must be left for one more case
@@ -97,14 +98,14 @@ class Context:
     def lacks(self, kernel: str, dtype: str, why: str) -> None:
         """Record, once, why a kernel has no figures."""
         row = {"kernel": kernel, "dtype": dtype, "missing": why}
-        own = (_case(row) for row in self.rows() if row["step"] == self.step)
+        own = (record.case(row) for row in self.rows() if row["step"] == self.step)
         if row not in own:
             self.record(**row)
 
     def failed(self, **case: Any) -> bool:
         """Whether this step has recorded a failure of exactly this case."""
         return any(
-            "failed" in row and _case(row) == case
+            "failed" in row and record.case(row) == case
             for row in self.rows()
             if row["step"] == self.step
         )
@@ -130,17 +131,10 @@ def known(rows: list[Row], step: str) -> set[str]:
         if row["step"] != step:
             continue
         case: dict[str, Any] = {}
-        for key, value in _case(row).items():
+        for key, value in record.case(row).items():
             case[key] = value
             found.add(json.dumps(case))
     return found
-
-
-def _case(row: Row) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in _NO_CASE}
-
-
-_NO_CASE = ("step", "date", "gpu", "trial", "failed")
 
 
 def short(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from integration.gpu import record
 from integration.gpu.record import Row
 
 SHAPES = ("gate_up_proj", "down_proj", "qkv_proj", "o_proj")
@@ -13,8 +14,6 @@ DENSE = ("dense", "dense vllm")
 SPARSE = ("cuda", "cusparselt", "cusparselt unsearched", "triton")
 MANY = 65  # tokens from here on run eagerly in a server, fewer in a CUDA graph
 NOT_YET = "not yet"
-
-_NO_CASE = ("step", "date", "gpu", "trial", "failed", "seconds")
 
 
 @dataclass(frozen=True)
@@ -127,9 +126,7 @@ class Figures:
         for index, row in enumerate(self.rows):
             if "failed" not in row:
                 continue
-            case = {
-                k: v for k, v in row.items() if k not in _NO_CASE and k != "seconds"
-            }
+            case = record.case(row, "seconds")
             later = self.rows[index + 1 :]
             mended = case and any(
                 {"step": row["step"], **case}.items() <= other.items()

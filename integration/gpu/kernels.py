@@ -242,7 +242,6 @@ def _cuda(
     )
 
 
-DENSE = ("dense", "dense vllm")
 SPARSE = ("cuda", "cusparselt", "triton")
 BLOCKS = {  # other sizes of the decode kernel's blocks, to choose from
     f"cuda {block.rows} x {block.stages}": block

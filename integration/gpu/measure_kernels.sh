@@ -8,7 +8,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . integration/gpu/steps.sh
-SITES=${SITES:-/tmp/llmc-attnmask-sites}
 begin "$(realpath -m "${1:-out/gpu}")" "${TOTAL_SECONDS:-290}" "${2:-}"
 
 SMALL=()

@@ -11,7 +11,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . integration/gpu/steps.sh
-SITES=${SITES:-/tmp/llmc-attnmask-sites}
 LAYERS=${LAYERS:-32}
 begin "$(realpath -m "${1:-out/gpu}")" "${TOTAL_SECONDS:-320}" "${2:-}"
 

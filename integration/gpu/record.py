@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "results.jsonl"
+_EVERYWHERE = ("step", "date", "gpu", "trial", "failed")
 
 Row = dict[str, Any]
 
@@ -83,6 +84,14 @@ def read(path: Path) -> Read:
         else:
             broken += 1
     return Read(rows, broken)
+
+
+def case(row: Row, *others: str) -> Row:
+    """What identifies a row's case and what was found, without what every row has.
+
+    :param others: names that do not count either
+    """
+    return {k: v for k, v in row.items() if k not in _EVERYWHERE and k not in others}
 
 
 def today() -> str:

@@ -12,6 +12,7 @@
 # step before.
 
 PYTHON=${PYTHON:-python3}
+SITES=${SITES:-${TMPDIR:-/tmp}/llmc-attnmask-sites} # where the bundle is unpacked
 STEP=${STEP:-integration/gpu/step.py}
 export PYTHONUNBUFFERED=1
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from integration.gpu import wanted
+from integration.gpu import record, wanted
 from integration.gpu.figures import DTYPES, NOT_YET, Figures
 from integration.gpu.record import Row
 
@@ -27,7 +27,7 @@ def number(value: Any, digits: int) -> str:
     return f"{value:.{digits}f}" if isinstance(value, int | float) else ""
 
 
-_NO_CASE = ("step", "date", "gpu", "trial", "failed", "seconds", "left_out", "first")
+_NOT_NAMED = ("seconds", "left_out", "first")
 
 
 def state(figures: Figures) -> str:
@@ -283,7 +283,7 @@ def failures(figures: Figures) -> str:
     """What has no figures, and why; kernels that are not there once each."""
     rows = []
     for row in figures.failures():
-        case = ", ".join(f"{k} {v}" for k, v in row.items() if k not in _NO_CASE)
+        case = ", ".join(f"{k} {v}" for k, v in record.case(row, *_NOT_NAMED).items())
         why = row["failed"]
         if "left_out" in row:
             why += f" for {row['left_out']} cases, the first {row['first']}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.serving.kernels import activations
 
 SHAPES = {  # rows, columns; as vLLM fuses them
@@ -61,11 +62,6 @@ class Weight:
         return out
 
 
-def integer(dtype: torch.dtype) -> torch.dtype:
-    """The integer of a type's width, for its bits."""
-    return {1: torch.int8, 2: torch.int16}[dtype.itemsize]
-
-
 def random_values(rows: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
     if dtype == torch.int8:
         return torch.randint(-128, 128, (rows, columns), dtype=dtype, device=device)
@@ -77,7 +73,7 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype, device: str) -> W
     dense = random_values(rows, columns, dtype, device)
     choice = torch.randint(len(_PAIRS), (rows, columns // 4), device=device)
     pruned = ~_PAIRS.to(device)[choice].view(rows, columns)
-    dense.view(integer(dtype)).masked_fill_(pruned, 0)
+    layout.bits_of(dense).masked_fill_(pruned, 0)
     scale = None
     if dtype.itemsize == 1:
         scale = torch.rand(rows, device=device) * 0.01 + 0.001

@@ -65,7 +65,7 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
     bitmask = weight.new_empty(rows, _mask_bytes(columns), dtype=torch.uint8)
     unit = _unit_of(weight)
     for block in _row_blocks(weight):
-        bits = _bits(weight[block])
+        bits = bits_of(weight[block])
         # on integers `bool` is what `!= 0` is, many times faster
         codes = unit.codes(bits.bool() if kept is None else kept[block])
         filled = unit.filled.index_select(0, codes)
@@ -75,7 +75,7 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
             _refuse(filled != codes, block, unit, "not exactly two kept")
         columns_kept = unit.kept.index_select(0, codes)
         values = bits.reshape(-1, unit.columns).gather(1, columns_kept)
-        _bits(compressed[block]).copy_(values.view(-1, columns // 2))
+        bits_of(compressed[block]).copy_(values.view(-1, columns // 2))
         bitmask[block] = unit.bytes(filled, columns)
     return Packed(compressed, bitmask, torch.tensor([[rows], [columns]]))
 
@@ -96,8 +96,8 @@ def unpack(
     rows, columns = _agreed_shape(compressed, bitmask, shape)
     weight = compressed.new_empty(rows, columns)
     for block in _row_blocks(weight):
-        values = _bits(compressed[block])
-        _scatter(bitmask[block], values, _bits(weight[block]), block)
+        values = bits_of(compressed[block])
+        _scatter(bitmask[block], values, bits_of(weight[block]), block)
     return weight
 
 
@@ -110,7 +110,11 @@ def crowded_groups(weight: Tensor) -> int:
     _checked_shape(weight)
     unit = _unit_of(weight)
     return sum(
-        int(unit.crowded.index_select(0, unit.codes(_bits(weight[block]).bool())).sum())
+        int(
+            unit.crowded.index_select(
+                0, unit.codes(bits_of(weight[block]).bool())
+            ).sum()
+        )
         for block in _row_blocks(weight)
     )
 
@@ -118,7 +122,7 @@ def crowded_groups(weight: Tensor) -> int:
 def _checked_shape(weight: Tensor) -> tuple[int, int]:
     if weight.ndim != 2:
         raise ValueError(f"the weight is {list(weight.shape)}; expected two dimensions")
-    _bits(weight)
+    bits_of(weight)
     if weight.shape[1] % 4:
         raise NotTwoOfFourError(
             f"{weight.shape[1]} inputs are not divisible by 4, so there are no groups "
@@ -159,12 +163,15 @@ def _agreed_shape(
     check_shapes(compressed.shape, bitmask.shape, shape)
     if bitmask.dtype != torch.uint8:
         raise ValueError(f"the bitmask is {bitmask.dtype}; expected torch.uint8")
-    _bits(compressed)
+    bits_of(compressed)
     return compressed.shape[0], compressed.shape[1] * 2
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers."""
+def bits_of(tensor: Tensor) -> Tensor:
+    """The same memory as integers: comparing and moving them keeps NaN and -0.0.
+
+    :raises ValueError: if an entry has not 1, 2 or 4 bytes
+    """
     if tensor.element_size() not in _BITS:
         raise ValueError(
             f"{tensor.dtype} has {tensor.element_size()} bytes per entry; expected 1, "

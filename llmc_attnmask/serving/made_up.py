@@ -5,6 +5,8 @@ layer that is 2:4 in the checkpoint is measured on the kernels that would serve 
 import torch
 from torch import Tensor
 
+from llmc_attnmask.checkpoint import layout
+
 NOTE = "made-up weights, pruned here"
 _ENTRIES = 1 << 22  # that are compared at once, so that it takes little memory
 
@@ -15,7 +17,7 @@ def prune(weight: Tensor) -> None:
 
     :param weight: [rows, K] of one or two bytes an entry, contiguous, K a multiple of 4
     """
-    bits = weight.view({1: torch.int8, 2: torch.int16}[weight.itemsize])
+    bits = layout.bits_of(weight)
     for groups, their_bits in zip(
         weight.view(-1, 4).split(_ENTRIES // 4),
         bits.view(-1, 4).split(_ENTRIES // 4),

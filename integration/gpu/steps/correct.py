@@ -23,10 +23,10 @@ from integration.gpu.weights import (
     DTYPES,
     SHAPES,
     SMALL,
-    integer,
     random_tokens,
     random_weight,
 )
+from llmc_attnmask.checkpoint import layout
 
 ODD = ((1, 64, 256), (7, 96, 320), (33, 160, 1056), (65, 256, 2048))  # tokens first
 TOKENS = (1, 8, 16, 32, 64, 65, 100)
@@ -147,7 +147,7 @@ def poison(entries: int, device: str) -> None:
 def in_graph(packed: Packed, x: Tensor, scale: Tensor | None) -> Tensor:
     """The output of a recorded and replayed kernel, recorded with other tokens."""
     packed(x, scale)  # compiles, which must not be recorded
-    own, bits = x.clone(), x.view(integer(x.dtype))
+    own, bits = x.clone(), layout.bits_of(x)
     bits.copy_(bits.roll(1, dims=-1))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

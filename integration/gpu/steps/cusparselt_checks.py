@@ -18,7 +18,6 @@ from integration.gpu.steps.correct import errors, tolerance
 from integration.gpu.weights import (
     DTYPES,
     SHAPES,
-    integer,
     random_tokens,
     random_weight,
 )
@@ -33,12 +32,10 @@ def stored(dtype: torch.dtype, shape: tuple[int, int], device: str) -> dict[str,
     """
     weight = random_weight(*shape, dtype, device).dense
     compressed = cusparselt.compress(weight)
-    kept = cusparselt.kept_values(compressed, shape[1])
-    values, _ = packing.pack(weight)
-    bits = integer(dtype)
+    values, _ = packing.kept(weight)
     return {
         "share": compressed.nbytes / weight.nbytes,
-        "values_shared": torch.equal(kept.view(bits), values.view(bits)),
+        "values_shared": forms.shares_values(compressed, values),
         "span": forms.shared_span(compressed, weight),
     }
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from integration.gpu.context import Context
+from integration.gpu.figures import DENSE
 from integration.gpu.kernels import (
     BLOCKS,
-    DENSE,
     KERNELS,
     SPARSE,
     Packed,

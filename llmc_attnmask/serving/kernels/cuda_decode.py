@@ -132,6 +132,7 @@ def counters(rows: int, device: torch.device) -> Tensor:
     return torch.zeros(-(-rows // 64), dtype=torch.int32, device=device)
 
 
+@cache
 def plan(
     tokens: int,
     rows: int,
@@ -191,7 +192,7 @@ def _module(dtype: torch.dtype, device: int, block: Block) -> nvrtc.Module:
 
 
 @cache
-def _multiprocessors(device: int) -> int:
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -220,60 +221,38 @@ def linear(
     :param span: of the metadata, see ``fragments``
     :return: [tokens, rows]
     """
-    device, rows = x.device.index, values.shape[0]
     tokens, columns = x.shape
-    how = plan(tokens, rows, columns, x.dtype, _multiprocessors(device), block)
+    rows = len(values)
+    multiprocessors = _multiprocessors(x.device)
+    how = plan(tokens, rows, columns, x.dtype, multiprocessors, block)
     out = x.new_empty(tokens, rows, dtype=out_dtype)
     partial = None
     if how.split > 1:
         partial = x.new_empty(how.split, tokens, rows, dtype=torch.int32)
     if x.data_ptr() % 16:
         x = x.clone()
-    given = arguments(
-        how,
-        x,
-        values,
-        metadata,
-        arrived,
-        channel_scale,
-        token_scale,
-        bias,
-        out,
-        partial,
-        span,
+    tensors = (x, values, metadata, channel_scale, token_scale, bias, out, partial)
+    pointers = (None if t is None else t.data_ptr() for t in (*tensors, arrived))
+    row_tiles = -(-rows // fragments.ROWS) * fragments.ROWS // fragments.TILE
+    given = Arguments(
+        *pointers,
+        *(tokens, rows, columns, how.stages, row_tiles, span),
+        _NO_TYPE if bias is None else _TYPES[bias.dtype],
+        _TYPES[out_dtype],
     )
+    _launch(how, x.dtype, given, x.device)
+    return out
+
+
+def _launch(
+    how: Plan, dtype: torch.dtype, given: Arguments, device: torch.device
+) -> None:
     with torch.cuda.device(device):
-        _module(x.dtype, device, block).launch(
-            kernel_name(x.dtype, how.tile),
+        _module(dtype, device.index, how.block).launch(
+            kernel_name(dtype, how.tile),
             how.grid,
-            block.threads,
+            how.block.threads,
             how.shared_memory,
             torch.cuda.current_stream().cuda_stream,
             given,
         )
-    return out
-
-
-def arguments(
-    how: Plan,
-    x: Tensor,
-    values: Tensor,
-    metadata: Tensor,
-    arrived: Tensor,
-    channel_scale: Tensor | None,
-    token_scale: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    partial: Tensor | None,
-    span: int = 1,
-) -> Arguments:
-    """What the kernel is given; the tensors must live until it was launched."""
-    tensors = (x, values, metadata, channel_scale, token_scale, bias, out, partial)
-    pointers = (None if t is None else t.data_ptr() for t in (*tensors, arrived))
-    return Arguments(
-        *pointers,
-        *(len(x), len(values), x.shape[1], how.stages),
-        *(-(-len(values) // fragments.ROWS) * fragments.ROWS // fragments.TILE, span),
-        _NO_TYPE if bias is None else _TYPES[bias.dtype],
-        _TYPES[out.dtype],
-    )

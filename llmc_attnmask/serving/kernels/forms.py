@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.serving.kernels import cuda_decode, cusparselt, fragments, packing
 from llmc_attnmask.serving.kernels.select import Choice
 
@@ -51,11 +52,19 @@ def make(weight: Tensor, choice: Choice, largest: int) -> Forms:
         (values, places), arrived = packing.pack(weight), None
     else:
         return Forms(None, None, None, compressed)
-    if compressed is not None:
-        kept = cusparselt.kept_values(compressed, weight.shape[1])
-        if torch.equal(_bits(kept), _bits(values)):
-            values = kept
+    if compressed is not None and shares_values(compressed, values):
+        values, _ = _within(compressed, weight)
     return Forms(values, places, arrived, compressed)
+
+
+def shares_values(compressed: Tensor, values: Tensor) -> bool:
+    """Whether cuSPARSELt's form of a weight begins with its kept values, row by row.
+
+    :param compressed: of ``cusparselt.compress``
+    :param values: [rows, K/2], of ``packing.kept``
+    """
+    kept = cusparselt.kept_values(compressed, 2 * values.shape[1])
+    return torch.equal(layout.bits_of(kept), layout.bits_of(values))
 
 
 def shared_span(compressed: Tensor, weight: Tensor) -> int | None:
@@ -73,11 +82,8 @@ def shared_span(compressed: Tensor, weight: Tensor) -> int | None:
     values, places = _within(compressed, weight)
     for span in fragments.SPANS:
         found = fragments.nibbles(places, rows, columns, weight.itemsize, span)
-        if all(
-            _same(values[start:end], found[start:end], weight[start:end])
-            for start in range(0, rows, _ROWS)
-            for end in [start + _ROWS]
-        ):
+        blocks = (part.split(_ROWS) for part in (values, found, weight))
+        if all(map(_same, *blocks)):
             return span
     return None
 
@@ -94,7 +100,3 @@ def _same(values: Tensor, nibbles: Tensor, weight: Tensor) -> bool:
         return False
     found = packing.expand(values, nibbles)
     return torch.equal(found.float(), weight.float())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view({1: torch.int8, 2: torch.int16}[tensor.itemsize])

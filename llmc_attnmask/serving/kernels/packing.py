@@ -82,7 +82,7 @@ def expand(values: Tensor, nibbles: Tensor) -> Tensor:
     """
     rows, half = values.shape
     places = nibbles.long()
-    bits = values.view({1: torch.int8, 2: torch.int16}[values.itemsize])
+    bits = layout.bits_of(values)
     dense = bits.new_zeros(rows, half // 2, 4)
     dense.scatter_(
         -1, torch.stack([places & 3, places >> 2], -1), bits.view(rows, -1, 2)

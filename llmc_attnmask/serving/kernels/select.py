@@ -3,15 +3,15 @@
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from llmc_attnmask.serving.kernels import cuda_decode, cusparselt, nvrtc, packing
 
 Kernel = Literal["dense", "cuda", "cusparselt", "triton"]
-Wish = Literal["dense", "cuda", "cusparselt", "triton", "sparse"]
-WISHES: tuple[Wish, ...] = ("dense", "cuda", "cusparselt", "triton", "sparse")
+Wish = Kernel | Literal["sparse"]
+WISHES: tuple[Wish, ...] = (*get_args(Kernel), "sparse")
 VARIABLE = "LLMC_ATTNMASK_KERNEL"
 DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 NO_LIMIT = 2**31 - 1
@@ -143,7 +143,7 @@ def _missing(layer: Layer, machine: Machine) -> str | None:
         return f"no {'cuSPARSELt' if machine.nvrtc else 'cuda-bindings'} here"
     if not cusparselt.fits(layer.rows, layer.columns, layer.dtype.itemsize):
         return f"cuSPARSELt takes no {layer.rows} x {layer.columns}"
-    return cuda_decode.unfit(layer.columns, layer.dtype)
+    return None  # the decode kernel takes all that cuSPARSELt does
 
 
 def _unwise(layer: Layer, machine: Machine) -> str | None:

@@ -56,9 +56,10 @@ def _failure(
     tokens: int,
     dtype: torch.dtype,
 ) -> str | None:
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, weight.shape[1], generator=generator)
-    x = x.to(weight.device, dtype)
+    device = weight.device
+    generator = torch.Generator(device).manual_seed(tokens)
+    x = torch.randn(tokens, weight.shape[1], generator=generator, device=device)
+    x = x.to(dtype)
     token_scale = None
     if weight.itemsize == 1:
         x, token_scale = activations.reference(x, weight.dtype)

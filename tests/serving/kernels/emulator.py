@@ -3,14 +3,14 @@
 import ctypes
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import pytest
 
 from llmc_attnmask.serving.kernels import cuda_decode
 from tests.compiler import shared_library
 
 SOURCES = Path(__file__).parent / "emulation"
 KERNEL = Path(cuda_decode.__file__).parent / "cuda"
+_LINEAR = cuda_decode.linear  # tests put the emulator's in its place
 
 
 def flags(kernel: Path = KERNEL) -> list[str]:
@@ -48,44 +48,25 @@ class Emulator:
             *(ctypes.c_size_t, ctypes.c_int),
         )
 
-    def linear(
-        self,
-        x: Tensor,
-        values: Tensor,
-        metadata: Tensor,
-        arrived: Tensor,
-        channel_scale: Tensor | None,
-        token_scale: Tensor | None,
-        bias: Tensor | None,
-        out_dtype: torch.dtype,
-        span: int = 1,
-        *,
-        multiprocessors: int = 4,
-        seed: int = 0,
-    ) -> Tensor:
-        """As ``cuda_decode.linear``, with its plan, of CPU tensors.
+    def linear(self, *arguments, multiprocessors: int = 4, seed: int = 0, **how):
+        """``cuda_decode.linear`` of CPU tensors, launched here.
 
         :param multiprocessors: more of them split K more often
         :param seed: for the order of threads and blocks
         """
-        rows = values.shape[0]
-        how = cuda_decode.plan(
-            *(len(x), rows, x.shape[1], x.dtype, multiprocessors, self.block)
-        )
-        out = torch.full((len(x), rows), float("nan"), dtype=out_dtype)
-        shape = (how.split, len(x), rows)
-        partial = torch.full(shape, -1, dtype=torch.int32) if how.split > 1 else None
-        given = cuda_decode.arguments(
-            *(how, x, values, metadata, arrived),
-            *(channel_scale, token_scale, bias, out, partial, span),
-        )
-        failure = self._library.emulate(
-            list(cuda_decode.KINDS).index(x.dtype),
-            how.tile,
-            ctypes.addressof(given),
-            (ctypes.c_int * 3)(*how.grid),
-            how.shared_memory,
-            seed,
-        )
-        assert failure is None, failure.decode()
-        return out
+
+        def launch(plan, dtype, given, _):
+            failure = self._library.emulate(
+                list(cuda_decode.KINDS).index(dtype),
+                plan.tile,
+                ctypes.addressof(given),
+                (ctypes.c_int * 3)(*plan.grid),
+                plan.shared_memory,
+                seed,
+            )
+            assert failure is None, failure.decode()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_decode, "_launch", launch)
+            patch.setattr(cuda_decode, "_multiprocessors", lambda _: multiprocessors)
+            return _LINEAR(*arguments, block=self.block, **how)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from llmc_attnmask.checkpoint import layout
+
 DTYPES = [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
 
 
@@ -14,11 +16,7 @@ def random_values(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 def random_2of4(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Two of four kept at random places, of which a few are zeros themselves."""
-    weight = random_values((rows, columns), dtype).view(_integer(dtype))
+    weight = random_values((rows, columns), dtype)
     order = torch.rand(rows, columns // 4, 4).argsort(-1)
     pruned = (order < 2).view(rows, columns) | (torch.rand(rows, columns) < 0.05)
-    return weight.masked_fill(pruned, 0).view(dtype)
-
-
-def _integer(dtype: torch.dtype) -> torch.dtype:
-    return {1: torch.int8, 2: torch.int16}[dtype.itemsize]
+    return layout.bits_of(weight).masked_fill(pruned, 0).view(dtype)

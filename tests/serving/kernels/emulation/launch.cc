@@ -81,6 +81,10 @@ extern "C" const char* emulate(int kind, int token_blocks, const Arguments* give
   failure = nullptr;
   kernel = choose(kind, token_blocks);
   arguments = *given;
+  // what the kernel leaves out shows as NaN
+  const size_t results = static_cast<size_t>(given->tokens) * given->rows;
+  memset(given->out, 0xff, results * (given->out_type == FLOAT ? 4 : 2));
+  if (given->partial) memset(given->partial, 0xff, results * 4 * grid[1]);
   threads = THREADS;
   gridDim = {grid[0], grid[1], grid[2]};
   shared_bytes = bytes;
