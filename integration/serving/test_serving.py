@@ -41,7 +41,9 @@ def test_the_log_says_which_kernel_each_layer_got(outputs: Outputs) -> None:
 
 
 def test_without_the_plugin_nothing_of_ours_is_in_the_log(outputs: Outputs) -> None:
-    assert "llmc-attnmask" not in outputs["stock"].result().log
+    log = outputs["stock"].result().log
+    # a clone's folder has that name, too, and stands in the paths of models
+    assert "llmc-attnmask" not in log.replace(str(HERE.parents[1]), "")
 
 
 def test_lora_adapters_work_on_packed_layers(outputs: Outputs) -> None:
