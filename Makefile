@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 QUIET := LLM_COMPRESSOR_LOG_LEVEL=ERROR TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 
 demo: $(INSTALLED)  ## prune the shipped model by every method and print one table
-	$(QUIET) $(BIN)/python -m llmc_attnmask.compare
+	$(QUIET) $(BIN)/python -m llmc_attnmask.oneshot.compare
 
 # a process per core, of one thread each: faster than threads, as the models are tiny
 WORKERS ?= 2
@@ -69,7 +69,7 @@ bench-quantization: $(INSTALLED)  ## GPTQ with and without masks: OUT/quantizati
 	    --calibration $(CALIB) --evaluation $(EVAL) --out $(OUT)
 
 paper: $(INSTALLED)  ## the paper's synthetic experiment: CSV and plots in OUT/paper
-	$(QUIET) $(BIN)/python -m llmc_attnmask.paper.experiment $(OUT)/paper
+	$(QUIET) $(BIN)/python integration/paper/experiment.py $(OUT)/paper
 
 docs: $(INSTALLED)  ## the documentation as a site: OUT/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(OUT)/site

@@ -7,20 +7,20 @@ imported; a serving environment does without it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llmc_attnmask.registration import register
+from llmc_attnmask.upstream.registration import register
 
 if TYPE_CHECKING:
     from llmc_attnmask.checkpoint.inspect import inspect
     from llmc_attnmask.checkpoint.load import load
-    from llmc_attnmask.conversion import pack, unpack
-    from llmc_attnmask.evaluation import evaluate
+    from llmc_attnmask.evaluation.perplexity import evaluate
     from llmc_attnmask.modifiers import (
         ALPSPruningModifier,
         AttentionMatrixPruningModifier,
         MaskedGPTQModifier,
         MaskedRecoveryModifier,
     )
-    from llmc_attnmask.pruning import prune
+    from llmc_attnmask.oneshot.prune import prune
+    from llmc_attnmask.report.conversion import pack, unpack
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -41,12 +41,12 @@ _HOMES = {
     "AttentionMatrixPruningModifier": "llmc_attnmask.modifiers",
     "MaskedGPTQModifier": "llmc_attnmask.modifiers",
     "MaskedRecoveryModifier": "llmc_attnmask.modifiers",
-    "evaluate": "llmc_attnmask.evaluation",
+    "evaluate": "llmc_attnmask.evaluation.perplexity",
     "inspect": "llmc_attnmask.checkpoint.inspect",
     "load": "llmc_attnmask.checkpoint.load",
-    "pack": "llmc_attnmask.conversion",
-    "prune": "llmc_attnmask.pruning",
-    "unpack": "llmc_attnmask.conversion",
+    "pack": "llmc_attnmask.report.conversion",
+    "prune": "llmc_attnmask.oneshot.prune",
+    "unpack": "llmc_attnmask.report.conversion",
 }
 
 

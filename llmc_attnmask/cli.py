@@ -16,8 +16,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from llmc_attnmask.checkpoint.convert import Conversion
-    from llmc_attnmask.evaluation import Evaluation
-    from llmc_attnmask.tasks import TaskResult
+    from llmc_attnmask.evaluation.perplexity import Evaluation
+    from llmc_attnmask.evaluation.tasks import TaskResult
 
 app = typer.Typer(
     add_completion=False,
@@ -69,7 +69,7 @@ def prune(
     ] = False,
 ) -> None:
     """Apply a recipe to a model and write the checkpoint."""
-    from llmc_attnmask.pruning import prune as run
+    from llmc_attnmask.oneshot.prune import prune as run
 
     try:
         saved = run(
@@ -139,12 +139,12 @@ def evaluate(
             raise ValueError(f"--update-report: {model} is no folder with a report")
         read(Path(model))  # fails now, if at all, and not after hours
     if tasks:
-        from llmc_attnmask.tasks import evaluate_tasks
+        from llmc_attnmask.evaluation.tasks import evaluate_tasks
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         figures["tasks"] = evaluate_tasks(models, names, include_path, reference)
     if text or not tasks:
-        from llmc_attnmask.evaluation import evaluate as run
+        from llmc_attnmask.evaluation.perplexity import evaluate as run
 
         text = text or "builtin:pydoc"
         compared = [*([reference] if reference else []), *models]
@@ -265,7 +265,7 @@ def pack(
     as_json: JsonOption = False,
 ) -> None:
     """Store 2:4 layers as sparse-24-bitmask, byte-exact."""
-    from llmc_attnmask.conversion import pack as run
+    from llmc_attnmask.report.conversion import pack as run
 
     _show_conversion(run(directory, output, only_2of4=only_2of4), as_json)
 
@@ -277,7 +277,7 @@ def unpack(
     as_json: JsonOption = False,
 ) -> None:
     """Store sparse-24-bitmask layers dense, byte-exact."""
-    from llmc_attnmask.conversion import unpack as run
+    from llmc_attnmask.report.conversion import unpack as run
 
     _show_conversion(run(directory, output), as_json)
 

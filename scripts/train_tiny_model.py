@@ -14,11 +14,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from llmc_attnmask.builtin.pydoc import documents
-from llmc_attnmask.data import evaluation_windows, token_stream
-from llmc_attnmask.evaluation import perplexity, unigram_perplexity
+from llmc_attnmask.evaluation.perplexity import perplexity
+from llmc_attnmask.text.pydoc import documents
+from llmc_attnmask.text.windows import evaluation_windows, token_stream
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 2048
@@ -43,6 +48,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def unigram_perplexity(train: Tensor, held_out: Tensor, vocabulary: int) -> float:
+    """Perplexity of token frequencies alone, add-one smoothed: what to be better than.
+
+    :param train: int64 token ids that are counted, any shape
+    :param held_out: int64 token ids that are predicted, any shape
+    """
+    counts = torch.bincount(train.flatten(), minlength=vocabulary).double() + 1
+    log_probability = (counts / counts.sum()).log()
+    return math.exp(-log_probability[held_out].mean())
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.data import calibration_windows, evaluation_windows, load_texts
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from llmc_attnmask.text.dataset import load_texts
+from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
 
 # no timings in tests, and the same examples in every run
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architectures import FAMILIES, measure, row
+from tests.support.architectures import FAMILIES, measure, row
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 

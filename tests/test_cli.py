@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.cli import main
-from tests.checkpoint.checkpoints import digests, prune_2of4
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from tests.support.checkpoints import digests, prune_2of4
 
 # what conftest.py sets for quiet would hide what a user sees
 TEST_SETTINGS = {"LLM_COMPRESSOR_LOG_LEVEL", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM"}

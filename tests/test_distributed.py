@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.pruning import prune
+from llmc_attnmask.oneshot.prune import prune
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {

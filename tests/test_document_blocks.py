@@ -3,7 +3,7 @@
 Commands of this package and Python blocks run as they stand, section by section, in a
 folder where MODEL is the shipped model, FILE a recipe, DIR a pruned checkpoint and the
 text files are short; recipes there have few steps. Other commands are checked without
-being run: ``tests.documents.NOT_RUN`` says why.
+being run: ``tests.support.documents.NOT_RUN`` says why.
 """
 
 import itertools
@@ -21,13 +21,14 @@ import pytest
 import yaml
 from latex2mathml.converter import convert
 
-from llmc_attnmask import compare, pack, unpack
-from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask import pack, unpack
 from llmc_attnmask.cli import main
-from llmc_attnmask.recipe import load_recipe
+from llmc_attnmask.oneshot import compare
+from llmc_attnmask.oneshot.recipe import load_recipe
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.serving.table import KernelTable, Row
-from tests.checkpoint.checkpoints import prune_2of4
-from tests.documents import DOCUMENTS, NOT_RUN, ROOT, blocks, first_word
+from tests.support.checkpoints import prune_2of4
+from tests.support.documents import DOCUMENTS, NOT_RUN, ROOT, blocks, first_word
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 COMMANDS = [
@@ -107,7 +108,7 @@ def test_commands_and_python_run(section, workspace, pruned, monkeypatch, capsys
                 continue
             assert first_word(command) == "llmc-attnmask", (
                 f"{block.place}: {command!r} is neither a command of this package nor "
-                "in NOT_RUN of tests/documents.py, with a reason"
+                "in NOT_RUN of tests/support/documents.py, with a reason"
             )
             _call(command, monkeypatch, capsys)
 

@@ -11,7 +11,7 @@ import llmc_attnmask
 from llmc_attnmask.cli import app
 from llmc_attnmask.serving.versions import SUPPORTED
 from scripts import measured_tables
-from tests.documents import DOCUMENTS, ROOT, blocks
+from tests.support.documents import DOCUMENTS, ROOT, blocks
 
 # options of other people's commands, by whose they are
 FOREIGN_OPTIONS = {

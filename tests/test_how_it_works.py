@@ -4,16 +4,12 @@ import re
 
 import pytest
 
-from llmc_attnmask import (
-    AttentionMatrixPruningModifier,
-    MaskedRecoveryModifier,
-    calibration,
-)
-from llmc_attnmask.masks import least_squares, solver
+from llmc_attnmask import AttentionMatrixPruningModifier, MaskedRecoveryModifier
+from llmc_attnmask.calibration import units as calibration
 from llmc_attnmask.modifiers import attention_pruning
-from llmc_attnmask.quantization import gptq
 from llmc_attnmask.recovery import refit
-from tests.documents import ROOT
+from llmc_attnmask.solvers import gptq, least_squares, solver
+from tests.support.documents import ROOT
 
 WORDS = {4: "four", 8: "eight"}
 FIELDS = AttentionMatrixPruningModifier.model_fields

@@ -50,7 +50,9 @@ def test_the_wheel_carries_model_recipes_and_types(wheel):
 
 def test_the_wheels_recipes_are_found_without_a_clone(wheel, tmp_path):
     wheel.extractall(tmp_path)
-    code = "from llmc_attnmask.builtin import recipes; print(*recipes().values())"
+    code = (
+        "from llmc_attnmask.oneshot.shipped import recipes; print(*recipes().values())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

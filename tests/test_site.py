@@ -11,7 +11,7 @@ import pytest
 
 import llmc_attnmask
 from llmc_attnmask.cli import app
-from tests.documents import ROOT
+from tests.support.documents import ROOT
 
 
 @pytest.fixture(scope="module")

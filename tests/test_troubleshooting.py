@@ -2,7 +2,7 @@
 
 import re
 
-from tests.error_messages import HOLE, ROOT, Message, messages
+from tests.support.error_messages import HOLE, ROOT, Message, messages
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 OTHERS = "\n## Messages of others\n"  # from here on, not this package's

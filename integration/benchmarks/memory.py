@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 RECIPES = {
     "light": """
@@ -196,7 +196,7 @@ def main() -> None:
 
 def _imports(limit: int, folder: Path) -> str:
     """Peaks of a process that only imports what pruning does."""
-    command = [sys.executable, "-c", "import llmc_attnmask.pruning"]
+    command = [sys.executable, "-c", "import llmc_attnmask.oneshot.prune"]
     *_, peaks = measure(command, limit, folder / "log")
     return ", ".join(f"{name} {value / 1e6:.0f}" for name, value in peaks.items())
 

@@ -30,16 +30,13 @@ from llmc_attnmask import (
     AttentionMatrixPruningModifier,
     MaskedRecoveryModifier,
 )
-from llmc_attnmask.compare import q_and_k_names
-from llmc_attnmask.data import (
-    BUILTIN,
-    calibration_windows,
-    evaluation_windows,
-    load_texts,
-)
-from llmc_attnmask.evaluation import attention_errors, load_model, perplexity
+from llmc_attnmask.evaluation.attention_error import attention_errors
+from llmc_attnmask.evaluation.perplexity import load_model, perplexity
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.pruning import compress
+from llmc_attnmask.oneshot.compare import q_and_k_names
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.text.dataset import BUILTIN, load_texts
+from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
 
 STRUCTURES = {"2:4": ("2:4", 0.5), "50 %": ("0:0", 0.5), "60 %": ("0:0", 0.6)}
 REST = ["re:.*(v|o|gate|up|down)_proj$"]

@@ -27,16 +27,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmc_attnmask import MaskedGPTQModifier
-from llmc_attnmask.data import (
-    BUILTIN,
-    calibration_windows,
-    evaluation_windows,
-    load_texts,
-)
-from llmc_attnmask.evaluation import load_model, perplexity
-from llmc_attnmask.modifiers import mask_guard
-from llmc_attnmask.pruning import compress
-from llmc_attnmask.recipe import load_recipe
+from llmc_attnmask.evaluation.perplexity import load_model, perplexity
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.recipe import load_recipe
+from llmc_attnmask.text.dataset import BUILTIN, load_texts
+from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
+from llmc_attnmask.upstream import mask_guard
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "block_2of4.yaml"
 INT4_GROUP_64 = {

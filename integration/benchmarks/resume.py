@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.checkpoint.atomic import PROGRESS
+from llmc_attnmask.checkpoint.io.atomic import PROGRESS
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "block_2of4_w8a8_int8.yaml"
 QUIET = {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TQDM_DISABLE": "1"}

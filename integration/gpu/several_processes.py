@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "block_2of4_recovered.yaml"
 

@@ -25,12 +25,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.config import packed_config
 from llmc_attnmask.checkpoint.convert import pack, unpack
-from llmc_attnmask.data import BUILTIN, calibration_windows, load_texts
-from llmc_attnmask.pruning import compress, save
+from llmc_attnmask.oneshot.prune import compress, save
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from llmc_attnmask.text.dataset import BUILTIN, load_texts
+from llmc_attnmask.text.windows import calibration_windows
 
 BLOCK = "re:.*_proj$"
 RANK = 8

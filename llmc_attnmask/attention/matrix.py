@@ -42,18 +42,6 @@ class AttentionNorms(NamedTuple):
     output: float  # ||sum_h A_h V_h W_o,h||_F^2 over samples
 
 
-def probabilities(call: AttentionCall) -> Tensor:
-    """The attention matrices, all at once: for small L and for tests.
-
-    :return: [B, H, L, L], rows sum to 1 (less what the sinks take)
-    """
-    blocks = [
-        _softmax(_logits(call, call.query, call.key, rows, call.key.shape[2])[0], call)
-        for rows, _ in _blocks(call)
-    ]
-    return torch.cat([_per_head(block, call) for block in blocks], dim=2)
-
-
 def attention_norms(
     call: AttentionCall, output_projection: Tensor | None = None
 ) -> AttentionNorms:

@@ -15,22 +15,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmc_attnmask.checkpoint.atomic import check_new, new_folder
 from llmc_attnmask.checkpoint.config import dense_config, is_packed, packed_config
-from llmc_attnmask.checkpoint.files import (
+from llmc_attnmask.checkpoint.io.atomic import check_new, new_folder
+from llmc_attnmask.checkpoint.io.files import (
     CONFIG,
     INDEX,
     Checkpoint,
     TensorSpec,
     open_checkpoint,
 )
-from llmc_attnmask.checkpoint.folders import check_apart, copy_others
+from llmc_attnmask.checkpoint.io.folders import check_apart, copy_others
+from llmc_attnmask.checkpoint.io.threads import in_threads
+from llmc_attnmask.checkpoint.io.writer import ShardWriter
 from llmc_attnmask.checkpoint.linears import (
     decoder_linears,
     mixed_groups,
     packed_integers,
 )
-from llmc_attnmask.checkpoint.threads import in_threads
 from llmc_attnmask.checkpoint.transfer import (
     Copy,
     Pack,
@@ -39,7 +40,6 @@ from llmc_attnmask.checkpoint.transfer import (
     is_two_of_four,
     not_two_of_four,
 )
-from llmc_attnmask.checkpoint.writer import ShardWriter
 
 
 class CheckpointWarning(UserWarning):

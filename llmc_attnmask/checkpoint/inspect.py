@@ -9,11 +9,7 @@ from torch import Tensor
 
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.convert import packed_parts
-from llmc_attnmask.checkpoint.files import (
-    StoredTensor,
-    TensorSpec,
-    open_checkpoint,
-)
+from llmc_attnmask.checkpoint.io.files import StoredTensor, TensorSpec, open_checkpoint
 from llmc_attnmask.checkpoint.transfer import Unpack
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Set
 
-from llmc_attnmask.checkpoint.files import Checkpoint, StoredTensor
+from llmc_attnmask.checkpoint.io.files import Checkpoint, StoredTensor
 
 _IN_DECODER = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixtures of experts

@@ -15,13 +15,8 @@ from transformers import (
 
 from llmc_attnmask.checkpoint.config import dense_config, is_packed
 from llmc_attnmask.checkpoint.convert import packed_layers
-from llmc_attnmask.checkpoint.files import TensorSpec, open_checkpoint
-from llmc_attnmask.checkpoint.source import (
-    read_config,
-    read_weights,
-    reading,
-    stored,
-)
+from llmc_attnmask.checkpoint.io.files import TensorSpec, open_checkpoint
+from llmc_attnmask.checkpoint.source import read_config, read_weights, reading, stored
 
 # Arguments of from_pretrained that say which files are meant.
 _HUB = ("revision", "cache_dir", "token", "local_files_only")

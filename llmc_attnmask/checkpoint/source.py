@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from llmc_attnmask.checkpoint.config import is_packed
-from llmc_attnmask.checkpoint.files import CONFIG, Checkpoint, open_checkpoint
-from llmc_attnmask.checkpoint.json_files import read_mapping
+from llmc_attnmask.checkpoint.io.files import CONFIG, Checkpoint, open_checkpoint
+from llmc_attnmask.checkpoint.io.json_files import read_mapping
 
 # A stored entry stands for at most so many weights: 2-bit integers in 32-bit words.
 _WEIGHTS_PER_ENTRY = 16

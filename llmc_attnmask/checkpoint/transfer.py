@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmc_attnmask.checkpoint import layout
-from llmc_attnmask.checkpoint.files import StoredTensor, TensorSpec
-from llmc_attnmask.checkpoint.writer import ShardWriter
+from llmc_attnmask.checkpoint.io.files import StoredTensor, TensorSpec
+from llmc_attnmask.checkpoint.io.writer import ShardWriter
 
 # The layout is about bits, not about values: any dtype of that many bytes will do.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}

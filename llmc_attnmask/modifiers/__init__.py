@@ -8,10 +8,10 @@ from llmcompressor.modifiers.factory import ModifierFactory
 
 from llmc_attnmask.modifiers.alps_pruning import ALPSPruningModifier
 from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModifier
-from llmc_attnmask.modifiers.mask_guard import install
 from llmc_attnmask.modifiers.masked_gptq import MaskedGPTQModifier
 from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
-from llmc_attnmask.modifiers.tracing import keep_attention_implementation
+from llmc_attnmask.upstream.mask_guard import install
+from llmc_attnmask.upstream.tracing import keep_attention_implementation
 
 __all__ = [
     "ALPSPruningModifier",

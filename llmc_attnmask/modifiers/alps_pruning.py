@@ -12,7 +12,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from llmc_attnmask.calibration import Sums
+from llmc_attnmask.calibration.units import Sums
 from llmc_attnmask.distributed import (
     check_shares,
     gathered,
@@ -22,7 +22,6 @@ from llmc_attnmask.distributed import (
     world_size,
     write_parameter,
 )
-from llmc_attnmask.masks.least_squares import choose_mask, solve
 from llmc_attnmask.masks.record import remember
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.fields import (
@@ -31,10 +30,11 @@ from llmc_attnmask.modifiers.fields import (
     check_finite,
     listed,
 )
-from llmc_attnmask.modifiers.layers import Layer
-from llmc_attnmask.modifiers.progress import restorable, step
-from llmc_attnmask.modifiers.run import run_of
 from llmc_attnmask.modifiers.storage import StoredModifier
+from llmc_attnmask.runlog.layers import Layer
+from llmc_attnmask.runlog.progress import restorable, step
+from llmc_attnmask.runlog.run import run_of
+from llmc_attnmask.solvers.least_squares import choose_mask, solve
 
 _HESSIAN = "X^T X"
 

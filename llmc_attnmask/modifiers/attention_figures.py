@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from llmc_attnmask.attention.capture import AttentionCall, AttentionReplica
-from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.pictures import heads_of, pictures, zeros_by_head
 from llmc_attnmask.attention.projections import Projection, Role
+from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.distributed import all_sum_numbers
-from llmc_attnmask.masks.solver import MaskSolution
+from llmc_attnmask.solvers.solver import MaskSolution
 
 
 def figures(

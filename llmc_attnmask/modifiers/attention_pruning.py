@@ -9,11 +9,7 @@ from llmcompressor.core import Event, State
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from llmc_attnmask.attention.capture import (
-    AttentionReplica,
-    UnsupportedAttentionError,
-)
-from llmc_attnmask.attention.inputs import ModuleInputs
+from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
 from llmc_attnmask.attention.output_path import check_output_path
 from llmc_attnmask.attention.projections import (
     Projection,
@@ -21,10 +17,10 @@ from llmc_attnmask.attention.projections import (
     attention_modules,
     find_projections,
 )
-from llmc_attnmask.attention.samples import Offload
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.calibration.samples import Offload
 from llmc_attnmask.distributed import check_shares, reached, write_parameter
 from llmc_attnmask.masks.record import remember
-from llmc_attnmask.masks.solver import SolverSettings, learn_masks
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.attention_figures import figures, joined
 from llmc_attnmask.modifiers.fields import (
@@ -33,11 +29,12 @@ from llmc_attnmask.modifiers.fields import (
     check_finite,
     listed,
 )
-from llmc_attnmask.modifiers.layers import Layer
-from llmc_attnmask.modifiers.peers import peers
-from llmc_attnmask.modifiers.progress import step
-from llmc_attnmask.modifiers.run import run_of
 from llmc_attnmask.modifiers.storage import StoredModifier
+from llmc_attnmask.runlog.layers import Layer
+from llmc_attnmask.runlog.progress import step
+from llmc_attnmask.runlog.run import run_of
+from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
+from llmc_attnmask.upstream.peers import peers
 
 _STEPS = {False: 200, True: 25}  # by update_weights, which starts from more
 _PICTURED = 6  # attention modules whose matrices the report shows

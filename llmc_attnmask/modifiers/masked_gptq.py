@@ -10,9 +10,9 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq import base as stock
 from torch import nn
 
-from llmc_attnmask.modifiers.progress import step
 from llmc_attnmask.modifiers.storage import StoredModifier
-from llmc_attnmask.quantization.gptq import quantize_weight
+from llmc_attnmask.runlog.progress import step
+from llmc_attnmask.solvers.gptq import quantize_weight
 
 
 class MaskedGPTQModifier(GPTQModifier, StoredModifier):
@@ -38,7 +38,7 @@ class MaskedGPTQModifier(GPTQModifier, StoredModifier):
 
     - as ``GPTQModifier``, but
     - on_sequential_epoch_end
-        - quantize_weight of ``llmc_attnmask.quantization.gptq``
+        - quantize_weight of ``llmc_attnmask.solvers.gptq``
 
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to what another modifier of the recipe asks for, or dense

@@ -19,10 +19,11 @@ from llmc_attnmask.attention.capture import (
     UnsupportedAttentionError,
     uses_attention_interface,
 )
-from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import attention_modules
-from llmc_attnmask.attention.samples import Offload, SampleTensors
-from llmc_attnmask.checkpoint.writer import disk_errors
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.calibration.samples import Offload, SampleTensors
+from llmc_attnmask.calibration.scratch import scratch
+from llmc_attnmask.checkpoint.io.writer import disk_errors
 from llmc_attnmask.distributed import (
     check_shares,
     gathered,
@@ -31,15 +32,14 @@ from llmc_attnmask.distributed import (
     write_parameter,
 )
 from llmc_attnmask.modifiers.fields import Names, check_finite, listed
-from llmc_attnmask.modifiers.layers import Layer
-from llmc_attnmask.modifiers.mask_guard import modifiers_before
-from llmc_attnmask.modifiers.progress import step
-from llmc_attnmask.modifiers.run import run_of
 from llmc_attnmask.modifiers.storage import StoredModifier
 from llmc_attnmask.recovery.block import Block, block_error, changed_energy
 from llmc_attnmask.recovery.descent import DescentSettings, descend
 from llmc_attnmask.recovery.refit import refit
-from llmc_attnmask.scratch import scratch
+from llmc_attnmask.runlog.layers import Layer
+from llmc_attnmask.runlog.progress import step
+from llmc_attnmask.runlog.run import run_of
+from llmc_attnmask.upstream.mask_guard import modifiers_before
 
 
 class MaskedRecoveryModifier(StoredModifier):

@@ -8,12 +8,12 @@ from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 
 from llmc_attnmask.checkpoint.config import Storage
-from llmc_attnmask.checkpoint.save import save_as
 from llmc_attnmask.distributed import is_source
-from llmc_attnmask.journal import facts
-from llmc_attnmask.modifiers.layers import summarise
-from llmc_attnmask.modifiers.run import described, end_run, run_of
 from llmc_attnmask.report.files import companions
+from llmc_attnmask.runlog.journal import facts
+from llmc_attnmask.runlog.layers import summarise
+from llmc_attnmask.runlog.run import described, end_run, run_of
+from llmc_attnmask.upstream.saving import save_as
 
 
 class StoredModifier(Modifier):

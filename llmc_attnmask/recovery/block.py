@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from llmc_attnmask.attention.capture import isolated_copy
-from llmc_attnmask.attention.inputs import ModuleInputs
-from llmc_attnmask.attention.samples import SampleTensors
-from llmc_attnmask.calibration import units_of
+from llmc_attnmask.calibration.faults import Fitting
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.calibration.samples import SampleTensors
+from llmc_attnmask.calibration.units import units_of
 from llmc_attnmask.distributed import all_sum_numbers
-from llmc_attnmask.faults import Fitting
 
 
 class Block:

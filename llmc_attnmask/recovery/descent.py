@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_map_only
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
-from llmc_attnmask.calibration import Sums, Unit, count, minibatches, units_of
+from llmc_attnmask.calibration.units import Sums, Unit, count, minibatches, units_of
 from llmc_attnmask.distributed import all_sum_numbers
-from llmc_attnmask.faults import fault_of
 from llmc_attnmask.recovery.block import Block, block_error
+from llmc_attnmask.solvers.faults import fault_of
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
-from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.projections import (
     Role,
     attention_modules,
     find_projections,
 )
-from llmc_attnmask.calibration import LARGEST, Sums
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.calibration.units import LARGEST, Sums
 from llmc_attnmask.distributed import gathered, owner, rank, send_from
-from llmc_attnmask.masks.least_squares import solve
-from llmc_attnmask.masks.objectives import MatrixObjective
 from llmc_attnmask.recovery.block import Block
+from llmc_attnmask.solvers.least_squares import solve
+from llmc_attnmask.solvers.objectives import MatrixObjective
 
 _OUTPUT_WEIGHT = 0.9  # as the attention modifier's default
 _HESSIAN = ""  # beside names of Linears

@@ -9,8 +9,8 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from llmc_attnmask.checkpoint.config import is_packed
-from llmc_attnmask.checkpoint.files import CONFIG
-from llmc_attnmask.checkpoint.json_files import read_mapping
+from llmc_attnmask.checkpoint.io.files import CONFIG
+from llmc_attnmask.checkpoint.io.json_files import read_mapping
 from llmc_attnmask.report import view
 from llmc_attnmask.report.mark import UNSIGNED, signed
 from llmc_attnmask.report.page import environment

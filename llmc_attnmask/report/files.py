@@ -10,12 +10,12 @@ from pathlib import Path
 from loguru import logger
 from transformers import PreTrainedModel
 
-from llmc_attnmask.checkpoint.atomic import new_file
-from llmc_attnmask.evaluation import Evaluation
+from llmc_attnmask.checkpoint.io.atomic import new_file
+from llmc_attnmask.evaluation.perplexity import Evaluation
+from llmc_attnmask.evaluation.tasks import TaskResult
 from llmc_attnmask.report import card, page
 from llmc_attnmask.report.mark import CARD, PAGE, REPORT, is_ours
 from llmc_attnmask.report.numbers import VERSION, Report, of_folder, of_model, reduced
-from llmc_attnmask.tasks import TaskResult
 
 _KEPT = "README.previous"
 

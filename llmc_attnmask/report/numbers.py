@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmc_attnmask import __version__
-from llmc_attnmask.checkpoint.files import open_checkpoint
 from llmc_attnmask.checkpoint.inspect import inspect
-from llmc_attnmask.journal import entries, facts
+from llmc_attnmask.checkpoint.io.files import open_checkpoint
 from llmc_attnmask.masks.record import filled, recall
 from llmc_attnmask.report.reading import read_per_token
+from llmc_attnmask.runlog.journal import entries, facts
 
 VERSION = 1
 _PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")

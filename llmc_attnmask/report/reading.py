@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from llmc_attnmask.checkpoint.convert import packed_parts
-from llmc_attnmask.checkpoint.files import Checkpoint, TensorSpec
+from llmc_attnmask.checkpoint.io.files import Checkpoint, TensorSpec
 from llmc_attnmask.checkpoint.linears import decoder_linears, mixed_groups
 
 _SPARSE_SIZES = {1, 2}  # bytes of a value that sparse kernels exist for

@@ -9,10 +9,10 @@ from llmc_attnmask.attention.capture import (
     UnsupportedAttentionError,
     uses_attention_interface,
 )
-from llmc_attnmask.attention.inputs import ModuleInputs
-from llmc_attnmask.attention.matrix import probabilities
 from llmc_attnmask.attention.projections import attention_modules
-from llmc_attnmask.evaluation import attention_inputs
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.evaluation.attention_error import attention_inputs
+from tests.support.attention import probabilities
 
 
 def test_other_weights_take_effect_and_the_module_stays_as_it_was(random_llama):

@@ -12,7 +12,7 @@ from llmc_attnmask.attention.fused import error_and_gradient
 from llmc_attnmask.attention.fused_choice import fused_by_default, fusible
 from llmc_attnmask.attention.matrix import attention_error
 from tests.attention.test_matrix import BLIND, CALLS, DH, D, H, random_call
-from tests.interpreter import interpreted
+from tests.support.interpreter import interpreted
 
 pytestmark = interpreted
 

@@ -19,7 +19,7 @@ SHARED = 163 * 1024 // 3  # of what programs can have on an A100
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_spill_no_registers_and_three_programs_fit(capability):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.attention.compile_fused", str(capability)],
+        [sys.executable, "-m", "tests.support.kernels.compile_fused", str(capability)],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         cwd=ROOT,
         capture_output=True,

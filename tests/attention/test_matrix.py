@@ -6,17 +6,18 @@ from transformers import PreTrainedModel
 
 from llmc_attnmask.attention import matrix
 from llmc_attnmask.attention.capture import AttentionCall, AttentionReplica
-from llmc_attnmask.attention.inputs import ModuleInputs
 from llmc_attnmask.attention.matrix import (
     attention_context,
     attention_error,
     attention_norms,
-    probabilities,
     probe_gradients,
 )
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.evaluation import attention_inputs, load_model
-from tests.memory import PeakMemory
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.evaluation.attention_error import attention_inputs
+from llmc_attnmask.evaluation.perplexity import load_model
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from tests.support.attention import probabilities
+from tests.support.memory import PeakMemory
 
 B, H, G, L, DH, D = 2, 4, 2, 13, 8, 24
 

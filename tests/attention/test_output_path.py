@@ -4,9 +4,9 @@ import torch
 from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
 from llmc_attnmask.attention.output_path import check_output_path
 from llmc_attnmask.attention.projections import find_projections
-from llmc_attnmask.evaluation import attention_inputs
-from tests import architectures
-from tests.architectures import Family, small_model
+from llmc_attnmask.evaluation.attention_error import attention_inputs
+from tests.support import architectures
+from tests.support.architectures import Family, small_model
 
 
 def check(family: str) -> None:

@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from llmc_attnmask.attention.capture import AttentionCall
-from llmc_attnmask.attention.matrix import probabilities
-from llmc_attnmask.attention.pictures import (
-    TOKENS,
-    pictures,
-    unpacked,
-    zeros_by_head,
-)
+from llmc_attnmask.attention.pictures import TOKENS, pictures, unpacked, zeros_by_head
+from tests.support.attention import probabilities
 
 
 def call(length: int, seed: int, heads: int = 3, groups: int = 1) -> AttentionCall:

@@ -5,8 +5,8 @@ from transformers import T5Config, T5EncoderModel
 
 from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
 from llmc_attnmask.attention.projections import attention_modules, find_projections
-from llmc_attnmask.evaluation import attention_inputs
-from tests.architectures import small_model
+from llmc_attnmask.evaluation.attention_error import attention_inputs
+from tests.support.architectures import small_model
 
 
 def test_separate_projections_are_whole_linears(random_llama):

@@ -16,7 +16,7 @@ from llmc_attnmask.checkpoint.convert import (
     pack,
     unpack,
 )
-from tests.checkpoint.checkpoints import (
+from tests.support.checkpoints import (
     LINEARS,
     config_of,
     decoder,
@@ -33,7 +33,7 @@ Q = "model.layers.0.self_attn.q_proj"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Tensors take several blocks, as large ones do."""
-    monkeypatch.setattr("llmc_attnmask.checkpoint.files.BLOCK", 100)
+    monkeypatch.setattr("llmc_attnmask.checkpoint.io.files.BLOCK", 100)
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -2,9 +2,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint.inspect import LayerInfo, inspect
 from llmc_attnmask.checkpoint.layout import pack
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 
 def test_a_checkpoint_is_described_layer_by_layer(tmp_path):

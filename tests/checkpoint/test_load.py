@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint.convert import pack
 from llmc_attnmask.checkpoint.load import load
-from llmc_attnmask.evaluation import evaluate
-from tests.checkpoint.checkpoints import prune_2of4, read
+from llmc_attnmask.evaluation.perplexity import evaluate
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from tests.support.checkpoints import prune_2of4, read
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint import marker
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
 

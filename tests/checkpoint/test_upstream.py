@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.convert import pack
-from llmc_attnmask.pruning import prune
-from tests.checkpoint.checkpoints import prune_2of4, raw, read, two_of_four
-from tests.checkpoint.test_save import QUICK, written
+from llmc_attnmask.oneshot.prune import prune
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from tests.support.checkpoints import prune_2of4, raw, read, two_of_four
+from tests.upstream.test_saving import QUICK, written
 
 pytestmark = pytest.mark.slow
 RELEASE = "0.13.0"

@@ -26,10 +26,10 @@ from llmc_attnmask import cli
 from llmc_attnmask.checkpoint import marker
 from llmc_attnmask.checkpoint.config import is_packed
 from llmc_attnmask.checkpoint.convert import pack, unpack
-from llmc_attnmask.checkpoint.files import open_checkpoint
 from llmc_attnmask.checkpoint.inspect import inspect
-from llmc_attnmask.data import load_texts
+from llmc_attnmask.checkpoint.io.files import open_checkpoint
 from llmc_attnmask.serving.recognise import Sparsity, annotate, recognise
+from llmc_attnmask.text.dataset import load_texts
 from tests.fuzz import inputs
 from tests.fuzz.inputs import Folder
 
@@ -130,7 +130,7 @@ def quantization(config: Any) -> None:
 
 def recipe(content: bytes) -> None:
     """Read a recipe."""
-    from llmc_attnmask.recipe import load_recipe
+    from llmc_attnmask.oneshot.recipe import load_recipe
 
     with tempfile.TemporaryDirectory() as base:
         path = Path(base) / "recipe.yaml"

@@ -14,19 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.convert import CheckpointWarning, pack, unpack
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.source import read_tokenizer
 from llmc_attnmask.cli import app
-from llmc_attnmask.data import DatasetError, calibration_windows, load_texts
-from llmc_attnmask.evaluation import evaluate
-from llmc_attnmask.pruning import prune
-from llmc_attnmask.recipe import RecipeError, load_recipe
+from llmc_attnmask.evaluation.perplexity import evaluate
+from llmc_attnmask.oneshot.prune import prune
+from llmc_attnmask.oneshot.recipe import RecipeError, load_recipe
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.serving.recognise import annotate, recognise
-from tests.checkpoint.checkpoints import decoder, digests, two_of_four, write
+from llmc_attnmask.text.dataset import DatasetError, load_texts
+from llmc_attnmask.text.windows import calibration_windows
+from tests.support.checkpoints import decoder, digests, two_of_four, write
 
 ROOT = Path(__file__).parents[2]
 READERS = [inspect, lambda folder: pack(folder, folder.parent / "out")]

@@ -19,7 +19,7 @@ from integration.gpu.steps import (
 )
 from integration.gpu.steps import prune as prune_step
 from integration.gpu.timing import Timer
-from tests.gpu import library, stand_in
+from tests.support.gpu import library, stand_in
 
 NONE = argparse.Namespace()
 

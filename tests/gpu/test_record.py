@@ -10,7 +10,7 @@ import pytest
 
 from integration.gpu import record
 from integration.gpu.context import Context, known
-from tests.documents import ROOT
+from tests.support.documents import ROOT
 
 SCRIPT = ROOT / "integration" / "gpu" / "record.py"
 

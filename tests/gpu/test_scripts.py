@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from integration.gpu import record
-from tests.documents import ROOT
+from tests.support.documents import ROOT
 
 GPU = ROOT / "integration" / "gpu"
 STEPS = {

@@ -22,8 +22,8 @@ from integration.gpu.steps import (
     linears,
     profile,
 )
-from tests.documents import ROOT
-from tests.interpreter import interpreted
+from tests.support.documents import ROOT
+from tests.support.interpreter import interpreted
 
 STEP = ROOT / "integration" / "gpu" / "step.py"
 NONE = argparse.Namespace()

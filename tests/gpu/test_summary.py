@@ -11,7 +11,7 @@ import pytest
 from integration.gpu import summary, wanted
 from integration.gpu.figures import Figures, by_gpu
 from integration.gpu.tables import TABLES
-from tests.documents import ROOT
+from tests.support.documents import ROOT
 
 SCRIPT = ROOT / "integration" / "gpu" / "summary.py"
 RESULTS = SCRIPT.with_name("RESULTS.md")

@@ -4,9 +4,9 @@ from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from transformers import AutoModelForCausalLM
 
 from llmc_attnmask import ALPSPruningModifier
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.evaluation import perplexity
-from llmc_attnmask.pruning import compress
+from llmc_attnmask.evaluation.perplexity import perplexity
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 IGNORE = ["re:.*lm_head"]
 

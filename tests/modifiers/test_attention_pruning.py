@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmc_attnmask import AttentionMatrixPruningModifier
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.pruning import compress
-from llmc_attnmask.recipe import load_recipe
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.recipe import load_recipe
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LAYERS = 4
@@ -176,7 +176,7 @@ def test_masks_survive_round_to_nearest_quantization(run):
 
 
 def test_fused_qkv_is_pruned_in_the_rows_of_q_and_k_only(run, tmp_path):
-    from tests.architectures import SMALL
+    from tests.support.architectures import SMALL
 
     config = transformers.Phi3Config(
         **SMALL | {"vocab_size": 2048, "original_max_position_embeddings": 4096}

@@ -6,9 +6,9 @@ from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_attnmask import MaskedGPTQModifier
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.pruning import compress
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 IGNORE = ["re:.*lm_head"]
 LINEARS = "re:.*layers.*_proj$"

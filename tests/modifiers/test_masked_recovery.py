@@ -17,9 +17,9 @@ from llmc_attnmask import (
     MaskedGPTQModifier,
     MaskedRecoveryModifier,
 )
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.evaluation import perplexity
-from llmc_attnmask.pruning import compress
+from llmc_attnmask.evaluation.perplexity import perplexity
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 TWO_OF_FOUR = {"sparsity": 0.5, "mask_structure": "2:4"}
 LINEARS = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmc_attnmask import AttentionMatrixPruningModifier
-from llmc_attnmask.builtin import MODEL_DIR
 from llmc_attnmask.checkpoint.convert import pack
-from llmc_attnmask.pruning import _set_default, compress, prune
-from llmc_attnmask.recipe import load_recipe
-from tests.checkpoint.checkpoints import prune_2of4
+from llmc_attnmask.oneshot.prune import _set_default, compress, prune
+from llmc_attnmask.oneshot.recipe import load_recipe
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from tests.support.checkpoints import prune_2of4
 
 RECIPE = """
 prune_stage:

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from integration.paper.experiment import PEERS, measure, synthetic
 from llmc_attnmask.attention.capture import AttentionCall
 from llmc_attnmask.attention.matrix import attention_error
 from llmc_attnmask.paper.algorithm import projected_gradient_descent, threshold
-from llmc_attnmask.paper.experiment import PEERS, measure, synthetic
 from llmc_attnmask.paper.problem import FusedProblem, causal_attention
 
 

@@ -5,12 +5,12 @@ import torch
 
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.evaluation import load_model
+from llmc_attnmask.evaluation.perplexity import load_model
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.recovery.block import block_error
 from llmc_attnmask.recovery.descent import DescentSettings, descend
 from llmc_attnmask.recovery.refit import refit
-from tests.recovery import Case, case_of
+from tests.support.blocks import Case, case_of
 
 SETTINGS = DescentSettings(
     steps=20, learning_rate=0.03, batch_size=4, attention_weight=0.0, seed=0

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.evaluation import load_model
+from llmc_attnmask.evaluation.perplexity import load_model
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.recovery.block import block_error
 from llmc_attnmask.recovery.refit import _by_input, _residual_writers, refit
-from tests.architectures import small_model
-from tests.recovery import case_of
+from tests.support.architectures import small_model
+from tests.support.blocks import case_of
 
 LLAMA = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.pruning import prune
+from llmc_attnmask.oneshot.prune import prune
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 RECIPE = """
 prune_stage:

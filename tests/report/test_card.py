@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from llmc_attnmask import conversion
 from llmc_attnmask.checkpoint.convert import pack
-from llmc_attnmask.evaluation import Evaluation
-from llmc_attnmask.report import card, files
+from llmc_attnmask.evaluation.perplexity import Evaluation
+from llmc_attnmask.evaluation.tasks import TaskResult
+from llmc_attnmask.report import card, conversion, files
 from llmc_attnmask.report.files import add_evaluation, render
 from llmc_attnmask.report.mark import is_ours
-from llmc_attnmask.tasks import TaskResult
 from tests.report.test_numbers import check
 
 

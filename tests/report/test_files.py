@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llmc_attnmask import AttentionMatrixPruningModifier
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.pruning import compress
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.report import page
 
 FILES = {"report.json", "report.html", "README.md"}

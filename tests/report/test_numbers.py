@@ -6,7 +6,7 @@ from importlib.resources import files
 import jsonschema
 import pytest
 
-from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.report.numbers import missing, of_folder, reduced
 
 SCHEMA = json.loads(

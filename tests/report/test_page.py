@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import plotly.graph_objects
 import pytest
 
-from llmc_attnmask.builtin import MODEL_DIR
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.report import figures, maps, page
 from llmc_attnmask.report.heads import heads
 from llmc_attnmask.report.numbers import of_folder, reduced

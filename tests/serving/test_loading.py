@@ -5,7 +5,7 @@ import torch
 
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.serving.loading import PARTS, ShardLoader
-from tests.serving.kernels.matrices import random_2of4
+from tests.support.kernels.matrices import random_2of4
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@ import torch
 
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.serving import made_up
-from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
+from tests.support.kernels.matrices import DTYPES, random_2of4, random_values
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

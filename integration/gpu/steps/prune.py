@@ -15,9 +15,9 @@ from loguru import logger
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from integration.gpu.context import Context
-from llmc_attnmask.builtin import MODEL_DIR
-from llmc_attnmask.pruning import compress
-from llmc_attnmask.recipe import load_recipe
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.recipe import load_recipe
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "block_2of4_recovered.yaml"
 LOGGED = 200  # lines at most

@@ -22,9 +22,9 @@ from llmc_attnmask.serving.kernels import (
     select,
     self_check,
 )
-from tests.compiler import shared_library
-from tests.serving.kernels.emulator import KERNEL, SOURCES, Emulator, flags
-from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
+from tests.support.compiler import shared_library
+from tests.support.kernels.emulator import KERNEL, SOURCES, Emulator, flags
+from tests.support.kernels.matrices import DTYPES, random_2of4, random_values
 
 
 @pytest.fixture(scope="session")
@@ -263,7 +263,7 @@ def test_it_compiles_to_sparse_products_without_spills(architecture, dtype, tmp_
 _LAUNCH = """
 import torch
 from llmc_attnmask.serving.kernels import cuda_decode, nvrtc
-from tests.serving.kernels.matrices import random_2of4
+from tests.support.kernels.matrices import random_2of4
 
 torch.manual_seed(0)
 dtype = torch.bfloat16

@@ -6,8 +6,8 @@ import torch
 from llmc_attnmask.serving.kernels import activations, cusparselt
 from llmc_attnmask.serving.kernels.cusparselt import buckets
 from llmc_attnmask.serving.kernels.cusparselt.engine import Engine
-from tests.serving.kernels.fake_cusparselt import Fake
-from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
+from tests.support.kernels.fake_cusparselt import Fake
+from tests.support.kernels.matrices import DTYPES, random_2of4, random_values
 
 ROWS, COLUMNS, LARGEST = 32, 64, 48
 EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]

@@ -15,9 +15,9 @@ from llmc_attnmask.serving.kernels.cusparselt.library import (
     UnusableLibraryError,
 )
 from llmc_attnmask.serving.kernels.cusparselt.plans import Handle, Plan, Problem
-from tests.compiler import shared_library
-from tests.serving.kernels.fake_cusparselt import SOURCE, Fake
-from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
+from tests.support.compiler import shared_library
+from tests.support.kernels.fake_cusparselt import SOURCE, Fake
+from tests.support.kernels.matrices import DTYPES, random_2of4, random_values
 
 ROWS, COLUMNS = 32, 64
 PLAN = [  # the calls that make one plan

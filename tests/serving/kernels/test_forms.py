@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llmc_attnmask.serving.kernels import cusparselt, forms, fragments, packing, select
-from tests.serving.kernels.matrices import DTYPES, random_2of4
+from tests.support.kernels.matrices import DTYPES, random_2of4
 
 BOTH = select.Choice("cuda", "cusparselt", 64, "")
 

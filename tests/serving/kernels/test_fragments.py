@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmc_attnmask.serving.kernels import fragments, packing
-from tests.serving.kernels.matrices import DTYPES, random_2of4
+from tests.support.kernels.matrices import DTYPES, random_2of4
 
 UNUSED = 4
 

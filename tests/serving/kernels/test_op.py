@@ -1,16 +1,11 @@
 import pytest
 import torch
 
-from llmc_attnmask.serving.kernels import (
-    activations,
-    cusparselt,
-    dense,
-    packing,
-    select,
-)
+from llmc_attnmask.serving.kernels import activations, cusparselt, packing, select
 from llmc_attnmask.serving.kernels.op import sparse_linear
-from tests.interpreter import interpreted
-from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
+from tests.support.interpreter import interpreted
+from tests.support.kernels import dense
+from tests.support.kernels.matrices import DTYPES, random_2of4, random_values
 
 pytest.importorskip("triton")
 pytestmark = interpreted

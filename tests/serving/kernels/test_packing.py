@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llmc_attnmask.serving.kernels import packing
-from tests.serving.kernels.matrices import DTYPES, random_2of4
+from tests.support.kernels.matrices import DTYPES, random_2of4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,8 +4,8 @@ import torch
 from llmc_attnmask.serving.kernels import packing, select, self_check
 from llmc_attnmask.serving.kernels.forms import Forms
 from llmc_attnmask.serving.kernels.op import sparse_linear
-from tests.interpreter import interpreted
-from tests.serving.kernels.matrices import DTYPES, random_2of4
+from tests.support.interpreter import interpreted
+from tests.support.kernels.matrices import DTYPES, random_2of4
 
 pytest.importorskip("triton")
 pytestmark = interpreted

@@ -10,9 +10,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from llmc_attnmask.serving.kernels import dense, packing
-from tests.interpreter import interpreted
-from tests.serving.kernels.matrices import DTYPES, random_2of4, random_values
+from llmc_attnmask.serving.kernels import packing
+from tests.support.interpreter import interpreted
+from tests.support.kernels import dense
+from tests.support.kernels.matrices import DTYPES, random_2of4, random_values
 
 triton_decode = pytest.importorskip("llmc_attnmask.serving.kernels.triton_decode")
 pytestmark = interpreted
@@ -94,7 +95,7 @@ def test_it_compiles_for_gpus(capability):
         [
             sys.executable,
             "-m",
-            "tests.serving.kernels.compile_for_gpu",
+            "tests.support.kernels.compile_for_gpu",
             str(capability),
         ],
         env=environment,

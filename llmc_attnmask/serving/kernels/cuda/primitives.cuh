@@ -1,5 +1,5 @@
 // What only a GPU can do, as far as decode.cu needs it. The tests have a file of the same
-// name, by which they run the rest on a CPU: tests/serving/kernels/emulation.
+// name, by which they run the rest on a CPU: tests/support/kernels/emulation.
 #pragma once
 
 #include <types.cuh>

@@ -1,0 +1,140 @@
+"""What a module was called with, kept to be replayed sample by sample."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from llmc_attnmask.attention.capture import UnsupportedAttentionError
+from llmc_attnmask.calibration.samples import Offload, SampleTensors
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Stands for a tensor among a sample's arguments."""
+
+    index: int
+
+
+class ModuleInputs:
+    """Arguments of one module's forward, collected sample by sample.
+
+    Masks and rotary tables that are equal from sample to sample are kept once.
+
+    :param offload: where the tensors are kept; with "disk" only what one batch needs
+        is in memory
+    """
+
+    def __init__(self, offload: Offload = "cpu") -> None:
+        self.offload: Offload = offload
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all samples."""
+        self.hidden = SampleTensors(self.offload)  # the hidden states, [1, L, D]
+        self._others = SampleTensors(self.offload)
+        # of each sample the arguments' leaves, tensors as _Stored, and their structure
+        self._samples: list[tuple[list[Any], Any]] = []
+        # (leaf position, shape, dtype) -> the last such tensor seen there
+        self._recent: dict[tuple[int, torch.Size, torch.dtype], _Stored] = {}
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def append(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Add every sample of one forward call; a batch of B gives B samples."""
+        kwargs = dict(kwargs)
+        # a cache of earlier tokens belongs to generation, not to calibration
+        for cache in ("past_key_values", "past_key_value", "layer_past"):
+            if cache in kwargs:
+                kwargs[cache] = None
+        args = list(args)
+        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        rest = (args[1:] if args and args[0] is hidden else args, kwargs)
+        leaves, structure = tree_flatten(rest)
+        batch = hidden.shape[0]
+        for b in range(batch):
+            sample = [
+                self._once(i, _sample_of(leaf, b, batch))
+                for i, leaf in enumerate(leaves)
+            ]
+            self._samples.append((sample, structure))
+            self.hidden.append(hidden[b : b + 1].detach().to("cpu", copy=True))
+
+    def _once(self, position: int, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach().to("cpu")
+        key = (position, leaf.shape, leaf.dtype)
+        recent = self._recent.get(key)
+        if recent is None or not torch.equal(self._others[recent.index], leaf):
+            recent = self._recent[key] = _Stored(self._others.append(leaf.clone()))
+        return recent
+
+    def batch(
+        self,
+        indices: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        hidden: Sequence[Tensor] | None = None,
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments for the named samples at once.
+
+        :param indices: samples of one length
+        :param hidden: hidden states of every sample, instead of the collected ones
+        :return: (args, kwargs), floating-point tensors in ``dtype`` on ``device``; the
+            attention mask, which is [L, L], stays in its own
+        """
+        samples = [self._samples[i] for i in indices]
+        states = torch.cat([(hidden or self.hidden)[i] for i in indices])
+        leaves = [
+            self._joined(column)
+            for column in zip(*(leaves for leaves, _ in samples), strict=True)
+        ]
+        args, kwargs = tree_unflatten(leaves, samples[0][1])
+
+        masks = {k: kwargs.pop(k) for k in ("attention_mask",) if k in kwargs}
+
+        def to(tensor: Tensor) -> Tensor:
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            return tensor.to(device=device, dtype=kind)
+
+        args, kwargs = tree_map_only(Tensor, to, ([states, *args], kwargs))
+        on_device = tree_map_only(Tensor, lambda mask: mask.to(device), masks)
+        return args, kwargs | on_device
+
+    def batches(self, indices: Sequence[int], size: int) -> Iterator[list[int]]:
+        """The given samples once, in batches of at most ``size`` of equal length."""
+        pending: dict[torch.Size, list[int]] = {}
+        for i in indices:
+            shape = self.hidden.shape(i)
+            group = pending.setdefault(shape, [])
+            group.append(i)
+            if len(group) == size:
+                yield group
+                del pending[shape]
+        yield from pending.values()
+
+    def _joined(self, column: tuple[Any, ...]) -> Any:
+        """An argument of several samples as one; a row broadcasts over the batch."""
+        first = column[0]
+        if not isinstance(first, _Stored):
+            return first
+        if all(leaf == first for leaf in column):
+            return self._others[first.index]
+        tensors = [self._others[leaf.index] for leaf in column]
+        if tensors[0].ndim == 0 or tensors[0].shape[0] != 1:
+            raise UnsupportedAttentionError(
+                f"an argument of shape {tuple(tensors[0].shape)} differs from sample "
+                "to sample and has no batch dimension to join it on; calibrate with "
+                "batch_size: 1 in the modifier"
+            )
+        return torch.cat(tensors)
+
+
+def _sample_of(leaf: Any, b: int, batch: int) -> Any:
+    shared = not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != batch
+    return leaf if shared or batch == 1 else leaf[b : b + 1]

@@ -1,0 +1,153 @@
+"""Calibration samples in units: who evaluates what, in which order, added up how.
+
+A *unit* is a few samples of one length that are always evaluated together, so that what
+comes out of them has the same bits however many processes share the samples. Units are
+numbered over all processes; unit by unit in turn, they are spread over the ranks.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.distributed import all_sum, gathered, rank
+
+# With fewer, threads of a CPU and a GPU are idle; with more, a mini-batch is too few
+# units for every rank to have one.
+_TOKENS_AT_ONCE = 2048
+_UNITS = 8  # at least, if there are as many samples
+LARGEST = 8  # samples of a unit
+_HELD_BACK_ONE_IN = 8  # units that choose the best mask instead of teaching it
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A few calibration samples of one length."""
+
+    index: int  # among the units of all ranks
+    size: int  # how many samples
+    samples: tuple[int, ...]  # which of this rank's; none if they are another rank's
+
+
+def unit_size(samples: int, length: int) -> int:
+    """Samples of a unit, a power of two.
+
+    :param samples: of all ranks
+    :param length: tokens of a sample
+    """
+    most = min(LARGEST, _TOKENS_AT_ONCE // max(1, length), samples // _UNITS)
+    return 1 << (max(1, most).bit_length() - 1)
+
+
+def share(samples: int, length: int, rank: int, world: int) -> list[int]:
+    """The samples, all of one length, that a rank gets: whole units, in turn.
+
+    :raises ValueError: if there are not enough for every rank
+    """
+    size = unit_size(samples, length)
+    if samples <= (world - 1) * size:
+        raise ValueError(
+            f"{samples} calibration samples of {length} tokens, evaluated {size} at "
+            f"once, are too few for {world} processes; give at least "
+            f"{(world - 1) * size + 1} or start fewer processes"
+        )
+    return [i for i in range(samples) if i // size % world == rank]
+
+
+def units_of(inputs: ModuleInputs, batch_size: int = LARGEST) -> list[Unit]:
+    """All ranks' samples in units, in one order that all ranks agree on.
+
+    :param inputs: this rank's samples
+    :param batch_size: a multiple of the units' size
+    """
+    longest = max((inputs.hidden.shape(i)[1] for i in range(len(inputs))), default=1)
+    shares = gathered((len(inputs), longest))
+    samples, longest = sum(n for n, _ in shares), max(n for _, n in shares)
+    chunk = unit_size(samples, longest)
+    size = math.gcd(chunk, batch_size)  # a part of what a rank has together
+    mine = [
+        [batch[i : i + size] for i in range(0, len(batch), size)]
+        for batch in inputs.batches(range(len(inputs)), chunk)
+    ]
+    by_rank = gathered([[len(part) for part in parts] for parts in mine])
+    units: list[Unit] = []
+    for position in range(max(map(len, by_rank))):
+        for r, sizes in enumerate(by_rank):
+            parts = sizes[position] if position < len(sizes) else []
+            for part, size in enumerate(parts):
+                own = mine[position][part] if r == rank() else []
+                units.append(Unit(len(units), size, tuple(own)))
+    return units
+
+
+def teaching_and_judging(units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+    """Most units, and those that are held back; with few units both are all."""
+
+    def judges(unit: Unit) -> bool:  # along a diagonal, so that every rank has some
+        block, place = divmod(unit.index, _HELD_BACK_ONE_IN)
+        return place == _HELD_BACK_ONE_IN - 1 - block % _HELD_BACK_ONE_IN
+
+    held_back = [unit for unit in units if judges(unit)]
+    if not held_back:
+        return list(units), list(units)
+    return [unit for unit in units if not judges(unit)], held_back
+
+
+def minibatches(
+    units: Sequence[Unit], batch_size: int, generator: torch.Generator
+) -> Iterator[list[Unit]]:
+    """Endless batches of about ``batch_size`` samples, shuffled epoch by epoch.
+
+    Each takes its units from different residue classes of their index, so that ranks
+    have equal shares.
+    """
+    count = max(1, batch_size // max(unit.size for unit in units))
+    classes = [[u for u in units if u.index % count == c] for c in range(count)]
+    while True:
+        shuffled = [
+            [members[i] for i in torch.randperm(len(members), generator=generator)]
+            for members in classes
+        ]
+        for batch in zip_longest(*shuffled):
+            yield [unit for unit in batch if unit is not None]
+
+
+def count(units: Iterable[Unit]) -> int:
+    """Samples of some units, whoever has them."""
+    return sum(unit.size for unit in units)
+
+
+class Sums(Generic[Key]):
+    """Sums of tensors over units, those of all ranks, whose order does not show.
+
+    :param like: tensors to start from zero with, for ranks that may have no term
+    """
+
+    def __init__(self, like: Mapping[Key, Tensor] | None = None):
+        self._sums = {
+            key: torch.zeros_like(tensor, dtype=torch.float64)
+            for key, tensor in (like or {}).items()
+        }
+
+    def add(self, key: Key, term: Tensor) -> None:
+        """Add the term of one unit, or of a part of one."""
+        if key in self._sums:
+            self._sums[key] += term
+        else:
+            self._sums[key] = term.to(torch.float64, copy=True)
+
+    def own(self, key: Key) -> Tensor:
+        """This rank's sum so far, float64."""
+        return self._sums[key]
+
+    def totals(self) -> dict[Key, Tensor]:
+        """The sums over all ranks, float32; every rank must have the same keys."""
+        totals = all_sum(list(self._sums.values()))
+        return {key: t.float() for key, t in zip(self._sums, totals, strict=True)}

@@ -1,0 +1,51 @@
+"""The storage of a checkpoint that llm-compressor has written: marker, or packed."""
+
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llmc_attnmask.checkpoint import marker
+from llmc_attnmask.checkpoint.config import Storage, dense_config
+from llmc_attnmask.checkpoint.convert import (
+    CheckpointWarning,
+    NothingToPackError,
+    pack,
+    two_of_four_layers,
+    write_json,
+)
+from llmc_attnmask.checkpoint.io.files import CONFIG, open_checkpoint
+
+
+def store(directory: Path, storage: Storage) -> None:
+    """Give a dense-stored checkpoint the marker of its 2:4 layers, or pack them.
+
+    If none can be packed it is left dense, with a warning that says why.
+    """
+    mark(directory)
+    if storage == "dense":
+        return
+    with TemporaryDirectory(prefix=".packed-", dir=directory.parent) as packed:
+        try:
+            pack(directory, packed, only_2of4=True)
+        except NothingToPackError as error:
+            warnings.warn(f"{error}; saved dense", CheckpointWarning, stacklevel=2)
+            return
+        for path in Path(packed).iterdir():
+            path.replace(directory / path.name)
+
+
+def mark(directory: Path) -> list[str]:
+    """Write the marker of a dense-stored checkpoint's 2:4 layers to its config.
+
+    :return: their names
+    """
+    checkpoint = open_checkpoint(directory)
+    layers = two_of_four_layers(checkpoint)
+    config = dict(checkpoint.config)
+    # llm-compressor copies the config of the model it started from, which may have been
+    # packed or marked
+    config.pop(marker.KEY, None)
+    config = dense_config(config, layers)
+    if config != checkpoint.config:
+        write_json(directory / CONFIG, config)
+    return layers

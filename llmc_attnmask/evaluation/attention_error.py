@@ -1,0 +1,67 @@
+"""Attention error of a pruned model, layer by layer."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmc_attnmask.attention.capture import AttentionReplica
+from llmc_attnmask.attention.matrix import attention_error, attention_norms
+from llmc_attnmask.attention.projections import attention_modules
+from llmc_attnmask.calibration.inputs import ModuleInputs
+
+_TOKENS_AT_ONCE = 8192
+
+
+@torch.no_grad()
+def attention_errors(
+    dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor
+) -> dict[str, float]:
+    """||A - A~||_F^2 / ||A||_F^2 of every attention module, on equal inputs.
+
+    Both see what reaches the module in the dense model, so a layer's error is its own
+    and not its predecessors'.
+
+    :param windows: int64 [windows, length]
+    :return: module name -> relative error
+    """
+    inputs = attention_inputs(dense, windows)
+    errors = {}
+    for name, collected in inputs.items():
+        if not len(collected):  # text does not reach a vision tower
+            continue
+        replicas = [AttentionReplica(m.get_submodule(name)) for m in (dense, pruned)]
+        error = norm = 0.0
+        for batch in collected.batches(range(len(collected)), 8):
+            args, kwargs = collected.batch(batch, replicas[0].device, torch.float32)
+            reference, changed = (replica(args, kwargs) for replica in replicas)
+            error += attention_error(reference, changed.query, changed.key).item()
+            norm += attention_norms(reference).matrix
+        errors[name] = error / norm
+    return errors
+
+
+@torch.no_grad()
+def attention_inputs(
+    model: PreTrainedModel, windows: Tensor
+) -> dict[str, ModuleInputs]:
+    """What reaches every attention module of a model, collected on CPU."""
+    inputs = {name: ModuleInputs() for name in attention_modules(model)}
+
+    def collector(name: str):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            inputs[name].append(args, kwargs)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(collector(name), with_kwargs=True)
+        for name, module in attention_modules(model).items()
+    ]
+    device = next(model.parameters()).device
+    try:
+        for batch in windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1])):
+            model(input_ids=batch.to(device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs

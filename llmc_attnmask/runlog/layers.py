@@ -1,0 +1,107 @@
+"""One line per layer, one entry in the journal, and a summary at the end of a run."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from torch import nn
+
+from llmc_attnmask.distributed import is_source
+from llmc_attnmask.runlog.journal import Entry, entries, note
+from llmc_attnmask.runlog.run import duration, run_of
+
+
+class Layer:
+    """A layer in work: made when that begins, ``done`` when it ends."""
+
+    def __init__(self, model: nn.Module, modifier: Modifier, name: str):
+        self.model, self.modifier, self.name = model, modifier, name
+        self._start = time.perf_counter()
+
+    def done(
+        self,
+        device: torch.device,
+        errors: dict[str, list[float]],
+        zeros: int,
+        entries: int,
+        **figures: Any,
+    ) -> None:
+        """Note what was done in the journal and log one line, of one process.
+
+        :param device: where it was computed
+        :param errors: what is measured -> its error, first to last
+        :param zeros: pruned entries
+        :param entries: all entries of the weights that were worked on
+        :param figures: more for the journal, JSON values
+        """
+        seconds = time.perf_counter() - self._start
+        peak = peak_memory(device)
+        note(
+            self.model,
+            type(self.modifier).__name__,
+            self.name,
+            errors=errors,
+            zeros=zeros,
+            entries=entries,
+            seconds=round(seconds, 3),
+            peak_bytes=peak,
+            **figures,
+        )
+        left = run_of(self.modifier).layer_done(self.modifier)
+        if not is_source():
+            return
+        changes = (
+            f"{what} error {' -> '.join(f'{error:.5f}' for error in values)}"
+            for what, values in errors.items()
+        )
+        logger.log(
+            "METRIC",
+            f"{self.name}: {', '.join(changes)}, {zeros / max(1, entries):.1%} zeros, "
+            f"{seconds:.1f} s, peak {peak / 1e9:.2f} GB{'; ' if left else ''}{left}",
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch had on a GPU, or that this process had in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def summarise(model: nn.Module) -> None:
+    """Log what the modifiers of the journal did, one line each, and what comes next."""
+    by_modifier: dict[str, list[Entry]] = {}
+    for entry in entries(model):
+        by_modifier.setdefault(entry.modifier, []).append(entry)
+    if not by_modifier:
+        return
+    lines = [f"{name}: {_summary(noted)}" for name, noted in by_modifier.items()]
+    lines.append(
+        "saved with the model: report.html, report.json and a model card; "
+        "`llmc-attnmask eval DIR --reference MODEL` measures perplexity"
+    )
+    logger.log("METRIC", "\n  ".join(["summary", *lines]))
+
+
+def _summary(noted: list[Entry]) -> str:
+    figures = [entry.figures for entry in noted]
+    parts = [f"{len(noted)} layers"]
+    measured = dict.fromkeys(what for f in figures for what in f["errors"])
+    for what in measured:
+        of = {e.layer: v for e in noted if (v := e.figures["errors"].get(what))}
+        first, last = (sum(v[i] for v in of.values()) / len(of) for i in (0, -1))
+        worst = max(of, key=lambda layer: of[layer][-1])
+        before = f"{first:.5f} -> " if any(len(v) > 1 for v in of.values()) else ""
+        parts.append(
+            f"{what} error {before}{last:.5f} on average, at most "
+            f"{of[worst][-1]:.5f} ({worst})"
+        )
+    zeros = sum(f["zeros"] for f in figures)
+    parts.append(f"{zeros / max(1, sum(f['entries'] for f in figures)):.1%} zeros")
+    parts.append(duration(sum(f["seconds"] for f in figures)))
+    return ", ".join(parts)

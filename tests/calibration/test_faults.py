@@ -1,0 +1,197 @@
+"""Faults are injected where they would come from: in modules and their inputs."""
+
+import math
+
+import pytest
+import torch
+from loguru import logger
+
+from llmc_attnmask import ALPSPruningModifier, MaskedRecoveryModifier
+from llmc_attnmask.attention.capture import AttentionReplica
+from llmc_attnmask.attention.projections import find_projections
+from llmc_attnmask.calibration.faults import Fitting
+from llmc_attnmask.calibration.units import Unit
+from llmc_attnmask.evaluation.attention_error import attention_inputs
+from llmc_attnmask.evaluation.perplexity import load_model
+from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from llmc_attnmask.recovery.block import block_error
+from llmc_attnmask.recovery.descent import DescentSettings, descend
+from llmc_attnmask.runlog.journal import entries
+from llmc_attnmask.solvers.faults import fault_of
+from llmc_attnmask.solvers.objectives import MatrixObjective
+from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
+from tests.support.blocks import case_of
+
+TWO_OF_FOUR = MaskStructure.parse("2:4")
+
+
+@pytest.fixture
+def warnings():
+    found: list[str] = []
+    sink = logger.add(lambda m: found.append(m.record["message"]), level="WARNING")
+    yield found
+    logger.remove(sink)
+
+
+@pytest.fixture
+def layer(calibration):
+    model = load_model(MODEL_DIR)
+    name, inputs = next(iter(attention_inputs(model, calibration[:, :64]).items()))
+    replica = AttentionReplica(model.get_submodule(name))
+    return replica, inputs, find_projections(replica.module)
+
+
+def limit_memory(module: torch.nn.Module, samples: int) -> None:
+    """As on a device that has no room for more."""
+
+    def hook(_: torch.nn.Module, args: tuple) -> None:
+        if len(args[0]) > samples:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {len(args[0])} samples")
+
+    module.register_forward_pre_hook(hook)
+
+
+def test_short_memory_halves_the_batch_and_the_step_is_the_same(layer, warnings):
+    objective = MatrixObjective(*layer, ["q", "k"], output_weight=0.5)
+    unit = Unit(0, 8, tuple(range(8)))
+    weights = {role: objective.dense(role) * 0.9 for role in ("q", "k")}
+    error, gradients = objective.gradient([unit], weights)
+    limit_memory(layer[0].module.q_proj, 3)
+    for _ in range(2):
+        short_error, short_gradients = objective.gradient([unit], weights)
+        assert short_error == pytest.approx(error, rel=1e-6)
+        for role in weights:
+            torch.testing.assert_close(short_gradients[role], gradients[role])
+    assert len(warnings) == 2  # to four, to two; then it knows
+    assert (
+        "out of memory with 8 calibration samples at once; going on with 4"
+        in (warnings[0])
+    )
+
+
+def test_short_memory_lets_a_block_recover_all_the_same(calibration, warnings):
+    errors = []
+    for samples in (8, 1):
+        case = case_of(load_model(MODEL_DIR), calibration[:16, :64])
+        limit_memory(case.pruned.module.self_attn.q_proj, samples)
+        start = block_error(case.pruned, case.wanted)
+        settings = DescentSettings(4, 0.03, 8, attention_weight=0.0, seed=0)
+        found = descend(
+            case.dense,
+            case.pruned,
+            case.wanted,
+            start,
+            case.energy,
+            case.kept,
+            settings,
+        )
+        errors.append(found.error)
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4) and warnings
+
+
+def test_too_little_memory_for_one_sample_says_what_to_do():
+    def run(samples: list[int]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(MemoryError, match=r"one calibration sample.*--max-length"):
+        list(Fitting()([Unit(0, 4, (0, 1, 2, 3))], run))
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "fault"),
+    [
+        (1.0, [0.0, 1.0], None),
+        (math.nan, [0.0], "the loss is nan"),
+        (1.0, [math.inf, math.nan, 0.0], "2 entries of the gradient"),
+    ],
+)
+def test_faults_are_told(loss, gradient, fault):
+    found = fault_of(loss, [torch.tensor(gradient)])
+    assert found is None if fault is None else fault in found
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_gradient_that_is_no_number_keeps_the_best_mask(layer, update, warnings):
+    replica, *_ = layer
+    calls = 0
+
+    def overflow(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> None:
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return gradient * math.inf if calls > 20 else gradient
+
+        if output.requires_grad:
+            output.register_hook(spoil)
+
+    settings = SolverSettings(
+        40, 0.1, 8, l2_penalty=0, output_weight=0.9, seed=0, update_weights=update
+    )
+    handle = replica.module.q_proj.register_forward_hook(overflow)
+    (solution,) = learn_masks(*layer, ("q", "k"), TWO_OF_FOUR, 0.5, settings)
+    handle.remove()
+    assert "gradient" in solution.fallback
+    assert any(solution.fallback in warning for warning in warnings)
+    assert solution.error <= solution.start_error and math.isfinite(solution.error)
+    for role, mask in solution.masks.items():
+        assert ((~mask).view(-1, 4).sum(-1) == 2).all()
+        assert solution.weights[role].isfinite().all()
+
+
+def overflow(_hessian, _target, weight, *_):
+    return weight * math.nan
+
+
+def fail(*_):
+    raise torch.linalg.LinAlgError("did not converge")
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
+)
+def test_a_second_order_solution_that_is_no_number_gives_way_to_wandas_mask(
+    layer, monkeypatch, warnings, function, fault
+):
+    monkeypatch.setattr(f"llmc_attnmask.solvers.solver.{function}", fault)
+    settings = SolverSettings(
+        0, 0.1, 8, l2_penalty=0, output_weight=0.9, seed=0, update_weights=True
+    )
+    (solution,) = learn_masks(*layer, ("q", "k"), TWO_OF_FOUR, 0.5, settings)
+    assert "second-order" in solution.fallback and warnings
+    dense = layer[0].module.q_proj.weight
+    mask = solution.masks["q"]
+    assert torch.equal(solution.weights["q"], dense.masked_fill(~mask, 0.0))
+
+
+def test_a_step_to_infinity_leaves_a_block_as_it_was(calibration, warnings):
+    case = case_of(load_model(MODEL_DIR), calibration[:16, :64])
+    before = {n: x.weight.clone() for n, x in case.pruned.linears().items()}
+    start = block_error(case.pruned, case.wanted)
+    settings = DescentSettings(3, math.inf, 8, attention_weight=0.0, seed=0)
+    found = descend(
+        case.dense, case.pruned, case.wanted, start, case.energy, case.kept, settings
+    )
+    assert found.error == start and found.fallback and warnings
+    for name, linear in case.pruned.linears().items():
+        assert torch.equal(linear.weight, before[name])
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
+)
+def test_solvers_that_fail_leave_numbers_and_a_note_in_the_journal(
+    tokenizer, calibration, monkeypatch, warnings, function, fault
+):
+    monkeypatch.setattr(f"llmc_attnmask.modifiers.alps_pruning.{function}", fault)
+    monkeypatch.setattr("llmc_attnmask.recovery.refit.solve", overflow)
+    model = load_model(MODEL_DIR)
+    fields = {"sparsity": 0.5, "mask_structure": "2:4", "targets": "re:.*up_proj$"}
+    recipe = [ALPSPruningModifier(**fields), MaskedRecoveryModifier(steps=2)]
+    compress(model, tokenizer, recipe, calibration[:8, :64])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    for layer in model.model.layers:
+        assert ((layer.mlp.up_proj.weight == 0).view(-1, 4).sum(-1) >= 2).all()
+    fallbacks = [e.figures.get("fallback") for e in entries(model)]
+    assert len(fallbacks) == 8 and all(fallbacks)

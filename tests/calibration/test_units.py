@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.calibration.units import (
+    Sums,
+    Unit,
+    minibatches,
+    share,
+    teaching_and_judging,
+    unit_size,
+    units_of,
+)
+
+
+def units(count: int, size: int = 1) -> list[Unit]:
+    return [Unit(i, size, (i,)) for i in range(count)]
+
+
+def collected(*lengths: int) -> ModuleInputs:
+    inputs = ModuleInputs()
+    for length in lengths:
+        inputs.append([torch.zeros(1, length, 4)], {})
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "size"),
+    [
+        (128, 2048, 1),
+        (128, 1024, 2),
+        (128, 256, 8),
+        (128, 100, 8),
+        (24, 128, 2),
+        (8, 64, 1),
+        (1, 5, 1),
+    ],
+)
+def test_units_are_few_tokens_and_there_are_enough_of_them(samples, length, size):
+    assert unit_size(samples, length) == size
+
+
+def test_every_sample_is_in_one_unit_of_its_own_length():
+    inputs = collected(*[16] * 9, 32, *[16] * 8)
+    found = units_of(inputs)
+    assert sorted(i for unit in found for i in unit.samples) == list(range(18))
+    assert [unit.index for unit in found] == list(range(len(found)))
+    for unit in found:
+        assert unit.size == len(unit.samples)
+        assert len({inputs.hidden.shape(i) for i in unit.samples}) == 1
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(8, 8), (4, 4), (6, 2), (1, 1)])
+def test_a_units_size_divides_the_batch_size(batch_size, size):
+    found = units_of(collected(*[16] * 64), batch_size)
+    assert {unit.size for unit in found} == {size}
+
+
+def test_ranks_have_disjoint_shares_of_whole_units():
+    shares = [share(50, 256, rank, 3) for rank in range(3)]
+    assert sorted(i for own in shares for i in own) == list(range(50))
+    assert shares[1][:5] == [4, 5, 6, 7, 16]  # units of four, in turn
+    alone = share(50, 256, 0, 1)
+    assert alone == list(range(50))
+
+
+def test_fewer_samples_than_ranks_are_refused_with_the_number_that_would_do():
+    with pytest.raises(ValueError, match="too few for 4 processes; give at least 4"):
+        share(3, 2048, 0, 4)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_rank_judges_and_teaches_equally(world):
+    teaching, judging = teaching_and_judging(units(64))
+    assert len(judging) == 8
+    assert not {u.index for u in teaching} & {u.index for u in judging}
+    for few in (teaching, judging):
+        by_rank = [sum(u.index % world == r for u in few) for r in range(world)]
+        assert len(set(by_rank)) == 1
+
+
+def test_few_units_all_teach_and_judge():
+    teaching, judging = teaching_and_judging(units(5))
+    assert teaching == judging == units(5)
+
+
+def test_an_epoch_of_minibatches_has_every_unit_once_and_ranks_have_equal_shares():
+    teaching, _ = teaching_and_judging(units(64))
+    batches = minibatches(teaching, 8, torch.Generator().manual_seed(0))
+    first, second = ([next(batches) for _ in range(7)] for _ in range(2))
+    for epoch in (first, second):
+        assert sorted(u.index for b in epoch for u in b) == [u.index for u in teaching]
+        for batch in epoch:
+            assert sorted(unit.index % 8 for unit in batch) == list(range(8))
+    assert first != second
+    again = minibatches(teaching, 8, torch.Generator().manual_seed(0))
+    assert [next(again) for _ in range(7)] == first
+
+
+def test_sums_do_not_show_the_order_of_their_terms():
+    generator = torch.Generator().manual_seed(0)
+    terms = [torch.randn(1000, generator=generator) * 3.0**i for i in range(12)]
+    totals = []
+    for order in (terms, terms[::-1]):
+        sums: Sums[str] = Sums()
+        for term in order:
+            sums.add("x", term)
+        totals.append(sums.totals()["x"])
+    assert torch.equal(*totals)
+    assert totals[0].dtype == torch.float32
+    assert not torch.equal(sum(terms), sum(terms[::-1]))  # plain sums do
+
+
+def test_sums_leave_their_terms_alone():
+    term = torch.ones(3, dtype=torch.float64)
+    sums: Sums[str] = Sums()
+    sums.add("x", term)
+    sums.add("x", term)
+    assert term.tolist() == [1, 1, 1]

@@ -1,0 +1,156 @@
+"""Disks that are full or read-only and files that cannot be read: one error, and what
+was there before stays as it was.
+
+The disks are real ones, mounted where nobody else sees them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from tests.support.checkpoints import decoder, prune_2of4, write
+
+ROOT = Path(__file__).parents[3]
+UNSHARED = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+
+
+def possible(script: str) -> bool:
+    try:
+        return subprocess.run([*UNSHARED, script], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+needs_mounts = pytest.mark.skipif(
+    not possible("mount -t tmpfs tmpfs /mnt"), reason="needs unshare and mount"
+)
+
+
+# every command in one process: what it imports takes longer than what it does
+COMMANDS = """
+import contextlib, io, os, sys
+from llmc_attnmask.cli import main
+for line in sys.stdin:
+    disk, *sys.argv[1:] = line.split()
+    os.chdir(disk)
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        try:
+            main()
+        except SystemExit as ended:
+            printed.write(f"exit code {ended.code}")
+    print("#", *sys.argv[1:2], os.path.basename(disk))
+    print(*[x for x in printed.getvalue().splitlines() if "error:" in x or "exit" in x])
+    for folder, _, files in os.walk("."):
+        print(*[os.path.join(folder, file) for file in files], sep="\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
+    """What each command says on a disk of its own, and the disk's files afterwards."""
+    base = tmp_path_factory.mktemp("disks")
+    prune_2of4(MODEL_DIR, base / "dense")  # 3.7 MB
+    pack(base / "dense", base / "packed")
+    arguments = {
+        "pack": f"pack {base}/dense out",
+        "unpack": f"unpack {base}/packed out",
+        "prune": f"prune {MODEL_DIR} --recipe attention_2of4 --num-samples 2 "
+        "--max-length 64 --output out",
+    }
+    script, lines = "", []
+    for command, words in arguments.items():
+        for kind, option in (("full", "size=1m"), ("read-only", "size=9m")):
+            disk = base / command / kind
+            disk.mkdir(parents=True)
+            script += f"mount -t tmpfs -o {option} tmpfs {disk}\n"
+            script += f"mkdir {disk}/before && echo kept > {disk}/before/config.json\n"
+            if kind == "read-only":
+                script += f"mount -o remount,ro {disk}\n"
+            lines.append(f"{disk} {words}")
+    done = subprocess.run(
+        [*UNSHARED, f"{script}exec {sys.executable} -c '{COMMANDS}'"],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for part in done.stdout.split("# ")[1:]:
+        name, error, *files = part.splitlines()
+        found[name] = error, [file for file in files if file]
+    return found
+
+
+@needs_mounts
+@pytest.mark.parametrize("command", ["pack", "unpack", "prune"])
+def test_a_disk_that_is_full(shown, command):
+    error, files = shown[f"{command} full"]
+    assert error.startswith("error: [Errno 28] No space left on device: '"), error
+    assert error.endswith("exit code 1")
+    files.remove("./before/config.json")
+    # of `prune` the finished layers, which --resume goes on from
+    kept = [Path(name) for name in files if name.startswith("./out/.progress/")]
+    assert len(kept) == len(files) and bool(kept) == (command == "prune"), files
+    assert not [path for path in kept if path.name.startswith(".")], "half a file"
+
+
+@needs_mounts
+@pytest.mark.parametrize("command", ["pack", "unpack", "prune"])
+def test_a_disk_that_is_read_only(shown, command):
+    error, files = shown[f"{command} read-only"]
+    expected = r"error: output .*out cannot be created: .*written to exit code 1"
+    assert re.fullmatch(expected, error)
+    assert files == ["./before/config.json"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become somebody else")
+def test_a_folder_of_somebody_elses_is_refused(tmp_path):
+    """Root may write anywhere, so this is tried as nobody."""
+    dense = write(tmp_path / "dense", decoder(layers=1))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir(mode=0o755)
+    for path in (tmp_path, *tmp_path.parents):
+        if (
+            path.stat().st_uid == 0
+            and path.is_relative_to("/tmp")
+            and path != Path("/tmp")
+        ):
+            path.chmod(0o755)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            pack(dense, theirs / "out")
+        except PermissionError as error:
+            code = 0 if "cannot be created" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not list(theirs.iterdir())
+
+
+def test_a_shard_that_ends_while_it_is_read_is_one_error(tmp_path, monkeypatch):
+    """Cut off after its header was found to be good, as by another process."""
+    dense = write(tmp_path / "dense", decoder(layers=1))
+    file = dense / "model.safetensors"
+
+    def cut(checkpoint, output):
+        os.truncate(file, file.stat().st_size - 2000)
+        return []
+
+    monkeypatch.setattr("llmc_attnmask.checkpoint.convert.copy_others", cut)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors ends within .*: truncated"
+    ):
+        pack(dense, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]

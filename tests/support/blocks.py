@@ -1,0 +1,56 @@
+"""Blocks to recover: dense and pruned, with what reaches them in either model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.recovery.block import Block, changed_energy
+
+TWO_OF_FOUR = MaskStructure.parse("2:4")
+
+
+@dataclass
+class Case:
+    """One block, dense in the dense model, magnitude-pruned in a pruned one."""
+
+    dense: Block
+    pruned: Block
+    wanted: list[Tensor]
+    energy: float
+    kept: dict[str, Tensor]
+
+
+def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> Case:
+    """The block at an index, after pruned predecessors."""
+    block = model.model.layers[index]
+    with torch.no_grad():
+        stream = inputs_of(model, block, tokens)
+        dense_state = {k: v.clone() for k, v in block.state_dict().items()}
+        kept = {}
+        for layer in model.model.layers[: index + 1]:
+            for name, linear in layer.named_modules():
+                if isinstance(linear, torch.nn.Linear):
+                    kept[name] = TWO_OF_FOUR.mask(linear.weight.abs(), 0.5)
+                    linear.weight.masked_fill_(~kept[name], 0.0)
+        inputs = inputs_of(model, block, tokens)
+    device = torch.device("cpu")
+    dense = Block(block, inputs, device, stream.hidden, dense_state)
+    wanted = dense.outputs()
+    energy = changed_energy(stream.hidden, wanted)
+    return Case(dense, Block(block, inputs, device), wanted, energy, kept)
+
+
+def inputs_of(
+    model: PreTrainedModel, block: torch.nn.Module, tokens: Tensor
+) -> ModuleInputs:
+    inputs = ModuleInputs()
+    handle = block.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append(args, kwargs), with_kwargs=True
+    )
+    model(input_ids=tokens, use_cache=False)
+    handle.remove()
+    return inputs

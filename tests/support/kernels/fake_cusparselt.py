@@ -1,0 +1,56 @@
+"""fake_cusparselt.c from Python: compiled, loaded, and told what to do."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmc_attnmask.serving.kernels.cusparselt.library import Library
+from tests.support.compiler import shared_library
+
+SOURCE = Path(__file__).with_suffix(".c")
+
+
+class Fake:
+    """One copy of the fake library."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.path = shared_library(SOURCE, folder, *flags)
+        self.shared = ctypes.CDLL(str(self.path))
+        self.shared.fake_calls.restype = ctypes.c_char_p
+        self.shared.fake_last_stream.restype = ctypes.c_void_p
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget calls, failures, version and capture; objects live on."""
+        self.shared.fake_reset()
+
+    def library(self) -> Library:
+        return Library.load(self.path)
+
+    def calls(self) -> list[str]:
+        """The functions called since the last reset, without their common prefix."""
+        lines = self.shared.fake_calls().decode().split()
+        return [line.removeprefix("cusparseLt") for line in lines]
+
+    def live(self) -> int:
+        """How many objects were made and not destroyed."""
+        return self.shared.fake_live()
+
+    def forget(self) -> None:
+        """Let what a destructor that was made to fail has left not count as live."""
+        self.shared.fake_forget()
+
+    def fail(self, function: str, status: int, nth: int = 1) -> None:
+        """Let the nth call of a function from now on answer with this status."""
+        self.shared.fake_fail(f"cusparseLt{function}".encode(), nth, status)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Here no function works but the one that only launches."""
+        self.shared.fake_capture(True)
+        yield
+        self.shared.fake_capture(False)
+
+    def set_version(self, *parts: int) -> None:
+        self.shared.fake_version(*parts)
