@@ -5,7 +5,7 @@ import re
 import pytest
 
 from llmc_attnmask import AttentionMatrixPruningModifier, MaskedRecoveryModifier
-from llmc_attnmask.calibration import units as calibration
+from llmc_attnmask.calibration import micro_batches as calibration
 from llmc_attnmask.modifiers import attention_pruning
 from llmc_attnmask.recovery import refit
 from llmc_attnmask.solvers import gptq, least_squares, solver

@@ -149,9 +149,9 @@ def _triton_missing(
 def _triton(parts: Parts, weight: Weight, x: Tensor, scale: Tensor | None) -> Tensor:
     from llmc_attnmask.serving.kernels import triton_decode
 
-    values, places = parts
+    values, indices = parts
     return triton_decode.linear(
-        x, values, places, weight.scale, scale, None, weight.out_dtype
+        x, values, indices, weight.scale, scale, None, weight.out_dtype
     )
 
 

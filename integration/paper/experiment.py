@@ -78,7 +78,7 @@ def sparsegpt(inputs: Tensor, weight: Tensor, sparsity: float) -> Tensor:
     return pruned.T.to(weight.dtype)
 
 
-PEERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+BASELINES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "magnitude": magnitude,
     "wanda": wanda,
     "sparsegpt": sparsegpt,
@@ -96,8 +96,8 @@ def measure(n: int, d: int, tail: str, seed: int) -> Iterator[Row]:
         return (problems[0].attention_error(pruned) / norm).item()
 
     for sparsity in SPARSITIES:
-        for name, peer in PEERS.items():
-            error = relative(peer(inputs, weight, sparsity))
+        for name, baseline in BASELINES.items():
+            error = relative(baseline(inputs, weight, sparsity))
             yield Row(n, d, tail, seed, sparsity, name, error)
         ours = min(relative(weight * threshold(mask, sparsity)) for mask in relaxed)
         yield Row(n, d, tail, seed, sparsity, "attention matrix", ours)

@@ -77,7 +77,7 @@ def _layer(dtype: torch.dtype) -> tuple[Sparse24LinearMethod, Any]:
     torch.manual_seed(0)
     weight = torch.randn(ROWS, COLUMNS).to(dtype)
     weight.view(torch.int8).view(-1, 4)[:, :2] = 0
-    values, places = packing.pack(weight)
+    values, indices = packing.pack(weight)
     method = Sparse24LinearMethod(
         None, name="layer", packed_parts=0, all_sparse=True, table=KernelTable()
     )
@@ -85,7 +85,7 @@ def _layer(dtype: torch.dtype) -> tuple[Sparse24LinearMethod, Any]:
     method.quantize = activations.quantizer(dtype, GPU)
     layer = SimpleNamespace(
         weight_packed=values,
-        weight_places=places,
+        weight_indices=indices,
         weight_arrived=None,
         weight_cusparselt=None,
         weight_channel_scale=torch.rand(ROWS),

@@ -16,7 +16,12 @@ from transformers import (
 from llmc_attnmask.checkpoint.config import dense_config, is_packed
 from llmc_attnmask.checkpoint.convert import packed_layers
 from llmc_attnmask.checkpoint.io.files import TensorSpec, open_checkpoint
-from llmc_attnmask.checkpoint.source import read_config, read_weights, reading, stored
+from llmc_attnmask.checkpoint.source import (
+    read_config,
+    read_weights,
+    reading_errors,
+    stored,
+)
 
 # Arguments of from_pretrained that say which files are meant.
 _HUB = ("revision", "cache_dir", "token", "local_files_only")
@@ -43,7 +48,7 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     if directory.is_dir() and not trust:
         read_weights(directory, config)
     if not is_packed(stored(config)):
-        with reading(model):
+        with reading_errors(model):
             made: Any = AutoModelForCausalLM.from_pretrained(
                 model,
                 trust_remote_code=trust,
@@ -75,7 +80,7 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
             "it cannot be loaded packed; `llmc-attnmask unpack` it first"
         )
     kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    with reading(directory):
+    with reading_errors(directory):
         made = kind.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, **kwargs
         )

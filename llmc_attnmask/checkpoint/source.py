@@ -36,7 +36,7 @@ def read_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """
     if Path(model).is_dir():
         read_mapping(Path(model) / CONFIG)
-    with reading(model):
+    with reading_errors(model):
         kwargs = {"trust_remote_code": False, **kwargs}
         config: PreTrainedConfig = AutoConfig.from_pretrained(model, **kwargs)
         is_packed(stored(config))
@@ -48,7 +48,7 @@ def read_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
     :raises ValueError, OSError: naming the model
     """
-    with reading(model):
+    with reading_errors(model):
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
@@ -66,7 +66,7 @@ def read_weights(directory: Path, config: PreTrainedConfig) -> Checkpoint:
             f"{directory / CONFIG} has num_hidden_layers {layers}, but there are only "
             f"{len(checkpoint.tensors)} tensors beside it"
         )
-    with reading(directory), torch.device("meta"):
+    with reading_errors(directory), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     needed = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
     if needed > _WEIGHTS_PER_ENTRY * entries + _SPARE_ENTRIES:
@@ -83,7 +83,7 @@ def stored(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def reading(model: str | Path) -> Iterator[None]:
+def reading_errors(model: str | Path) -> Iterator[None]:
     """Name the model in errors, which transformers raises of many kinds.
 
     :raises ValueError: for whatever its files have made go wrong

@@ -21,7 +21,7 @@ class _Bits:
     shape: tuple[int, ...]
 
 
-def remember(linear: nn.Module, kept: Tensor) -> None:
+def set_mask(linear: nn.Module, kept: Tensor) -> None:
     """Keep the mask of a pruned module.
 
     What was pruned before stays pruned: of two masks the entries that both keep remain.
@@ -37,18 +37,18 @@ def remember(linear: nn.Module, kept: Tensor) -> None:
             f"a {kept.dtype} tensor of shape {tuple(kept.shape)} is no mask for this "
             f"weight; expected torch.bool and {shape}"
         )
-    if (earlier := recall(linear)) is not None:
+    if (earlier := get_mask(linear)) is not None:
         kept = kept.cpu() & earlier
     setattr(linear, _ATTRIBUTE, _Bits(packed(kept), shape))
 
 
-def recall(linear: nn.Module) -> Tensor | None:
+def get_mask(linear: nn.Module) -> Tensor | None:
     """The mask that was remembered: bool, shape of the weight, on CPU; None if none."""
     bits = getattr(linear, _ATTRIBUTE, None)
     return None if bits is None else unpacked(bits.packed, bits.shape)
 
 
-def filled(linear: nn.Module) -> int:
+def count_violations(linear: nn.Module) -> int:
     """Pruned entries of a module that are no longer zero; 0 without a mask.
 
     Bits are compared, as this is asked of whole models again and again.
@@ -60,7 +60,7 @@ def filled(linear: nn.Module) -> int:
     return int(np.unpackbits(wrong).sum(dtype=np.int64)) if wrong.any() else 0
 
 
-def forget(linear: nn.Module) -> None:
+def clear_mask(linear: nn.Module) -> None:
     """Drop the mask that was remembered, if any."""
     if hasattr(linear, _ATTRIBUTE):
         delattr(linear, _ATTRIBUTE)

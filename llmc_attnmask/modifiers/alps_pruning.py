@@ -12,7 +12,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from llmc_attnmask.calibration.units import Sums
+from llmc_attnmask.calibration.micro_batches import Sums
 from llmc_attnmask.distributed import (
     check_shares,
     gathered,
@@ -22,17 +22,17 @@ from llmc_attnmask.distributed import (
     world_size,
     write_parameter,
 )
-from llmc_attnmask.masks.record import remember
+from llmc_attnmask.masks.record import set_mask
 from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.modifiers.base import StoredModifier
 from llmc_attnmask.modifiers.fields import (
     MaskStructureField,
     Names,
     check_finite,
     listed,
 )
-from llmc_attnmask.modifiers.storage import StoredModifier
-from llmc_attnmask.runlog.layers import Layer
-from llmc_attnmask.runlog.progress import restorable, step
+from llmc_attnmask.runlog.layer_log import LayerLog
+from llmc_attnmask.runlog.progress import layer_work, restorable
 from llmc_attnmask.runlog.run import run_of
 from llmc_attnmask.solvers.least_squares import choose_mask, solve
 
@@ -145,12 +145,12 @@ class ALPSPruningModifier(StoredModifier):
         at_once = world_size()
         for start in range(0, len(names), at_once):
             few = names[start : start + at_once]
-            layers = {name: Layer(model, self, name) for name in few}
+            layers = {name: LayerLog(model, self, name) for name in few}
             solutions = self._solve([n for n in few if not restorable(self, n)])
             for name in few:
                 self._hessians.pop(name, None)
                 linear = self._linears[name]
-                with step(model, self, name) as work:
+                with layer_work(model, self, name) as work:
                     if not work.restored:
                         self._write(layers[name], linear, solutions[name])
                         work.changed = [linear]
@@ -203,10 +203,10 @@ class ALPSPruningModifier(StoredModifier):
         return hessian
 
     @torch.no_grad()
-    def _write(self, layer: Layer, linear: nn.Linear, solution: "_Solution") -> None:
+    def _write(self, layer: LayerLog, linear: nn.Linear, solution: "_Solution") -> None:
         pruned = solution.weight.to(linear.weight.dtype)
         write_parameter(linear, "weight", pruned.masked_fill(~solution.kept, 0.0))
-        remember(linear, solution.kept)
+        set_mask(linear, solution.kept)
         layer.done(
             solution.weight.device,
             {"output": [solution.error]},

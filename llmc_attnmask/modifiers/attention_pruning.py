@@ -20,24 +20,24 @@ from llmc_attnmask.attention.projections import (
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.calibration.samples import Offload
 from llmc_attnmask.distributed import check_shares, reached, write_parameter
-from llmc_attnmask.masks.record import remember
+from llmc_attnmask.masks.record import set_mask
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.modifiers.attention_figures import figures, joined
+from llmc_attnmask.modifiers.attention_measurements import joined, measurements
+from llmc_attnmask.modifiers.base import StoredModifier
 from llmc_attnmask.modifiers.fields import (
     MaskStructureField,
     Names,
     check_finite,
     listed,
 )
-from llmc_attnmask.modifiers.storage import StoredModifier
-from llmc_attnmask.runlog.layers import Layer
-from llmc_attnmask.runlog.progress import step
+from llmc_attnmask.runlog.layer_log import LayerLog
+from llmc_attnmask.runlog.progress import layer_work
 from llmc_attnmask.runlog.run import run_of
 from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
-from llmc_attnmask.upstream.peers import peers
+from llmc_attnmask.upstream.baselines import baselines
 
 _STEPS = {False: 200, True: 25}  # by update_weights, which starts from more
-_PICTURED = 6  # attention modules whose matrices the report shows
+_MAPPED = 6  # attention modules whose matrices the report shows
 
 
 class AttentionMatrixPruningModifier(StoredModifier):
@@ -113,8 +113,8 @@ class AttentionMatrixPruningModifier(StoredModifier):
     offload_activations: Offload = "cpu"
 
     _structure: MaskStructure = PrivateAttr()
-    _layers: dict[str, "_Layer"] = PrivateAttr(default_factory=dict)
-    _pictured: set[str] = PrivateAttr(default_factory=set)
+    _layers: dict[str, "_Target"] = PrivateAttr(default_factory=dict)
+    _with_maps: set[str] = PrivateAttr(default_factory=set)
 
     @model_validator(mode="after")
     def _check_fields(self) -> "AttentionMatrixPruningModifier":
@@ -143,7 +143,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
         for name, sparsity in zip(names, sparsities, strict=True):
             self._layers[name] = self._checked_layer(name, found[name], sparsity)
         run_of(self).expect(self, len(names))
-        self._pictured = _spread(names, _PICTURED)
+        self._with_maps = _spread(names, _MAPPED)
         return True
 
     def linears_to_prune(self) -> list[nn.Module]:
@@ -174,7 +174,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 layer = self._layers[name]
                 if not self.done:
                     check_shares(layer.inputs.hidden)
-                with step(state.model, self, name) as work:
+                with layer_work(state.model, self, name) as work:
                     if not work.restored:
                         work.changed = self._prune(state.model, name, layer)
                 layer.inputs.clear()
@@ -217,7 +217,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
 
     def _checked_layer(
         self, name: str, attention: nn.Module, sparsity: float
-    ) -> "_Layer":
+    ) -> "_Target":
         try:
             projections = find_projections(attention)
         except UnsupportedAttentionError as error:
@@ -236,11 +236,11 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 self._structure.groups(projection.of(weight))
             except ValueError as error:
                 raise ValueError(f"{name}.{projection.child}: {error}") from None
-        return _Layer(attention, projections, sparsity, self.offload_activations)
+        return _Target(attention, projections, sparsity, self.offload_activations)
 
-    def _prune(self, model: nn.Module, name: str, layer: "_Layer") -> list[nn.Module]:
+    def _prune(self, model: nn.Module, name: str, layer: "_Target") -> list[nn.Module]:
         """Prune one attention module; returns its Linears that have changed."""
-        work = Layer(model, self, name)
+        work = LayerLog(model, self, name)
         replica = AttentionReplica(
             layer.attention, device=get_execution_device(layer.attention)
         )
@@ -253,7 +253,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
             self._structure,
             layer.sparsity,
             self._settings(),
-            peers(self._structure, layer.sparsity),
+            baselines(self._structure, layer.sparsity),
         )
         masks: dict[Role, Tensor] = {}
         weights: dict[Role, Tensor] = {}
@@ -265,18 +265,18 @@ class AttentionMatrixPruningModifier(StoredModifier):
             replica.device,
             {joined(s.masks): [s.start_error, s.error] for s in solutions},
             fallback="; ".join(s.fallback for s in solutions if s.fallback) or None,
-            **figures(
+            **measurements(
                 replica,
                 layer.inputs,
                 layer.projections,
                 solutions,
-                pictured=name in self._pictured,
+                with_maps=name in self._with_maps,
             ),
         )
         return changed
 
     def _check_output_path(
-        self, name: str, layer: "_Layer", replica: AttentionReplica
+        self, name: str, layer: "_Target", replica: AttentionReplica
     ) -> None:
         needed = self.output_weight or {"v", "o"} & set(self.projections)
         if not needed or "o" not in layer.projections:
@@ -290,7 +290,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
     @torch.no_grad()
     def _write(
         self,
-        layer: "_Layer",
+        layer: "_Target",
         masks: dict[Role, Tensor],
         weights: dict[Role, Tensor],
     ) -> list[nn.Module]:
@@ -310,7 +310,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
                     projection.put(weight, values)
             # masked_fill, not a product: a product leaves -0.0
             write_parameter(linear, "weight", weight.masked_fill(~kept, 0.0))
-            remember(linear, kept)
+            set_mask(linear, kept)
             changed.append(linear)
         return changed
 
@@ -326,7 +326,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
         )
 
 
-class _Layer:
+class _Target:
     """An attention module in work."""
 
     def __init__(

@@ -10,8 +10,8 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq import base as stock
 from torch import nn
 
-from llmc_attnmask.modifiers.storage import StoredModifier
-from llmc_attnmask.runlog.progress import step
+from llmc_attnmask.modifiers.base import StoredModifier
+from llmc_attnmask.runlog.progress import layer_work
 from llmc_attnmask.solvers.gptq import quantize_weight
 
 
@@ -52,7 +52,7 @@ class MaskedGPTQModifier(GPTQModifier, StoredModifier):
             return
         others = f" and {len(module_list) - 1} more"
         layer = self._module_names[module_list[0]] + others
-        with step(active_session().state.model, self, layer) as work:
+        with layer_work(active_session().state.model, self, layer) as work:
             if work.restored:
                 for module in module_list:
                     del self._hessians[module], self._num_samples[module]

@@ -31,13 +31,13 @@ from llmc_attnmask.distributed import (
     reached,
     write_parameter,
 )
+from llmc_attnmask.modifiers.base import StoredModifier
 from llmc_attnmask.modifiers.fields import Names, check_finite, listed
-from llmc_attnmask.modifiers.storage import StoredModifier
-from llmc_attnmask.recovery.block import Block, block_error, changed_energy
-from llmc_attnmask.recovery.descent import DescentSettings, descend
+from llmc_attnmask.recovery.block import Block, block_error, residual_norm
+from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.recovery.refit import refit
-from llmc_attnmask.runlog.layers import Layer
-from llmc_attnmask.runlog.progress import step
+from llmc_attnmask.runlog.layer_log import LayerLog
+from llmc_attnmask.runlog.progress import layer_work
 from llmc_attnmask.runlog.run import run_of
 from llmc_attnmask.upstream.mask_guard import modifiers_before
 
@@ -216,14 +216,14 @@ class MaskedRecoveryModifier(StoredModifier):
         self._streams[container] = dense.outputs()
         if name not in self._refined:
             return
-        with step(model, self, name) as work:
+        with layer_work(model, self, name) as work:
             if not work.restored:
-                layer = Layer(model, self, name)
+                layer = LayerLog(model, self, name)
                 work.changed = self._refine(layer, dense, inputs, stream)
 
     def _refine(
         self,
-        layer: Layer,
+        layer: LayerLog,
         dense: Block,
         inputs: ModuleInputs,
         stream: SampleTensors,
@@ -231,17 +231,17 @@ class MaskedRecoveryModifier(StoredModifier):
         """Refine one block; returns its Linears that have changed."""
         block = self._blocks[layer.name]
         device = dense.device
-        wanted = self._streams[layer.name.rpartition(".")[0]]
+        targets = self._streams[layer.name.rpartition(".")[0]]
         with align_module_device(block):
             pruned = Block(block, inputs, device)
         kept = _masks(dense, pruned)
         if not kept:
             return []
-        energy = changed_energy(stream, wanted)
-        errors = [block_error(pruned, wanted)]
+        norm = residual_norm(stream, targets)
+        errors = [block_error(pruned, targets)]
         before = {child: pruned.linears()[child].weight.clone() for child in kept}
         refit(dense, pruned, kept)
-        errors.append(block_error(pruned, wanted))
+        errors.append(block_error(pruned, targets))
         fallback: str | None = None
         if not math.isfinite(errors[-1]):
             fallback = f"the error after the closed form is {errors[-1]}"
@@ -252,8 +252,8 @@ class MaskedRecoveryModifier(StoredModifier):
                 pruned.linears()[child].weight.copy_(weight)
             errors[-1] = errors[0]
         if self.steps and not fallback:
-            found = descend(
-                dense, pruned, wanted, errors[-1], energy, kept, self._settings()
+            found = refine(
+                dense, pruned, targets, errors[-1], norm, kept, self._settings()
             )
             errors.append(found.error)
             fallback = found.fallback
@@ -264,15 +264,15 @@ class MaskedRecoveryModifier(StoredModifier):
             write_parameter(linear, "weight", weight)
         layer.done(
             device,
-            {"block output": [error / energy for error in errors]},
+            {"block output": [error / norm for error in errors]},
             zeros=sum(int((~mask).sum()) for mask in kept.values()),
             entries=sum(mask.numel() for mask in kept.values()),
             fallback=fallback,
         )
         return [block.get_submodule(child) for child in kept]
 
-    def _settings(self) -> DescentSettings:
-        return DescentSettings(
+    def _settings(self) -> RefineSettings:
+        return RefineSettings(
             steps=self.steps,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,

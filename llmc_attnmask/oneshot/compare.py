@@ -89,9 +89,9 @@ def compare(
 
         return run
 
-    def by_peer(peer: Callable) -> Callable[[PreTrainedModel], None]:
+    def by_baseline(baseline: Callable) -> Callable[[PreTrainedModel], None]:
         def run(loaded: PreTrainedModel) -> None:
-            compress(loaded, tokenizer, [peer(**shared)], calibration)
+            compress(loaded, tokenizer, [baseline(**shared)], calibration)
 
         return run
 
@@ -108,8 +108,8 @@ def compare(
     methods: dict[str, Callable[[PreTrainedModel], None]] = {
         "dense": lambda loaded: None,
         "magnitude": by_magnitude,
-        "Wanda": by_peer(WandaPruningModifier),
-        "SparseGPT": by_peer(SparseGPTModifier),
+        "Wanda": by_baseline(WandaPruningModifier),
+        "SparseGPT": by_baseline(SparseGPTModifier),
     }
     by_name = {
         f"ours, {recipe.stem.removeprefix('attention_')}": recipe for recipe in recipes

@@ -18,9 +18,9 @@ from transformers import (
 )
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
+from llmc_attnmask.calibration.micro_batches import share
 from llmc_attnmask.calibration.samples import Offload
 from llmc_attnmask.calibration.scratch import scratch
-from llmc_attnmask.calibration.units import share
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.io.atomic import PROGRESS, check_new, new_folder
 from llmc_attnmask.checkpoint.load import load
@@ -32,16 +32,16 @@ from llmc_attnmask.distributed import (
     rank,
     world_size,
 )
-from llmc_attnmask.modifiers.storage import recipe_storage
+from llmc_attnmask.modifiers.base import recipe_storage
 from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
-from llmc_attnmask.report.files import companions
+from llmc_attnmask.report.files import save_hook
 from llmc_attnmask.report.numbers import versions
-from llmc_attnmask.runlog.journal import facts
+from llmc_attnmask.runlog.journal import run_metadata
 from llmc_attnmask.runlog.progress import Progress, recorded
 from llmc_attnmask.runlog.run import described
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
 from llmc_attnmask.text.windows import calibration_windows, window_length
-from llmc_attnmask.upstream.saving import save_as
+from llmc_attnmask.upstream.save import save_as
 
 
 @process_group()
@@ -117,7 +117,7 @@ def prune(
     progress = Progress(output / PROGRESS, fingerprint, parsed.modifiers)
     with _kept(progress), _loaded(model, config, offload_model) as loaded:
         torch.manual_seed(seed)
-        facts(loaded).update(
+        run_metadata(loaded).update(
             modifiers=described(parsed.modifiers),
             options={
                 "dataset": str(dataset),
@@ -247,7 +247,7 @@ def save(
 
     Of several ranks one does; all return when it is there.
     """
-    save_as(model, storage, companions)
+    save_as(model, storage, save_hook)
     if is_source():
         with new_folder(output) as partial:
             model.save_pretrained(partial)

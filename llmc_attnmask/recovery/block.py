@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from llmc_attnmask.attention.capture import isolated_copy
-from llmc_attnmask.calibration.faults import Fitting
 from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.calibration.memory import MicroBatchRunner
+from llmc_attnmask.calibration.micro_batches import micro_batches_of
 from llmc_attnmask.calibration.samples import SampleTensors
-from llmc_attnmask.calibration.units import units_of
 from llmc_attnmask.distributed import all_sum_numbers
 
 
@@ -43,8 +43,8 @@ class Block:
         self.autocast = device.type == "cuda"
         self.inputs = inputs
         self.hidden = hidden
-        self.units = units_of(inputs)
-        self.fitting = Fitting()
+        self.micro_batches = micro_batches_of(inputs)
+        self.runner = MicroBatchRunner()
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """Hidden states after the block, float32 [B, L, D], of some samples."""
@@ -64,7 +64,7 @@ class Block:
         inputs = self.inputs.hidden if self.hidden is None else self.hidden
         dtype = inputs[0].dtype
         found = SampleTensors(self.inputs.offload)
-        for indices, outputs in self.fitting(self.units, self):
+        for indices, outputs in self.runner(self.micro_batches, self):
             for i, output in zip(indices, outputs.split(1), strict=True):
                 found[i] = output.to("cpu", dtype)
         return found
@@ -78,21 +78,21 @@ class Block:
 
 
 @torch.no_grad()
-def block_error(pruned: Block, wanted: Sequence[Tensor]) -> float:
+def block_error(pruned: Block, targets: Sequence[Tensor]) -> float:
     """||Y~ - Y||_F^2 over the samples of all ranks.
 
-    :param wanted: Y, hidden states after the dense block, [1, L, D] of each sample
+    :param targets: Y, hidden states after the dense block, [1, L, D] of each sample
     """
 
     def run(indices: list[int]) -> float:
-        target = torch.cat([wanted[i] for i in indices]).to(pruned.device)
+        target = torch.cat([targets[i] for i in indices]).to(pruned.device)
         return (pruned(indices) - target).square().sum().item()
 
-    total = sum(error for _, error in pruned.fitting(pruned.units, run))
+    total = sum(error for _, error in pruned.runner(pruned.micro_batches, run))
     return all_sum_numbers(total)[0]
 
 
-def changed_energy(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+def residual_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
     """||Y - X||_F^2: what a block adds to its residual stream, to be relative to."""
     pairs = zip(inputs, outputs, strict=True)
     total = sum((y.float() - x.float()).square().sum().item() for x, y in pairs)

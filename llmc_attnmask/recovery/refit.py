@@ -20,7 +20,7 @@ from llmc_attnmask.attention.projections import (
     find_projections,
 )
 from llmc_attnmask.calibration.inputs import ModuleInputs
-from llmc_attnmask.calibration.units import LARGEST, Sums
+from llmc_attnmask.calibration.micro_batches import MAX_MICRO_BATCH, Sums
 from llmc_attnmask.distributed import gathered, owner, rank, send_from
 from llmc_attnmask.recovery.block import Block
 from llmc_attnmask.solvers.least_squares import solve
@@ -76,7 +76,7 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
             ),
             with_kwargs=True,
         )
-        for _ in dense.fitting(dense.units, dense):
+        for _ in dense.runner(dense.micro_batches, dense):
             inputs.append(**latest)  # of what came through, not of what was too large
         handle.remove()
         objective = MatrixObjective(
@@ -100,24 +100,24 @@ def _normal_equations(
     linears = dense.linears()
 
     def terms(indices: list[int]) -> dict[str, Tensor] | None:
-        then, dense_output = _run(dense, indices, group, silent)
-        now, output = _run(pruned, indices, group, silent)
-        if group[0] not in now:
+        dense_calls, dense_output = _run(dense, indices, group, silent)
+        pruned_calls, output = _run(pruned, indices, group, silent)
+        if group[0] not in pruned_calls:
             return None  # an expert without tokens
-        x = now[group[0]][0]
+        x = pruned_calls[group[0]][0]
         everything = (len(indices), pruned.inputs.hidden.shape(indices[0])[1])
         rows = x.flatten(0, -2).float()
         product = rows.T @ rows
         found = {_HESSIAN: product}
         for name in group:
             linear = linears[name]
-            if x.shape[:-1] == everything and name in then:
-                wanted = then[name][1].float()
+            if x.shape[:-1] == everything and name in dense_calls:
+                target = dense_calls[name][1].float()
                 if linear.bias is not None:
-                    wanted = wanted - linear.bias
+                    target = target - linear.bias
                 if dense_output is not None and output is not None:
-                    wanted = wanted + dense_output - output
-                found[name] = wanted.flatten(0, -2).T @ rows
+                    target = target + dense_output - output
+                found[name] = target.flatten(0, -2).T @ rows
             else:  # an expert's share of the tokens may not be the same in both
                 found[name] = linear.weight @ product
         return found
@@ -125,7 +125,7 @@ def _normal_equations(
     columns = linears[group[0]].in_features
     sums = Sums(like={name: linears[name].weight for name in group})
     sums.add(_HESSIAN, torch.zeros(columns, columns, device=pruned.device))
-    for _, found in pruned.fitting(pruned.units, terms):
+    for _, found in pruned.runner(pruned.micro_batches, terms):
         for key, term in (found or {}).items():
             sums.add(key, term)
     totals = sums.totals()
@@ -194,7 +194,11 @@ def _by_input(block: Block, names: list[str]) -> list[list[str]]:
 
     Linears that the first samples do not reach are left out.
     """
-    first = [u for u in block.units if u.index * u.size < LARGEST and u.samples]
+    first = [
+        u
+        for u in block.micro_batches
+        if u.index * u.size < MAX_MICRO_BATCH and u.samples
+    ]
     seen = {u.index: _groups(block, names, list(u.samples)) for u in first}
     by_unit: dict[int, list[list[str]]] = {}
     for share in gathered(seen):

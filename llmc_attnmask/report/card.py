@@ -37,7 +37,7 @@ def render(report: Report, directory: Path) -> str:
         zeros=view.decoder_zeros(report),
         attention=_attention_rows(report),
         perplexities=view.perplexities(report),
-        reading=view.read_bytes(report),
+        token_bytes=view.token_bytes(report),
         recovery=_recovery(report),
     )
     front = yaml.safe_dump(_front_matter(report, config), sort_keys=False)

@@ -24,7 +24,7 @@ class ReportError(ValueError):
     """A report.json that cannot be read; the message says why."""
 
 
-def companions(model: PreTrainedModel) -> Callable[[Path, Path], None]:
+def save_hook(model: PreTrainedModel) -> Callable[[Path, Path], None]:
     """Take a model's numbers; what is returned writes the files about them.
 
     A checkpoint is worth more than its report: if that cannot be made, a warning says

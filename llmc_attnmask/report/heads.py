@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmc_attnmask.attention.pictures import unpacked
+from llmc_attnmask.attention.attention_maps import inflated
 from llmc_attnmask.report import view
 
 
@@ -23,24 +23,24 @@ class Head:
 
 def heads(report: Mapping[str, Any]) -> list[Head]:
     """Every head that a run has kept matrices of, the one that lost most first."""
-    stored = [
-        (layer["layer"], picture)
+    found = [
+        (layer["layer"], attention_map)
         for layer in report["layers"]
-        for picture in layer.get("pictures", [])
+        for attention_map in layer.get("pictures", [])
     ]
-    stored.sort(key=lambda pair: -pair[1]["error"])
-    return [_head(name, picture) for name, picture in stored]
+    found.sort(key=lambda pair: -pair[1]["error"])
+    return [_head(name, attention_map) for name, attention_map in found]
 
 
-def _head(name: str, picture: Mapping[str, Any]) -> Head:
-    label = f"layer {view.short(name)}, head {picture['head']}"
-    error = view.error(picture["error"])
+def _head(name: str, stored: Mapping[str, Any]) -> Head:
+    label = f"layer {view.short(name)}, head {stored['head']}"
+    error = view.error(stored["error"])
     return Head(
         label=f"{label}: error {error}",
-        says=f"Attention of {label} among the first {picture['tokens']} tokens of a "
+        says=f"Attention of {label} among the first {stored['tokens']} tokens of a "
         f"calibration sample, queries down and keys across. Relative error {error}; "
-        f"the largest change of an entry is {picture['largest_difference']:.3f}.",
-        tokens=picture["tokens"],
-        largest=picture["largest_difference"],
-        **{name: unpacked(picture[name]) for name in ("dense", "pruned", "difference")},
+        f"the largest change of an entry is {stored['largest_difference']:.3f}.",
+        tokens=stored["tokens"],
+        largest=stored["largest_difference"],
+        **{name: inflated(stored[name]) for name in ("dense", "pruned", "difference")},
     )

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmc_attnmask.report import view
-from llmc_attnmask.report.figures import LAYERS, MANY, Figure
+from llmc_attnmask.report.charts import LAYERS, MANY, Chart
 
 Report = Mapping[str, Any]
 
 _MOST_CELLS_WITH_TEXT = 160
 
 
-def zeros_by_projection(report: Report) -> Figure | None:
+def zeros_by_projection(report: Report) -> Chart | None:
     """Share of zeros in the files, layers down and Linears across."""
     sums: dict[tuple[int, str], list[float]] = {}
     for layer in report["checkpoint"]:
@@ -33,7 +33,7 @@ def zeros_by_projection(report: Report) -> Figure | None:
     )
 
 
-def zeros_by_head(report: Report) -> Figure | None:
+def zeros_by_head(report: Report) -> Chart | None:
     """Share of pruned entries, layers down and heads across."""
     cells: dict[tuple[int, str], float] = {}
     for i, layer in enumerate(report["layers"]):
@@ -68,7 +68,7 @@ def _map(
     cells: Mapping[tuple[int, str], float],
     columns: list[str],
     what: str,
-) -> Figure:
+) -> Chart:
     numbers = sorted({number for number, _ in cells})
     values = [[cells.get((n, c)) for c in columns] for n in numbers]
     low, high = min(cells.values()), max(cells.values())
@@ -100,7 +100,7 @@ def _map(
     if len(cells) <= _MOST_CELLS_WITH_TEXT and len(columns) <= 12:
         trace |= {"texttemplate": "%{z:.0%}", "textfont": {"size": 11}}
     span = f"{low:.1%}" if high - low < 5e-4 else f"{low:.1%} to {high:.1%}"
-    return Figure(
+    return Chart(
         id=id_,
         title=title,
         says=f"{what}: {span}.",

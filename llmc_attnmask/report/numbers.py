@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from llmc_attnmask import __version__
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.io.files import open_checkpoint
-from llmc_attnmask.masks.record import filled, recall
-from llmc_attnmask.report.reading import read_per_token
-from llmc_attnmask.runlog.journal import entries, facts
+from llmc_attnmask.masks.record import count_violations, get_mask
+from llmc_attnmask.report.token_bytes import bytes_per_token
+from llmc_attnmask.runlog.journal import entries, run_metadata
 
 VERSION = 1
 _PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
@@ -27,7 +27,7 @@ Report = dict[str, Any]
 
 def of_model(model: PreTrainedModel) -> Report:
     """What a model in memory knows of its pruning, before it is written."""
-    known = facts(model)
+    known = run_metadata(model)
     return reduced() | {
         "base_model": model.config.name_or_path or None,
         "architecture": type(model).__name__,
@@ -37,7 +37,7 @@ def of_model(model: PreTrainedModel) -> Report:
         "modifiers": list(known.get("modifiers", [])),
         "warnings": list(known.get("warnings", [])),
         "layers": [
-            {"modifier": e.modifier, "layer": e.layer, **e.figures}
+            {"modifier": e.modifier, "layer": e.layer, **e.measurements}
             for e in entries(model)
         ],
         "masks": _masks(model),
@@ -48,10 +48,10 @@ def of_folder(directory: Path) -> Report:
     """What the files of a checkpoint tell without the run that wrote them."""
     layers = inspect(directory)
     two_of_four = {layer.name for layer in layers if layer.two_of_four}
-    reading = read_per_token(open_checkpoint(directory), two_of_four)
+    token_bytes = bytes_per_token(open_checkpoint(directory), two_of_four)
     return {
         "checkpoint": [asdict(layer) | {"shape": [*layer.shape]} for layer in layers],
-        "reading": [asdict(layer) for layer in reading],
+        "reading": [asdict(layer) for layer in token_bytes],
         "recipe": _text(directory / "recipe.yaml"),
     }
 
@@ -99,7 +99,7 @@ def _masks(model: nn.Module) -> list[dict[str, Any]]:
     """Pruned entries of every layer with a mask, and those that are filled in again."""
     found = []
     for name, module in model.named_modules():
-        kept = recall(module)
+        kept = get_mask(module)
         weight = cast(Tensor | None, getattr(module, "weight", None))
         if kept is not None and weight is not None and weight.is_floating_point():
             found.append(
@@ -107,7 +107,7 @@ def _masks(model: nn.Module) -> list[dict[str, Any]]:
                     "layer": name,
                     "entries": kept.numel(),
                     "pruned": int((~kept).sum()),
-                    "filled": filled(module),
+                    "filled": count_violations(module),
                 }
             )
     return found

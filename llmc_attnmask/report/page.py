@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from llmc_attnmask.report import figures, maps, view
+from llmc_attnmask.report import charts, maps, view
 from llmc_attnmask.report.heads import heads
 from llmc_attnmask.report.numbers import missing
 from llmc_attnmask.report.tiles import tiles
@@ -35,13 +35,13 @@ def environment() -> Environment:
 def render(report: Report) -> str:
     """The page of a report, about as large as Plotly is (5 MB)."""
     sections = {
-        "error": [figures.errors(report, kind) for kind in ("matrix", "output")],
-        "learning": [figures.curves(report), figures.recovery(report)],
+        "error": [charts.errors(report, kind) for kind in ("matrix", "output")],
+        "learning": [charts.curves(report), charts.recovery(report)],
         "zeros": [maps.zeros_by_projection(report), maps.zeros_by_head(report)],
-        "size": [figures.reading(report)],
+        "size": [charts.token_bytes(report)],
     }
     present = {name: [f for f in found if f] for name, found in sections.items()}
-    drawn = [figure for found in present.values() for figure in found]
+    drawn = [chart for found in present.values() for chart in found]
     matrices = heads(report)
     return (
         environment()

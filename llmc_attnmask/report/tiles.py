@@ -25,7 +25,7 @@ def tiles(report: Report) -> list[Tile]:
         _perplexity(report),
         _zeros(report),
         _disk(report),
-        _reading(report),
+        _token_bytes(report),
         _masks(report),
         _time(report),
     ]
@@ -74,8 +74,8 @@ def _disk(report: Report) -> Tile:
     return Tile("Weights on disk", view.size(size), note)
 
 
-def _reading(report: Report) -> Tile | None:
-    dense, sparse = view.read_bytes(report)
+def _token_bytes(report: Report) -> Tile | None:
+    dense, sparse = view.token_bytes(report)
     if not dense:
         return None
     note = "fewer bytes per token" if sparse < dense else "nothing for sparse kernels"

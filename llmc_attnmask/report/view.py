@@ -61,7 +61,7 @@ def decoder_zeros(report: Report) -> float | None:
     )
 
 
-def read_bytes(report: Report) -> tuple[int, int]:
+def token_bytes(report: Report) -> tuple[int, int]:
     """Bytes that one token reads, by dense kernels and by sparse ones."""
     return (
         sum(layer["dense"] for layer in report["reading"]),

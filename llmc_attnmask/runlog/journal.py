@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 _ENTRIES = "_llmc_attnmask_journal"
-_FACTS = "_llmc_attnmask_facts"
+_METADATA = "_llmc_attnmask_metadata"
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Entry:
 
     modifier: str  # class name
     layer: str  # name of the module
-    figures: dict[str, Any] = field(default_factory=dict)  # JSON values only
+    measurements: dict[str, Any] = field(default_factory=dict)  # JSON values only
 
 
-def note(model: nn.Module, modifier: str, layer: str, **figures: Any) -> None:
+def note(model: nn.Module, modifier: str, layer: str, **measurements: Any) -> None:
     """Add an entry to the journal of a model."""
-    entries(model).append(Entry(modifier, layer, figures))
+    entries(model).append(Entry(modifier, layer, measurements))
 
 
 def entries(model: nn.Module) -> list[Entry]:
@@ -33,12 +33,12 @@ def entries(model: nn.Module) -> list[Entry]:
     return getattr(model, _ENTRIES)
 
 
-def facts(model: nn.Module) -> dict[str, Any]:
+def run_metadata(model: nn.Module) -> dict[str, Any]:
     """What is known of the run as a whole; to be read, or added to.
 
     ``modifiers``: name and fields of each; ``warnings``: their texts; ``options``: what
     the run was started with. JSON values only.
     """
-    if not hasattr(model, _FACTS):
-        setattr(model, _FACTS, {})
-    return getattr(model, _FACTS)
+    if not hasattr(model, _METADATA):
+        setattr(model, _METADATA, {})
+    return getattr(model, _METADATA)

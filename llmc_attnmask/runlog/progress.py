@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from llmc_attnmask.checkpoint.io.atomic import check_new, new_file
 from llmc_attnmask.checkpoint.io.writer import disk_errors
 from llmc_attnmask.distributed import is_source, write_parameter
-from llmc_attnmask.masks.record import forget, packed, recall, remember, unpacked
+from llmc_attnmask.masks.record import clear_mask, get_mask, packed, set_mask, unpacked
 from llmc_attnmask.runlog import journal
 from llmc_attnmask.runlog.run import run_of
 
@@ -49,7 +49,7 @@ class ProgressError(ValueError):
 
 
 @dataclass
-class Step:
+class LayerWork:
     """One layer's share of a pass."""
 
     restored: bool = False  # read from disk: there is nothing to do
@@ -160,7 +160,7 @@ class Progress:
             for key, value in _own_tensors(module).items():
                 # a clone: safetensors refuses tensors that share memory
                 tensors[f"{name}:{key}"] = value.detach().cpu().clone().contiguous()
-            if (kept := recall(module)) is not None:
+            if (kept := get_mask(module)) is not None:
                 tensors[f"{name}:{_MASK}"] = torch.from_numpy(packed(kept))
         if self._lock is None:
             self._create()
@@ -195,11 +195,11 @@ class Progress:
                 if tensor != _MASK:
                     write_parameter(modules[name], tensor, file.get_tensor(key))
             for name, module in modules.items():
-                forget(module)
+                clear_mask(module)
                 if f"{name}:{_MASK}" in file.keys():  # noqa: SIM118
                     shape = cast(Tensor, module.weight).shape
                     bits = file.get_tensor(f"{name}:{_MASK}").numpy()
-                    remember(module, unpacked(bits, shape))
+                    set_mask(module, unpacked(bits, shape))
         journal.entries(model).extend(journal.Entry(**entry) for entry in entries)
         return list(modules.values())
 
@@ -236,7 +236,7 @@ class Progress:
 
 @runtime_checkable
 class Resumable(Protocol):
-    """A modifier whose work is within ``step``, layer by layer."""
+    """A modifier whose work is within ``layer_work``, layer by layer."""
 
     @property
     def done(self) -> dict[str, int]:
@@ -278,19 +278,21 @@ def recorded(progress: Progress) -> Iterator[None]:
 
 
 def restorable(modifier: Modifier, layer: str) -> bool:
-    """Whether ``step`` will read this layer instead of having it computed."""
+    """Whether ``layer_work`` will read this layer instead of having it computed."""
     progress = _active.get()
     return progress is not None and progress.has(modifier, layer)
 
 
 @contextmanager
-def step(model: nn.Module, modifier: Resumable, layer: str) -> Iterator[Step]:
+def layer_work(
+    model: nn.Module, modifier: Resumable, layer: str
+) -> Iterator[LayerWork]:
     """One layer's share of a modifier's pass; without a recorded run, only counted.
 
     Within, do the work unless it is ``restored``, and name the modules ``changed``.
     """
     progress = _active.get()
-    current = Step()
+    current = LayerWork()
     if progress is not None and progress.has(cast(Modifier, modifier), layer):
         current.restored = True
         current.changed = progress.restore(model, cast(Modifier, modifier), layer)

@@ -137,8 +137,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             tokens, token_scale = self.quantize(tokens)
         out = op.sparse_linear(
             tokens,
-            None if layer.weight_places is None else layer.weight_packed,
-            layer.weight_places,
+            None if layer.weight_indices is None else layer.weight_packed,
+            layer.weight_indices,
             layer.weight_arrived,
             layer.weight_cusparselt,
             self.span,
@@ -216,7 +216,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         for name, tensor in (
             # LoRA asks a parameter of this name for the device
             ("weight_packed", made.compressed if made.values is None else made.values),
-            ("weight_places", made.places),
+            ("weight_indices", made.indices),
             ("weight_arrived", made.arrived),
             ("weight_cusparselt", made.compressed),
             ("weight_channel_scale", scale),

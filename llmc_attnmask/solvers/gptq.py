@@ -131,7 +131,7 @@ def _quantize_sparse(
     quantized = _project(target.clone(), inverse, grid, blocksize)
     if not fallback:
         for _ in range(_SWEEPS):
-            if not _descend(quantized, target, hessian, grid, blocksize):
+            if not _coordinate_descent(quantized, target, hessian, grid, blocksize):
                 break
     error = quantized - target
     loss = ((error @ hessian) * error).sum() / 2
@@ -201,7 +201,7 @@ def _project(work: Tensor, inverse: Tensor, grid: _Grid, blocksize: int) -> Tens
     return quantized
 
 
-def _descend(
+def _coordinate_descent(
     quantized: Tensor, target: Tensor, hessian: Tensor, grid: _Grid, blocksize: int
 ) -> bool:
     """One sweep of coordinate descent over the columns, in place.

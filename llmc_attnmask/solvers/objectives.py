@@ -29,15 +29,15 @@ from llmc_attnmask.attention.matrix import (
     probe_gradients,
 )
 from llmc_attnmask.attention.projections import Projection, Role
-from llmc_attnmask.calibration.faults import Fitting
 from llmc_attnmask.calibration.inputs import ModuleInputs
-from llmc_attnmask.calibration.units import (
-    LARGEST,
+from llmc_attnmask.calibration.memory import MicroBatchRunner
+from llmc_attnmask.calibration.micro_batches import (
+    MAX_MICRO_BATCH,
+    MicroBatch,
     Sums,
-    Unit,
     count,
-    teaching_and_judging,
-    units_of,
+    micro_batches_of,
+    train_validation_split,
 )
 from llmc_attnmask.distributed import all_sum_numbers
 
@@ -61,13 +61,13 @@ class Objective(ABC):
         inputs: ModuleInputs,
         projections: Mapping[Role, Projection],
         roles: Sequence[Role],
-        batch_size: int = LARGEST,
+        batch_size: int = MAX_MICRO_BATCH,
     ):
         self.replica, self.inputs = replica, inputs
         self.projections, self.roles = projections, list(roles)
-        self.units = units_of(inputs, batch_size)
-        self.training, self.held_back = teaching_and_judging(self.units)
-        self.fitting = Fitting()
+        self.micro_batches = micro_batches_of(inputs, batch_size)
+        self.train, self.validation = train_validation_split(self.micro_batches)
+        self.runner = MicroBatchRunner()
 
     def dense(self, role: Role) -> Tensor:
         """The dense weight of a projection [rows, columns]."""
@@ -87,23 +87,23 @@ class Objective(ABC):
         """Sum of some samples' relative errors, differentiable in the weights."""
 
     @torch.no_grad()
-    def held_back_error(self, weights: Weights) -> float:
+    def validation_error(self, weights: Weights) -> float:
         """Mean relative error of the held-back samples of all ranks."""
 
         def run(samples: list[int]) -> float:
             return self.error(samples, weights).item()
 
-        total = sum(error for _, error in self.fitting(self.held_back, run))
-        return all_sum_numbers(total)[0] / count(self.held_back)
+        total = sum(error for _, error in self.runner(self.validation, run))
+        return all_sum_numbers(total)[0] / count(self.validation)
 
     def gradient(
-        self, units: Iterable[Unit], weights: Weights
+        self, micro_batches: Iterable[MicroBatch], weights: Weights
     ) -> tuple[float, dict[Role, Tensor]]:
         """Mean relative error of some units' samples and its gradient, [rows, columns].
 
         It is that of all ranks, each of which evaluates the units that it has.
         """
-        units = list(units)
+        micro_batches = list(micro_batches)
         leaves = {r: w.detach().requires_grad_() for r, w in weights.items()}
 
         def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
@@ -112,12 +112,12 @@ class Objective(ABC):
             return error.item(), torch.autograd.grad(error, list(leaves.values()))
 
         total, sums = 0.0, Sums(like=leaves)
-        for _, (error, gradients) in self.fitting(units, run):
+        for _, (error, gradients) in self.runner(micro_batches, run):
             total += error
             for role, gradient in zip(leaves, gradients, strict=True):
                 sums.add(role, gradient)
-        mean = all_sum_numbers(total)[0] / count(units)
-        return mean, {r: g.div_(count(units)) for r, g in sums.totals().items()}
+        mean = all_sum_numbers(total)[0] / count(micro_batches)
+        return mean, {r: g.div_(count(micro_batches)) for r, g in sums.totals().items()}
 
     @abstractmethod
     def curvature(self) -> Curvature:
@@ -187,25 +187,25 @@ class MatrixObjective(Objective):
         projections: Mapping[Role, Projection],
         roles: Sequence[Role],
         output_weight: float,
-        batch_size: int = LARGEST,
+        batch_size: int = MAX_MICRO_BATCH,
     ):
         super().__init__(replica, inputs, projections, roles, batch_size)
 
         def run(samples: list[int]) -> AttentionNorms:
             return attention_norms(self.call(samples), self.output_projection())
 
-        norms = [found for _, found in self.fitting(self.held_back, run)]
+        norms = [found for _, found in self.runner(self.validation, run)]
         matrix, output = all_sum_numbers(
             sum(found.matrix for found in norms), sum(found.output for found in norms)
         )
         self.norms = AttentionNorms(matrix, output)
-        self.matrix_weight = (1 - output_weight) * count(self.held_back) / matrix
+        self.matrix_weight = (1 - output_weight) * count(self.validation) / matrix
         # an output projection of zeros lets no error through
         share = output_weight / output if output else 0.0
-        self.output_weight = share * count(self.held_back)
+        self.output_weight = share * count(self.validation)
 
     @torch.no_grad()
-    def held_back_errors(self, candidates: Sequence[Weights]) -> list[AttentionNorms]:
+    def validation_errors(self, candidates: Sequence[Weights]) -> list[AttentionNorms]:
         """The two errors of the formula, each relative, before they are weighed."""
 
         def run(samples: list[int]) -> list[AttentionNorms]:
@@ -213,7 +213,7 @@ class MatrixObjective(Objective):
             projection = self.output_projection()
             return attention_changes(self.call(samples), pruned, projection)
 
-        found = [changes for _, changes in self.fitting(self.held_back, run)]
+        found = [changes for _, changes in self.runner(self.validation, run)]
         relative: list[AttentionNorms] = []
         for i in range(len(candidates)):  # also where this rank holds none back
             sums = all_sum_numbers(
@@ -241,9 +241,11 @@ class MatrixObjective(Objective):
         generator = torch.Generator(self.replica.device)
         hessians: Sums[Role] = Sums()
         sensitivities: Sums[Role] = Sums()
-        for unit in self.units:
-            generator.manual_seed(unit.index)  # the same signs on whatever rank
-            for _, terms in self.fitting([unit], lambda b: self._terms(b, generator)):
+        for micro_batch in self.micro_batches:
+            generator.manual_seed(micro_batch.index)  # the same signs on whatever rank
+            for _, terms in self.runner(
+                [micro_batch], lambda b: self._terms(b, generator)
+            ):
                 for role, (hessian, sensitivity) in terms.items():
                     hessians.add(role, hessian)
                     sensitivities.add(role, sensitivity)
@@ -306,7 +308,7 @@ class OutputObjective(Objective):
         projections: Mapping[Role, Projection],
         roles: Sequence[Role],
         pruned: Weights,
-        batch_size: int = LARGEST,
+        batch_size: int = MAX_MICRO_BATCH,
     ):
         super().__init__(replica, inputs, projections, roles, batch_size)
         self.pruned = dict(pruned)
@@ -315,9 +317,9 @@ class OutputObjective(Objective):
             dense = super(OutputObjective, self).call(samples)
             return self._output(dense).square().sum().item()
 
-        norms = sum(norm for _, norm in self.fitting(self.held_back, run))
+        norms = sum(norm for _, norm in self.runner(self.validation, run))
         (total,) = all_sum_numbers(norms)
-        self.weight = count(self.held_back) / total if total else 0.0
+        self.weight = count(self.validation) / total if total else 0.0
 
     def call(self, samples: list[int], weights: Weights | None = None) -> AttentionCall:
         return super().call(samples, self.pruned | dict(weights or {}))
@@ -337,7 +339,7 @@ class OutputObjective(Objective):
     def curvature(self) -> Curvature:
         """See the base class; v is seen through A~ and W_o, o's inputs are A~ V."""
         hessians: Sums[Role] = Sums()
-        for _, terms in self.fitting(self.units, self._terms):
+        for _, terms in self.runner(self.micro_batches, self._terms):
             for role, hessian in terms:
                 hessians.add(role, hessian)
         found: Curvature = {}

@@ -27,11 +27,11 @@ from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import AttentionNorms
 from llmc_attnmask.attention.projections import Projection, Role
 from llmc_attnmask.calibration.inputs import ModuleInputs
-from llmc_attnmask.calibration.units import minibatches
+from llmc_attnmask.calibration.micro_batches import minibatches
 from llmc_attnmask.distributed import owner, rank, send_from
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.solvers.faults import fault_of
 from llmc_attnmask.solvers.least_squares import choose_mask, solve
+from llmc_attnmask.solvers.numerics import non_finite
 from llmc_attnmask.solvers.objectives import (
     Curvature,
     MatrixObjective,
@@ -48,7 +48,7 @@ _SURVIVOR_STEP = 0.01  # Adam's step of surviving weights, in standard deviation
 
 Tensors = dict[Role, Tensor]
 # dense weight [rows, columns], X^T X [columns, columns] -> pruned weight
-Peer = Callable[[Tensor, Tensor], Tensor]
+Baseline = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def learn_masks(
     structure: MaskStructure,
     sparsity: float,
     settings: SolverSettings,
-    peers: Mapping[str, Peer] | None = None,
+    baselines: Mapping[str, Baseline] | None = None,
 ) -> list[MaskSolution]:
     """Masks for the projections named in ``prune``; never worse than their start.
 
@@ -97,7 +97,7 @@ def learn_masks(
     :param inputs: calibration inputs of the module, at least one sample
     :param projections: all of q, k, v, o (o weighs the output error)
     :param sparsity: share of each projection's entries that is pruned
-    :param peers: other methods, by name, to compare the solution for q and k with
+    :param baselines: other methods, by name, to compare the solution for q and k with
     :return: of q and k, on the attention matrix, and of v and o, on the attention
         output; those of them that ``prune`` names
     """
@@ -111,8 +111,8 @@ def learn_masks(
         )
         curvature = matrix.curvature()
         found = _learn(matrix, curvature, *problem)
-        if peers:
-            found.compared = _compare(matrix, curvature, found.weights, peers)
+        if baselines:
+            found.compared = _compare(matrix, curvature, found.weights, baselines)
         solutions.append(found)
         pruned = found.weights
     if rest := [role for role in prune if role in ("v", "o")]:
@@ -125,16 +125,16 @@ def _compare(
     objective: MatrixObjective,
     curvature: Curvature,
     ours: Tensors,
-    peers: Mapping[str, Peer],
+    baselines: Mapping[str, Baseline],
 ) -> dict[str, AttentionNorms]:
     """Errors of our weights and of other methods', as far as they are numbers."""
     candidates = {"ours": ours}
-    for name, peer in peers.items():
+    for name, baseline in baselines.items():
         candidates[name] = {
-            role: peer(objective.dense(role), hessian)
+            role: baseline(objective.dense(role), hessian)
             for role, (hessian, _) in curvature.items()
         }
-    errors = objective.held_back_errors(list(candidates.values()))
+    errors = objective.validation_errors(list(candidates.values()))
     return {
         name: found
         for name, found in zip(candidates, errors, strict=True)
@@ -152,7 +152,7 @@ def _learn(
     dense = {role: objective.dense(role) for role in objective.roles}
     scores, masks, values = _start(objective, curvature, structure, sparsity, settings)
     weights = _pruned(masks, values)
-    error = objective.held_back_error(weights)
+    error = objective.validation_error(weights)
     fallback: str | None = None
     if settings.update_weights and not math.isfinite(error):
         fallback = f"the error of the second-order solution is {error}"
@@ -160,7 +160,7 @@ def _learn(
         masks = {r: structure.mask(score, sparsity) for r, score in scores.items()}
         values = {role: weight.clone() for role, weight in dense.items()}
         weights = _pruned(masks, values)
-        error = objective.held_back_error(weights)
+        error = objective.validation_error(weights)
     if not math.isfinite(error):
         raise ValueError(
             f"the attention error is {error} before any step: the calibration inputs "
@@ -175,7 +175,7 @@ def _learn(
     if settings.update_weights:
         hard = {role: mask.to(dense[role].dtype) for role, mask in masks.items()}
         spread = {role: w.std().item() for role, w in dense.items()}
-        _descend(
+        _optimize(
             objective,
             settings,
             [(values[role], _SURVIVOR_STEP * spread[role]) for role in values],
@@ -200,7 +200,7 @@ def _learn(
         return {r: structure.mask(s.detach(), sparsity) for r, s in scores.items()}
 
     learned = [(score, settings.learning_rate) for score in scores.values()]
-    _descend(
+    _optimize(
         objective, settings, learned, relaxed, found, values, best, settled=_ANNEALED
     )
     return best
@@ -248,7 +248,7 @@ def _pruned(masks: Tensors, values: Tensors) -> Tensors:
     return {r: values[r].detach().masked_fill(~m, 0.0) for r, m in masks.items()}
 
 
-def _descend(
+def _optimize(
     objective: Objective,
     settings: SolverSettings,
     learned: list[tuple[Tensor, float]],
@@ -273,7 +273,7 @@ def _descend(
         {"params": [tensor.requires_grad_()], "peak": peak} for tensor, peak in learned
     )
     generator = torch.Generator().manual_seed(settings.seed)
-    batches = minibatches(objective.training, settings.batch_size, generator)
+    batches = minibatches(objective.train, settings.batch_size, generator)
     check_every = max(1, settings.steps // _CHECKS)
     for step, batch in enumerate(itertools.islice(batches, settings.steps)):
         progress = step / settings.steps
@@ -291,7 +291,7 @@ def _descend(
                 loss += penalty.item()
                 graph.append(penalty)
                 upstream.append(torch.ones_like(penalty))
-        if fault := fault_of(loss, upstream):
+        if fault := non_finite(loss, upstream):
             best.fallback = f"step {step}: {fault}"
             logger.warning(f"{best.fallback}; the best mask so far stays")
             break
@@ -302,7 +302,7 @@ def _descend(
         if (step + 1) % check_every == 0 or step + 1 == settings.steps:
             hard = found()
             weights = _pruned(hard, values)
-            error = objective.held_back_error(weights)
+            error = objective.validation_error(weights)
             if error < best.error:
                 best.masks, best.weights, best.error = hard, weights, error
                 stalled = 0

@@ -30,8 +30,8 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
 from torch import Tensor, nn
 
 from llmc_attnmask.distributed import world_size
-from llmc_attnmask.masks.record import filled, forget, recall, remember
-from llmc_attnmask.masks.traces import pruned_by_someone
+from llmc_attnmask.masks.detection import detect_mask
+from llmc_attnmask.masks.record import clear_mask, count_violations, get_mask, set_mask
 from llmc_attnmask.modifiers.fields import listed
 
 _WRITING_EVENTS = {
@@ -50,7 +50,7 @@ class MaskBrokenError(ValueError):
 
 @runtime_checkable
 class Pruner(Protocol):
-    """One of our pruning modifiers; it notes its masks itself, with ``remember``."""
+    """One of our pruning modifiers; it notes its masks itself, with ``set_mask``."""
 
     def linears_to_prune(self) -> Iterable[nn.Module]:
         """What it will prune, known once it is initialized."""
@@ -144,16 +144,18 @@ def _find_masks(model: nn.Module) -> None:
     for module in model.modules():
         weight = cast(Tensor | None, getattr(module, "weight", None))
         if weight is None or weight.element_size() == 1:
-            forget(module)
+            clear_mask(module)
             continue
-        kept = recall(module)
-        if kept is not None and (weight.shape != kept.shape or filled(module)):
-            forget(module)  # other weights were loaded since
+        kept = get_mask(module)
+        if kept is not None and (
+            weight.shape != kept.shape or count_violations(module)
+        ):
+            clear_mask(module)  # other weights were loaded since
             kept = None
         if kept is None and isinstance(module, nn.Linear):
-            kept = pruned_by_someone(weight)
+            kept = detect_mask(weight)
             if kept is not None:
-                remember(module, kept)
+                set_mask(module, kept)
 
 
 def _refuse_racer(modifier: Modifier) -> None:
@@ -175,7 +177,7 @@ def _refuse_breaker(
         return
     pruners: dict[nn.Module, str] = {}
     for module in model.modules():
-        if (kept := recall(module)) is not None and not kept.all():
+        if (kept := get_mask(module)) is not None and not kept.all():
             pruners[module] = "an earlier run"
     for pruner in earlier:
         for module in _linears_to_prune(pruner):
@@ -218,7 +220,7 @@ def _check(
 ) -> None:
     """Hold the model, or some modules of it, against the masks."""
     for module in model.modules() if modules is None else modules:
-        if count := filled(module):
+        if count := count_violations(module):
             for member in [modifier, *_recipe()]:
                 member.remove_hooks()  # the model outlives a run that failed
             raise MaskBrokenError(_broken(modifier, model, module, count))
@@ -232,7 +234,7 @@ def _note(modifier: Modifier, modules: list[nn.Module]) -> None:
     pruned = set(_linears_to_prune(modifier))
     for module in modules:
         if module in pruned and not (kept := _weight(module) != 0).all():
-            remember(module, kept)
+            set_mask(module, kept)
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -245,7 +247,7 @@ def _broken(
     module: nn.Module,
     count: int,
 ) -> str:
-    kept = cast(Tensor, recall(module))
+    kept = cast(Tensor, get_mask(module))
     name = next(name for name, m in model.named_modules() if m is module)
     if isinstance(modifier, Pruner) or any(True for _ in _linears_to_prune(modifier)):
         advice = "prune each layer once"

@@ -13,7 +13,7 @@ from llmc_attnmask.checkpoint.convert import pack
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.checkpoints import prune_2of4, raw, read, two_of_four
-from tests.upstream.test_saving import QUICK, written
+from tests.upstream.test_save import QUICK, written
 
 pytestmark = pytest.mark.slow
 RELEASE = "0.13.0"

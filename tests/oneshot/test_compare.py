@@ -20,14 +20,14 @@ def test_the_table_has_every_method_and_ours_wins(calibration, evaluation, tmp_p
             MODEL_DIR, recipes, calibration, evaluation[:64], tmp_path / "kept"
         )
     }
-    peers = ["magnitude", "Wanda", "SparseGPT"]
+    baselines = ["magnitude", "Wanda", "SparseGPT"]
     ours = ["ours, 2of4", "ours, 2of4_updated"]
-    assert list(rows) == ["dense", *peers, *ours]
+    assert list(rows) == ["dense", *baselines, *ours]
     assert rows["dense"].attention_error == 0 and rows["dense"].zeros < 0.01
-    for method in (*peers, *ours):
+    for method in (*baselines, *ours):
         assert rows[method].zeros == pytest.approx(0.5, abs=1e-3)
     # without updates against peers without updates, with updates against SparseGPT
-    for mine, others in ((ours[0], peers[:2]), (ours[1], peers)):
+    for mine, others in ((ours[0], baselines[:2]), (ours[1], baselines)):
         least = min(rows[method].attention_error for method in others)
         assert rows[mine].attention_error < 0.6 * least
         assert rows[mine].perplexity < min(rows[m].perplexity for m in others)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from integration.paper.experiment import PEERS, measure, synthetic
+from integration.paper.experiment import BASELINES, measure, synthetic
 from llmc_attnmask.attention.capture import AttentionCall
 from llmc_attnmask.attention.matrix import attention_error
 from llmc_attnmask.paper.algorithm import projected_gradient_descent, threshold
@@ -66,11 +66,11 @@ def test_threshold_prunes_exactly_the_smallest():
 
 def test_every_method_is_measured_at_every_sparsity():
     rows = list(measure(64, 32, "light", seed=0))
-    assert {row.method for row in rows} == {*PEERS, "attention matrix"}
+    assert {row.method for row in rows} == {*BASELINES, "attention matrix"}
     at = {(r.method, r.sparsity): r.error for r in rows}
-    for method in PEERS:
+    for method in BASELINES:
         assert at[method, 0.3] < at[method, 0.9]
-    assert at["attention matrix", 0.8] < min(at[m, 0.8] for m in PEERS)
+    assert at["attention matrix", 0.8] < min(at[m, 0.8] for m in BASELINES)
 
 
 def test_shapes_that_do_not_fit_are_refused():

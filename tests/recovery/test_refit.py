@@ -18,9 +18,9 @@ LLAMA = [
 
 def test_survivors_make_up_for_most_of_magnitude_pruning(calibration):
     case = case_of(load_model(MODEL_DIR), calibration)
-    before = block_error(case.pruned, case.wanted)
+    before = block_error(case.pruned, case.targets)
     refit(case.dense, case.pruned, case.kept)
-    assert block_error(case.pruned, case.wanted) < 0.4 * before
+    assert block_error(case.pruned, case.targets) < 0.4 * before
     for name, linear in case.pruned.linears().items():
         assert not linear.weight[~case.kept[name]].any()
 
@@ -52,4 +52,4 @@ def test_a_dense_block_after_a_dense_model_stays_as_it_is(calibration):
     everything = {name: mask | True for name, mask in case.kept.items()}
     case.pruned.module.load_state_dict(case.dense.module.state_dict())
     refit(case.dense, case.pruned, everything)
-    assert block_error(case.pruned, case.wanted) < 1e-4 * case.energy
+    assert block_error(case.pruned, case.targets) < 1e-4 * case.norm

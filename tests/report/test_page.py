@@ -12,7 +12,7 @@ import plotly.graph_objects
 import pytest
 
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
-from llmc_attnmask.report import figures, maps, page
+from llmc_attnmask.report import charts, maps, page
 from llmc_attnmask.report.heads import heads
 from llmc_attnmask.report.numbers import of_folder, reduced
 
@@ -83,27 +83,27 @@ def test_names_and_recipes_cannot_break_out(report):
 
 def test_figures_are_what_plotly_knows(report):
     drawn = [
-        figures.errors(report, "matrix"),
-        figures.errors(report, "output"),
-        figures.curves(report),
-        figures.recovery(report),
+        charts.errors(report, "matrix"),
+        charts.errors(report, "output"),
+        charts.curves(report),
+        charts.recovery(report),
         maps.zeros_by_projection(report),
         maps.zeros_by_head(report),
-        figures.reading(report),
+        charts.token_bytes(report),
     ]
-    for figure in drawn:
-        assert figure is not None and figure.says and figure.rows
-        assert all(len(row) == len(figure.header) for row in figure.rows)
-        text = json.dumps([figure.data, figure.layout])
+    for chart in drawn:
+        assert chart is not None and chart.says and chart.rows
+        assert all(len(row) == len(chart.header) for row in chart.rows)
+        text = json.dumps([chart.data, chart.layout])
         data, layout = json.loads(re.sub(r'"--[a-z0-9:.-]+"', '"#123456"', text))
         plotly.graph_objects.Figure(data, layout)  # raises for what it does not know
 
 
 def test_the_tables_have_the_reports_numbers(report):
-    figure = figures.errors(report, "matrix")
-    assert figure is not None
+    chart = charts.errors(report, "matrix")
+    assert chart is not None
     compared = report["layers"][0]["compared"]
-    row = dict(zip(figure.header, figure.rows[0], strict=True))
+    row = dict(zip(chart.header, chart.rows[0], strict=True))
     assert row["This run"] == f"{compared['ours']['matrix']:.5f}"
     assert row["SparseGPT"] == f"{compared['SparseGPT']['matrix']:.5f}"
 

@@ -133,8 +133,8 @@ def test_what_is_kept_is_safetensors_and_json(recipe, cut, tmp_path):
     files = sorted((tmp_path / "out" / PROGRESS).iterdir())
     assert {path.suffix for path in files} == {"", ".json", ".safetensors"}
     assert [path.stat().st_size for path in files if not path.suffix] == [0]  # the lock
-    step = next(path for path in files if path.suffix == ".safetensors")
-    with safe_open(step, "pt") as file:
+    saved = next(path for path in files if path.suffix == ".safetensors")
+    with safe_open(saved, "pt") as file:
         keys = set(file.keys())
     module = "model.layers.0.self_attn.q_proj"
     assert {f"{module}:weight", f"{module}:mask"} <= keys

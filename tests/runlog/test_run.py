@@ -16,7 +16,7 @@ from llmc_attnmask import (
 from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.runlog import run as run_module
-from llmc_attnmask.runlog.journal import facts
+from llmc_attnmask.runlog.journal import run_metadata
 from llmc_attnmask.runlog.run import Run, described, duration
 
 
@@ -109,7 +109,7 @@ def test_warnings_of_the_run_are_noted_once_and_those_after_it_are_not(
     pruner = AttentionMatrixPruningModifier(sparsity=0.5, steps=0)
     compress(model, tokenizer, [pruner, Warner(steps=0)], calibration[:2, :32])
     logger.warning("another matter")
-    noted = [w for w in facts(model)["warnings"] if "accelerator" not in w]
+    noted = [w for w in run_metadata(model)["warnings"] if "accelerator" not in w]
     assert noted == ["something is odd"]
 
 

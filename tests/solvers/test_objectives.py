@@ -28,14 +28,14 @@ def objectives(layer):
 def test_the_dense_weights_have_no_error_and_others_have(layer, role):
     objective = objectives(layer)[role]
     dense = objective.dense(role)
-    assert objective.held_back_error({role: dense}) < 1e-10
-    assert objective.held_back_error({role: dense * 0}) > 0.05
+    assert objective.validation_error({role: dense}) < 1e-10
+    assert objective.validation_error({role: dense * 0}) > 0.05
 
 
 @pytest.mark.parametrize("role", ["q", "k", "v", "o"])
 def test_the_curvature_predicts_the_error_of_small_changes(layer, role):
     objective = objectives(layer)[role]
-    objective.held_back = objective.units
+    objective.validation = objective.micro_batches
     hessian, sensitivity = objective.curvature()[role]
     dense = objective.dense(role)
     samples = len(objective.inputs)
@@ -52,7 +52,7 @@ def test_the_curvature_predicts_the_error_of_small_changes(layer, role):
         blocks = (change @ hessian).view(len(sensitivity), -1, change.shape[1])
         form = ((sensitivity @ blocks).view(change.shape) * change).sum()
         predicted.append(form.item() * factor / samples)
-        measured.append(objective.held_back_error({role: dense + change}))
+        measured.append(objective.validation_error({role: dense + change}))
     ratio = sum(measured) / sum(predicted)
     # Kronecker's factors treat a token's input and its weight as independent
     assert (0.4 < ratio < 2.5) if role != "o" else ratio == pytest.approx(1, rel=1e-2)
@@ -62,8 +62,10 @@ def test_the_output_objective_is_the_modules_own_output(layer, random_llama):
     replica, inputs, _ = layer
     objective = OutputObjective(*layer, ["v", "o"], {})
     attention = random_llama.model.layers[1].self_attn
-    held_back = [i for unit in objective.held_back for i in unit.samples]
-    args, kwargs = inputs.batch(held_back, replica.device, replica.dtype)
+    validation = [
+        i for micro_batch in objective.validation for i in micro_batch.samples
+    ]
+    args, kwargs = inputs.batch(validation, replica.device, replica.dtype)
     with torch.no_grad():
         dense = attention(*args, **kwargs)[0]
         changed = {role: objective.dense(role) * 0.9 for role in ("v", "o")}
@@ -71,6 +73,6 @@ def test_the_output_objective_is_the_modules_own_output(layer, random_llama):
             attention.get_parameter(f"{role}_proj.weight").mul_(0.9)
         now = attention(*args, **kwargs)[0]
     expected = (now - dense).square().sum() / dense.square().sum()
-    assert objective.held_back_error(changed) == pytest.approx(
+    assert objective.validation_error(changed) == pytest.approx(
         expected.item(), rel=1e-4
     )

@@ -80,8 +80,8 @@ def test_learned_masks_have_the_structure_and_a_much_lower_error(layer, structur
 
 def test_the_comparison_takes_the_errors_apart_that_the_objective_weighs(layer):
     settings = replace(SETTINGS, steps=4, output_weight=0.75)
-    peers = {"dense": lambda weight, _: weight, "broken": lambda w, _: w * math.nan}
-    (solution,) = learn_masks(*layer, ("q", "k"), TWO_OF_FOUR, 0.5, settings, peers)
+    baselines = {"dense": lambda weight, _: weight, "broken": lambda w, _: w * math.nan}
+    (solution,) = learn_masks(*layer, ("q", "k"), TWO_OF_FOUR, 0.5, settings, baselines)
     ours = solution.compared["ours"]
     weighed = 0.25 * ours.matrix + 0.75 * ours.output
     assert weighed == pytest.approx(solution.error, rel=1e-4)
@@ -142,7 +142,7 @@ def test_updated_survivors_beat_sparsegpts(layer, structure, prune):
         for role, (hessian, _) in objective.curvature().items()
     }
     assert solution.error <= solution.start_error
-    assert solution.error < 0.7 * objective.held_back_error(theirs)
+    assert solution.error < 0.7 * objective.validation_error(theirs)
 
 
 def test_v_and_o_follow_the_pruned_attention_matrix(layer):
@@ -152,7 +152,7 @@ def test_v_and_o_follow_the_pruned_attention_matrix(layer):
     assert [sorted(solution.masks) for solution in by_stage] == [["k", "q"], ["o", "v"]]
     objective = OutputObjective(*layer, ("v", "o"), by_stage[0].weights)
     weights = by_stage[1].weights
-    assert by_stage[1].error == pytest.approx(objective.held_back_error(weights))
+    assert by_stage[1].error == pytest.approx(objective.validation_error(weights))
 
 
 def test_one_projection_alone_can_be_pruned(layer):

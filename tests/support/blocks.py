@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.recovery.block import Block, changed_energy
+from llmc_attnmask.recovery.block import Block, residual_norm
 
 TWO_OF_FOUR = MaskStructure.parse("2:4")
 
@@ -19,8 +19,8 @@ class Case:
 
     dense: Block
     pruned: Block
-    wanted: list[Tensor]
-    energy: float
+    targets: list[Tensor]
+    norm: float
     kept: dict[str, Tensor]
 
 
@@ -39,9 +39,9 @@ def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> Case:
         inputs = inputs_of(model, block, tokens)
     device = torch.device("cpu")
     dense = Block(block, inputs, device, stream.hidden, dense_state)
-    wanted = dense.outputs()
-    energy = changed_energy(stream.hidden, wanted)
-    return Case(dense, Block(block, inputs, device), wanted, energy, kept)
+    targets = dense.outputs()
+    norm = residual_norm(stream.hidden, targets)
+    return Case(dense, Block(block, inputs, device), targets, norm, kept)
 
 
 def inputs_of(

@@ -20,7 +20,7 @@ from llmc_attnmask import (
     AttentionMatrixPruningModifier,
     MaskedGPTQModifier,
 )
-from llmc_attnmask.masks.record import recall
+from llmc_attnmask.masks.record import get_mask
 from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.upstream.mask_guard import MaskBrokenError
@@ -132,7 +132,7 @@ def test_stock_gptq_on_a_checkpoint_that_an_earlier_run_pruned_is_refused(
     assert not calibrations
     saved = tiny(tmp_path)
     run(MaskedGPTQModifier(**INT8 | targets("gate")), model=saved)
-    assert (recall(saved.model.layers[1].mlp.gate_proj).float().mean() - 0.5) < 0.01
+    assert (get_mask(saved.model.layers[1].mlp.gate_proj).float().mean() - 0.5) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_a_second_pruning_of_a_layer_may_prune_more_but_not_less(run):
     more = WandaPruningModifier(sparsity=0.75, **targets("q"))
     model = run(attention(), more)
     linear = model.model.layers[0].self_attn.q_proj
-    assert recall(linear).float().mean() == pytest.approx(0.25, abs=0.01)
-    assert torch.equal(recall(linear), linear.weight != 0)
+    assert get_mask(linear).float().mean() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(get_mask(linear), linear.weight != 0)
     less = SparseGPTModifier(**SHAPE, **targets("q"))
     message = r"^SparseGPTModifier has filled in .* or set its preserve_sparsity_mask"
     with pytest.raises(MaskBrokenError, match=message):

@@ -18,16 +18,16 @@ class Forms(NamedTuple):
     """
 
     values: Tensor | None  # [rows, K/2], of a decode kernel
-    places: Tensor | None  # likewise: in which columns they are
+    indices: Tensor | None  # likewise: in which columns they are
     arrived: Tensor | None  # of the decode kernel in CUDA alone: its counters
     compressed: Tensor | None  # of cuSPARSELt
-    span: int = 1  # of ``places`` for the decode kernel in CUDA, see ``fragments``
+    span: int = 1  # of ``indices`` for the decode kernel in CUDA, see ``fragments``
 
 
 def make(weight: Tensor, choice: Choice, largest: int) -> Forms:
     """The forms for the kernels of a choice, with all that they need at load.
 
-    Where cuSPARSELt has the kept values, or the places as well, in an order that the
+    Where cuSPARSELt has the kept values, or the indices as well, in an order that the
     decode kernel knows, it reads them there; that is compared for every weight.
 
     :param weight: [rows, K], 2:4
@@ -45,16 +45,16 @@ def make(weight: Tensor, choice: Choice, largest: int) -> Forms:
     if "cuda" in chosen:
         arrived = cuda_decode.counters(weight.shape[0], weight.device)
         if compressed is not None and (span := shared_span(compressed, weight)):
-            values, places = _within(compressed, weight)
-            return Forms(values, places, arrived, compressed, span)
-        values, places = cuda_decode.pack(weight)
+            values, indices = _within(compressed, weight)
+            return Forms(values, indices, arrived, compressed, span)
+        values, indices = cuda_decode.pack(weight)
     elif "triton" in chosen:
-        (values, places), arrived = packing.pack(weight), None
+        (values, indices), arrived = packing.pack(weight), None
     else:
         return Forms(None, None, None, compressed)
     if compressed is not None and shares_values(compressed, values):
         values, _ = _within(compressed, weight)
-    return Forms(values, places, arrived, compressed)
+    return Forms(values, indices, arrived, compressed)
 
 
 def shares_values(compressed: Tensor, values: Tensor) -> bool:
@@ -79,9 +79,9 @@ def shared_span(compressed: Tensor, weight: Tensor) -> int | None:
         return None
     if compressed.nbytes < weight.nbytes // 2 + rows * columns // 8:
         return None
-    values, places = _within(compressed, weight)
+    values, indices = _within(compressed, weight)
     for span in fragments.SPANS:
-        found = fragments.nibbles(places, rows, columns, weight.itemsize, span)
+        found = fragments.nibbles(indices, rows, columns, weight.itemsize, span)
         blocks = (part.split(_ROWS) for part in (values, found, weight))
         if all(map(_same, *blocks)):
             return span

@@ -16,7 +16,7 @@ from llmc_attnmask.serving.kernels import cuda_decode, cusparselt
 def sparse_linear(
     x: Tensor,
     values: Tensor | None,
-    places: Tensor | None,
+    indices: Tensor | None,
     arrived: Tensor | None,
     compressed: Tensor | None,
     span: int,
@@ -30,10 +30,10 @@ def sparse_linear(
 
     :param x: [tokens, K] in fp16 or bf16, int8 or fp8
     :param values: for a decode kernel: of ``cuda_decode.pack`` or ``packing.pack``, and
-    :param places: likewise
+    :param indices: likewise
     :param arrived: of ``cuda_decode.counters``; None for the decode kernel in Triton
     :param compressed: of ``cusparselt.compress``
-    :param span: of ``places`` for the decode kernel in CUDA, see ``fragments``
+    :param span: of ``indices`` for the decode kernel in CUDA, see ``fragments``
     :param channel_scale: fp32 [rows], of an 8-bit weight
     :param token_scale: fp32 [tokens], of an 8-bit x
     :param bias: [rows] in ``out_dtype``
@@ -45,12 +45,12 @@ def sparse_linear(
         return _empty(x, values, compressed, out_dtype)
     x = x.contiguous()
     if x.shape[0] <= few_tokens:
-        assert values is not None and places is not None
+        assert values is not None and indices is not None
         if arrived is not None:
             return cuda_decode.linear(
                 x,
                 values,
-                places,
+                indices,
                 arrived,
                 channel_scale,
                 token_scale,
@@ -62,7 +62,7 @@ def sparse_linear(
         from llmc_attnmask.serving.kernels import triton_decode
 
         return triton_decode.linear(
-            x, values, places, channel_scale, token_scale, bias, out_dtype
+            x, values, indices, channel_scale, token_scale, bias, out_dtype
         )
     assert compressed is not None
     return cusparselt.linear(x, compressed, channel_scale, token_scale, bias, out_dtype)
@@ -72,7 +72,7 @@ def sparse_linear(
 def _(
     x: Tensor,
     values: Tensor | None,
-    places: Tensor | None,
+    indices: Tensor | None,
     arrived: Tensor | None,
     compressed: Tensor | None,
     span: int,

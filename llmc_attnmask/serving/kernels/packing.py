@@ -3,10 +3,10 @@
 A row of K columns is K/4 groups of four, each with two kept values:
 
 * ``values`` [rows, K/2]: the kept values in their order, as in the checkpoint.
-* ``places`` uint8 [rows, 32 * ceil(K/256)]: four bits a group, ``first | second << 2``,
-  where first < second are the kept columns of the group. Byte b of a chunk of 256
-  columns holds group b in its low half and group b + 32 in its high half, so that
-  threads which read neighbouring bytes work on neighbouring groups.
+* ``indices`` uint8 [rows, 32 * ceil(K/256)]: four bits a group, ``first |
+  second << 2``, where first < second are the kept columns of the group. Byte b of a
+  chunk of 256 columns holds group b in its low half and group b + 32 in its high half,
+  so that threads which read neighbouring bytes work on neighbouring groups.
 
 Bytes against dense: 0.5625 in 16 bits, 0.625 in 8.
 """
@@ -16,21 +16,21 @@ from torch import Tensor
 
 from llmc_attnmask.checkpoint import layout
 
-GROUPS = 32  # groups that one read of `places` serves; a chunk is two of these
+GROUPS = 32  # groups that one read of ``indices`` serves; a chunk is two of these
 CHUNK = 2 * GROUPS * 4  # columns
 COLUMNS = 8  # K is a multiple of this
 
 # By the bitmask's code of a group with two bits set: first | second << 2.
-_PLACES = torch.zeros(16, dtype=torch.uint8)
+_INDICES = torch.zeros(16, dtype=torch.uint8)
 for _first, _second in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
-    _PLACES[1 << _first | 1 << _second] = _first | _second << 2
+    _INDICES[1 << _first | 1 << _second] = _first | _second << 2
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a 2:4 weight; zeros fill groups with fewer than two non-zeros.
 
     :param weight: [rows, K] of one or two bytes an entry, K a multiple of 8
-    :return: values [rows, K/2] in the weight's dtype; places
+    :return: values [rows, K/2] in the weight's dtype; indices
     :raises ValueError: if a group has more than two non-zeros, or for another K
     """
     columns = weight.shape[1]
@@ -57,18 +57,18 @@ def kept(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     values, bitmask, _ = layout.pack(weight)
     codes = torch.stack((bitmask & 15, bitmask >> 4), dim=-1).view(rows, -1)
-    return values, _PLACES.to(weight.device)[codes[:, : columns // 4].int()]
+    return values, _INDICES.to(weight.device)[codes[:, : columns // 4].int()]
 
 
-def unpack(values: Tensor, places: Tensor) -> Tensor:
+def unpack(values: Tensor, indices: Tensor) -> Tensor:
     """The dense weight again: kept values in their bits, +0.0 elsewhere.
 
     :param values: as ``pack`` makes them, and
-    :param places: likewise
+    :param indices: likewise
     :return: [rows, K]
     """
     rows, half = values.shape
-    halves = places.view(rows, -1, 1, GROUPS)
+    halves = indices.view(rows, -1, 1, GROUPS)
     nibbles = torch.cat([halves & 15, halves >> 4], dim=2).view(rows, -1)
     return expand(values, nibbles[:, : half // 2])
 
@@ -81,10 +81,10 @@ def expand(values: Tensor, nibbles: Tensor) -> Tensor:
     :return: [rows, K]: kept values in their bits, +0.0 elsewhere
     """
     rows, half = values.shape
-    places = nibbles.long()
+    indices = nibbles.long()
     bits = layout.bits_of(values)
     dense = bits.new_zeros(rows, half // 2, 4)
     dense.scatter_(
-        -1, torch.stack([places & 3, places >> 2], -1), bits.view(rows, -1, 2)
+        -1, torch.stack([indices & 3, indices >> 2], -1), bits.view(rows, -1, 2)
     )
     return dense.view(rows, 2 * half).view(values.dtype)

@@ -46,11 +46,11 @@ def plan(tokens: int, rows: int, columns: int) -> Plan:
 
 
 @triton.jit
-def _entry(pair, place, j: tl.constexpr, BITS: tl.constexpr, kind: tl.constexpr):
+def _entry(pair, index, j: tl.constexpr, BITS: tl.constexpr, kind: tl.constexpr):
     # entry j of the group: one of its two kept values, or +0.0
     first = pair & ((1 << BITS) - 1)
     second = (pair >> BITS) & ((1 << BITS) - 1)
-    bits = tl.where((place & 3) == j, first, tl.where((place >> 2) == j, second, 0))
+    bits = tl.where((index & 3) == j, first, tl.where((index >> 2) == j, second, 0))
     if BITS == 16:
         entry = bits.to(tl.int16).to(kind, bitcast=True)
     else:
@@ -126,7 +126,7 @@ def _sparse_linear(
         ).to(tl.int32)
         for half in tl.static_range(2):
             group = (2 * chunk + half) * GROUPS
-            place = (both >> (4 * half)) & 15
+            index = (both >> (4 * half)) & 15
             pair = tl.load(
                 pairs_ptr + n_wide[:, None] * (K // 4) + (group + byte)[None, :],
                 mask=n_in[:, None] & ((group + byte) < K // 4)[None, :],
@@ -138,7 +138,7 @@ def _sparse_linear(
                 other=0,
             )
             for j in tl.static_range(4):
-                entry = _entry(pair, place, j, W_BITS, W_KIND).to(DOT_KIND)
+                entry = _entry(pair, index, j, W_BITS, W_KIND).to(DOT_KIND)
                 tokens = _quarter(x, j, X_KIND).to(DOT_KIND)
                 total = tl.dot(
                     entry, tokens, total, max_num_imprecise_acc=GROUPS, out_dtype=SUM
@@ -210,7 +210,7 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 def linear(
     x: Tensor,
     values: Tensor,
-    places: Tensor,
+    indices: Tensor,
     channel_scale: Tensor | None,
     token_scale: Tensor | None,
     bias: Tensor | None,
@@ -220,7 +220,7 @@ def linear(
 
     :param x: [tokens, K], contiguous
     :param values: [rows, K/2] and
-    :param places: as ``packing.pack`` makes them
+    :param indices: as ``packing.pack`` makes them
     :param channel_scale: fp32 [rows], of the weight
     :param token_scale: fp32 [tokens], of x
     :param bias: [rows]
@@ -245,7 +245,7 @@ def linear(
     _sparse_linear[grid](
         x.view(_INTEGER[x.itemsize]),
         values.view(_INTEGER[2 * values.itemsize]),
-        places,
+        indices,
         target,
         channel_scale,
         token_scale,
@@ -253,7 +253,7 @@ def linear(
         tokens,
         rows,
         columns,
-        places.stride(0),
+        indices.stride(0),
         how.chunks,
         X_KIND=_KIND[x.dtype],
         W_KIND=_KIND[values.dtype],

@@ -219,7 +219,7 @@ def test_a_layer_is_served_and_checked_through_it(emulator, monkeypatch, dtype):
     rest = (scale, choice.tokens, torch.bfloat16 if scaled else dtype)
     assert self_check.failure(weight, made, *rest) is None
     self_check._known.clear()
-    wrong = made._replace(places=made.places.flip(0))
+    wrong = made._replace(indices=made.indices.flip(0))
     assert "of the norm at 1 tokens" in str(self_check.failure(weight, wrong, *rest))
 
 

@@ -41,8 +41,8 @@ def test_one_form_serves_both_kernels_where_the_library_has_a_known_order(
     assert made.span == span
     inside = made.compressed.untyped_storage().data_ptr()
     assert made.values.untyped_storage().data_ptr() == inside
-    assert made.places.untyped_storage().data_ptr() == inside
-    nibbles = fragments.nibbles(made.places, 256, 512, dtype.itemsize, span)
+    assert made.indices.untyped_storage().data_ptr() == inside
+    nibbles = fragments.nibbles(made.indices, 256, 512, dtype.itemsize, span)
     assert torch.equal(
         packing.expand(made.values, nibbles).view(torch.uint8), weight.view(torch.uint8)
     )
@@ -65,7 +65,7 @@ def test_an_order_that_is_not_known_costs_metadata_of_our_own(library, dtype):
     made = forms.make(weight, BOTH, largest=8192)
     assert made.span == 1
     assert made.values.data_ptr() == made.compressed.data_ptr()  # the values are there
-    nibbles = fragments.nibbles(made.places, 128, 512, dtype.itemsize, 1)
+    nibbles = fragments.nibbles(made.indices, 128, 512, dtype.itemsize, 1)
     assert torch.equal(packing.expand(made.values, nibbles).float(), weight.float())
 
 

@@ -14,14 +14,14 @@ pytestmark = interpreted
 def _arguments(dtype: torch.dtype, tokens: int = 3) -> tuple:
     torch.manual_seed(0)
     out_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
-    values, places = packing.pack(random_2of4(32, 64, dtype))
+    values, indices = packing.pack(random_2of4(32, 64, dtype))
     scale = token_scale = None
     x = random_values((tokens, 64), out_dtype)
     if dtype.itemsize == 1:
         scale = torch.rand(32)
         x, token_scale = activations.reference(x, dtype)
     bias = torch.randn(32, dtype=out_dtype)
-    forms = (values, places, None, None, 1)
+    forms = (values, indices, None, None, 1)
     return x, *forms, scale, token_scale, bias, select.NO_LIMIT, out_dtype
 
 
@@ -35,12 +35,12 @@ def test_it_is_a_valid_custom_operator(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_eight_bits_with_scales_give_sixteen(dtype):
-    x, values, places, _, _, _, scale, token_scale, bias, *_ = arguments = _arguments(
+    x, values, indices, _, _, _, scale, token_scale, bias, *_ = arguments = _arguments(
         dtype
     )
     found = sparse_linear(*arguments)
     assert x.dtype == dtype and found.dtype == torch.bfloat16
-    expected = dense.linear(x, values, places, scale, token_scale, bias, torch.float32)
+    expected = dense.linear(x, values, indices, scale, token_scale, bias, torch.float32)
     # the interpreter cuts bfloat16 off where a GPU rounds
     torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-5)
 

@@ -10,9 +10,9 @@ from tests.support.kernels.matrices import DTYPES, random_2of4
 def test_unpack_restores_every_bit(dtype, columns):
     torch.manual_seed(0)
     weight = random_2of4(5, columns, dtype)
-    values, places = packing.pack(weight)
+    values, indices = packing.pack(weight)
     assert torch.equal(
-        packing.unpack(values, places).view(torch.uint8), weight.view(torch.uint8)
+        packing.unpack(values, indices).view(torch.uint8), weight.view(torch.uint8)
     )
 
 
@@ -27,9 +27,9 @@ def test_a_byte_holds_two_groups_of_one_chunk():
     weight = torch.zeros(1, 512, dtype=torch.bfloat16)
     weight[0, 4 * 3 + 1] = weight[0, 4 * 3 + 3] = 1  # group 3 of the first chunk
     weight[0, 4 * 35 + 2] = weight[0, 4 * 35 + 3] = 1  # group 35: its high half
-    _, places = packing.pack(weight)
-    assert places.shape == (1, 64)
-    assert places[0, 3] == (1 | 3 << 2) | (2 | 3 << 2) << 4
+    _, indices = packing.pack(weight)
+    assert indices.shape == (1, 64)
+    assert indices[0, 3] == (1 | 3 << 2) | (2 | 3 << 2) << 4
 
 
 def test_what_is_not_two_of_four_is_refused():

@@ -20,10 +20,10 @@ def layer(dtype: torch.dtype) -> tuple:
     """Dense weight, forms of the Triton kernel, scales, tokens, dtype of tokens."""
     torch.manual_seed(0)
     weight = random_2of4(300, 64, dtype)
-    values, places = packing.pack(weight)
+    values, indices = packing.pack(weight)
     scale = torch.rand(300) + 0.1 if dtype.itemsize == 1 else None
     x_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
-    forms = Forms(values, places, None, None)
+    forms = Forms(values, indices, None, None)
     return weight, forms, scale, select.NO_LIMIT, x_dtype
 
 
@@ -35,7 +35,7 @@ def test_the_decode_kernel_passes(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wrong_places_are_noticed(dtype):
     weight, forms, *rest = layer(dtype)
-    wrong = forms._replace(places=forms.places.flip(0))
+    wrong = forms._replace(indices=forms.indices.flip(0))
     reason = self_check.failure(weight, wrong, *rest)
     assert reason is not None and "of the norm at 1 tokens" in reason
 

@@ -25,12 +25,12 @@ PAIRS = [(dtype, dtype) for dtype in DTYPES] + MIXED
 
 def _check(tokens, rows, columns, x_dtype, w_dtype, bias, out_dtype, seed):
     torch.manual_seed(seed)
-    values, places = packing.pack(random_2of4(rows, columns, w_dtype))
+    values, indices = packing.pack(random_2of4(rows, columns, w_dtype))
     x = random_values((tokens, columns), x_dtype)
     channel = torch.rand(rows) + 0.5 if w_dtype.itemsize == 1 else None
     token = torch.rand(tokens) + 0.5 if x_dtype.itemsize == 1 else None
     bias = torch.randn(rows) if bias else None
-    arguments = (x, values, places, channel, token, bias)
+    arguments = (x, values, indices, channel, token, bias)
     expected = dense.linear(*arguments, torch.float64)
     found = triton_decode.linear(*arguments, out_dtype)
     assert found.dtype == out_dtype

@@ -12,14 +12,14 @@ from llmc_attnmask.serving.kernels import packing
 def linear(
     x: Tensor,
     values: Tensor,
-    places: Tensor,
+    indices: Tensor,
     channel_scale: Tensor | None,
     token_scale: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``x W^T`` in float64, rounded once; parameters as of ``triton_decode.linear``."""
-    out = x.double() @ packing.unpack(values, places).double().t()
+    out = x.double() @ packing.unpack(values, indices).double().t()
     if channel_scale is not None:
         out *= channel_scale.double()
     if token_scale is not None:

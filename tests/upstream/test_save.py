@@ -191,7 +191,7 @@ class TestAnOutputThatExists:
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def save(self, folder: Path) -> None:
-        from llmc_attnmask.upstream.saving import save_as
+        from llmc_attnmask.upstream.save import save_as
 
         model = load(prune_2of4(MODEL_DIR, folder.parent / "source"))
         save_as(model, "sparse-24-bitmask")
@@ -221,7 +221,7 @@ class TestAnOutputThatExists:
 
 
 def test_pushing_to_the_hub_while_saving_is_refused(tmp_path):
-    from llmc_attnmask.upstream.saving import save_as
+    from llmc_attnmask.upstream.save import save_as
 
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     save_as(model, "dense")
@@ -231,7 +231,7 @@ def test_pushing_to_the_hub_while_saving_is_refused(tmp_path):
 
 
 def test_large_models_are_saved_in_shards_and_packed_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmc_attnmask.upstream.saving._MAX_SHARD_SIZE", "1MB")
+    monkeypatch.setattr("llmc_attnmask.upstream.save._MAX_SHARD_SIZE", "1MB")
     recipe = written(tmp_path, None, "sparse-24-bitmask")
     saved = prune(MODEL_DIR, recipe, tmp_path / "out", **QUICK)
     assert len(list(saved.glob("model-*.safetensors"))) > 2

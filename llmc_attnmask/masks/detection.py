@@ -7,7 +7,7 @@ _SHARE = 0.25  # of zeros; trained weights have next to none
 _DISTINCT = 0.25  # magnitudes a survivor; rounding to 2 to 4 bits leaves a few a group
 
 
-def pruned_by_someone(weight: Tensor) -> Tensor | None:
+def detect_mask(weight: Tensor) -> Tensor | None:
     """The mask of a weight that comes pruned: its nonzero entries; None if it is dense.
 
     Every group of four inputs with two zeros is 2:4. Without a pattern a weight counts

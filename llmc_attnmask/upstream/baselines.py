@@ -11,10 +11,10 @@ from loguru import logger
 from torch import Tensor, nn
 
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.solvers.solver import Peer
+from llmc_attnmask.solvers.solver import Baseline
 
 
-def peers(structure: MaskStructure, sparsity: float) -> dict[str, Peer]:
+def baselines(structure: MaskStructure, sparsity: float) -> dict[str, Baseline]:
     """Name -> function of a dense weight [rows, columns] and X^T X [columns, columns].
 
     Each returns the pruned weight and leaves its arguments as they were.

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from llmc_attnmask.attention.attention_maps import (
+    TOKENS,
+    attention_maps,
+    inflated,
+    zeros_by_head,
+)
 from llmc_attnmask.attention.capture import AttentionCall
-from llmc_attnmask.attention.pictures import TOKENS, pictures, unpacked, zeros_by_head
 from tests.support.attention import probabilities
 
 
@@ -27,22 +32,23 @@ def test_the_head_that_lost_most_and_the_median_one(length):
     for head, change in enumerate((0.1, 3.0, 0.5)):
         query[:, head] *= 1 + change
     pruned = AttentionCall(query, dense.key, dense.value, dense.mask, scaling=1.0)
-    found = pictures(dense, pruned)
+    found = attention_maps(dense, pruned)
     shown = min(length, TOKENS)
-    assert [picture.head for picture in found] == [1, 2]
-    for picture in found:
+    assert [attention_map.head for attention_map in found] == [1, 2]
+    for attention_map in found:
         a, b = (
-            probabilities(c)[0, picture.head, :shown, :shown] for c in (dense, pruned)
+            probabilities(c)[0, attention_map.head, :shown, :shown]
+            for c in (dense, pruned)
         )
         error = (b - a).square().sum() / a.square().sum()
-        assert picture.error == pytest.approx(error.item(), rel=1e-4)
-        stored = picture.encode()
+        assert attention_map.error == pytest.approx(error.item(), rel=1e-4)
+        stored = attention_map.encode()
         assert stored["tokens"] == shown
         packed = np.frombuffer(
             zlib.decompress(base64.b64decode(stored["dense"])), np.uint8
         ).reshape(shown, shown)
         assert np.abs((packed / 255) ** 2 - a.numpy()).max() < 1 / 255
-        raw = base64.b64decode(unpacked(stored["difference"]))
+        raw = base64.b64decode(inflated(stored["difference"]))
         change = (np.frombuffer(raw, np.uint8) - 128.0) / 127
         change *= stored["largest_difference"]
         wrong = np.abs(change.reshape(shown, shown) - (b - a).numpy())
@@ -51,8 +57,8 @@ def test_the_head_that_lost_most_and_the_median_one(length):
 
 def test_equal_calls_give_an_empty_difference():
     dense = call(10, 0, heads=1)
-    (picture,) = pictures(dense, dense)
-    assert picture.encode()["largest_difference"] == 0.0
+    (attention_map,) = attention_maps(dense, dense)
+    assert attention_map.encode()["largest_difference"] == 0.0
 
 
 def test_heads_are_rows_of_q_and_columns_of_o():

@@ -8,11 +8,11 @@ from llmc_attnmask.attention.matrix import attention_error
 from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.recovery.block import block_error
-from llmc_attnmask.recovery.descent import DescentSettings, descend
+from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.recovery.refit import refit
 from tests.support.blocks import Case, case_of
 
-SETTINGS = DescentSettings(
+SETTINGS = RefineSettings(
     steps=20, learning_rate=0.03, batch_size=4, attention_weight=0.0, seed=0
 )
 
@@ -24,17 +24,17 @@ def case(calibration) -> Case:
 
 def run(case: Case, **changes) -> float:
     settings = replace(SETTINGS, **changes)
-    start_error = block_error(case.pruned, case.wanted)
-    found = descend(
+    start_error = block_error(case.pruned, case.targets)
+    found = refine(
         case.dense,
         case.pruned,
-        case.wanted,
+        case.targets,
         start_error,
-        case.energy,
+        case.norm,
         case.kept,
         settings,
     )
-    assert found.error == block_error(case.pruned, case.wanted)
+    assert found.error == block_error(case.pruned, case.targets)
     return found.error
 
 
@@ -58,7 +58,7 @@ def matrix_error(case: Case) -> float:
 
 
 def test_survivors_move_downhill_and_masks_stay(case):
-    before = block_error(case.pruned, case.wanted)
+    before = block_error(case.pruned, case.targets)
     assert run(case) < 0.8 * before
     for name, linear in case.pruned.linears().items():
         zeros = linear.weight[~case.kept[name]]
@@ -67,7 +67,7 @@ def test_survivors_move_downhill_and_masks_stay(case):
 
 
 def test_steps_that_make_it_worse_are_taken_back(case):
-    before = block_error(case.pruned, case.wanted)
+    before = block_error(case.pruned, case.targets)
     assert run(case, learning_rate=100.0, steps=3) == before
 
 

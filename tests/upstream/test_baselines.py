@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.upstream.peers import peers
+from llmc_attnmask.upstream.baselines import baselines
 from tests.support.sparsegpt import sparsegpt_weight
 
 
@@ -21,8 +21,8 @@ def test_each_prunes_as_asked_and_leaves_its_arguments_alone(problem, structure)
     sparsity = 0.5 if parsed.unstructured else parsed.pruned / parsed.group
     weight, hessian = problem
     before = weight.clone(), hessian.clone()
-    for peer in peers(parsed, sparsity).values():
-        pruned = peer(weight, hessian)
+    for baseline in baselines(parsed, sparsity).values():
+        pruned = baseline(weight, hessian)
         assert (pruned == 0).float().mean() == pytest.approx(sparsity, abs=0.01)
         if not parsed.unstructured:
             zeros = (pruned == 0).view(-1, parsed.group).sum(-1)
@@ -32,7 +32,7 @@ def test_each_prunes_as_asked_and_leaves_its_arguments_alone(problem, structure)
 
 def test_wanda_and_magnitude_by_their_formulas(problem):
     weight, hessian = problem
-    found = peers(MaskStructure.parse("2:4"), 0.5)
+    found = baselines(MaskStructure.parse("2:4"), 0.5)
     for name, scores in {
         "magnitude": weight.abs(),
         "Wanda": weight.abs() * hessian.diagonal().sqrt(),
@@ -45,5 +45,5 @@ def test_wanda_and_magnitude_by_their_formulas(problem):
 
 def test_sparsegpt_is_llm_compressors(problem):
     structure = MaskStructure.parse("2:4")
-    pruned = peers(structure, 0.5)["SparseGPT"](*problem)
+    pruned = baselines(structure, 0.5)["SparseGPT"](*problem)
     assert torch.equal(pruned, sparsegpt_weight(*problem, structure, 0.5))

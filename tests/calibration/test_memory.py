@@ -9,17 +9,17 @@ from loguru import logger
 from llmc_attnmask import ALPSPruningModifier, MaskedRecoveryModifier
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.projections import find_projections
-from llmc_attnmask.calibration.faults import Fitting
-from llmc_attnmask.calibration.units import Unit
+from llmc_attnmask.calibration.memory import MicroBatchRunner
+from llmc_attnmask.calibration.micro_batches import MicroBatch
 from llmc_attnmask.evaluation.attention_error import attention_inputs
 from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.recovery.block import block_error
-from llmc_attnmask.recovery.descent import DescentSettings, descend
+from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.runlog.journal import entries
-from llmc_attnmask.solvers.faults import fault_of
+from llmc_attnmask.solvers.numerics import non_finite
 from llmc_attnmask.solvers.objectives import MatrixObjective
 from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
 from tests.support.blocks import case_of
@@ -55,12 +55,12 @@ def limit_memory(module: torch.nn.Module, samples: int) -> None:
 
 def test_short_memory_halves_the_batch_and_the_step_is_the_same(layer, warnings):
     objective = MatrixObjective(*layer, ["q", "k"], output_weight=0.5)
-    unit = Unit(0, 8, tuple(range(8)))
+    micro_batch = MicroBatch(0, 8, tuple(range(8)))
     weights = {role: objective.dense(role) * 0.9 for role in ("q", "k")}
-    error, gradients = objective.gradient([unit], weights)
+    error, gradients = objective.gradient([micro_batch], weights)
     limit_memory(layer[0].module.q_proj, 3)
     for _ in range(2):
-        short_error, short_gradients = objective.gradient([unit], weights)
+        short_error, short_gradients = objective.gradient([micro_batch], weights)
         assert short_error == pytest.approx(error, rel=1e-6)
         for role in weights:
             torch.testing.assert_close(short_gradients[role], gradients[role])
@@ -76,14 +76,14 @@ def test_short_memory_lets_a_block_recover_all_the_same(calibration, warnings):
     for samples in (8, 1):
         case = case_of(load_model(MODEL_DIR), calibration[:16, :64])
         limit_memory(case.pruned.module.self_attn.q_proj, samples)
-        start = block_error(case.pruned, case.wanted)
-        settings = DescentSettings(4, 0.03, 8, attention_weight=0.0, seed=0)
-        found = descend(
+        start = block_error(case.pruned, case.targets)
+        settings = RefineSettings(4, 0.03, 8, attention_weight=0.0, seed=0)
+        found = refine(
             case.dense,
             case.pruned,
-            case.wanted,
+            case.targets,
             start,
-            case.energy,
+            case.norm,
             case.kept,
             settings,
         )
@@ -96,7 +96,7 @@ def test_too_little_memory_for_one_sample_says_what_to_do():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(MemoryError, match=r"one calibration sample.*--max-length"):
-        list(Fitting()([Unit(0, 4, (0, 1, 2, 3))], run))
+        list(MicroBatchRunner()([MicroBatch(0, 4, (0, 1, 2, 3))], run))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_too_little_memory_for_one_sample_says_what_to_do():
     ],
 )
 def test_faults_are_told(loss, gradient, fault):
-    found = fault_of(loss, [torch.tensor(gradient)])
+    found = non_finite(loss, [torch.tensor(gradient)])
     assert found is None if fault is None else fault in found
 
 
@@ -168,10 +168,10 @@ def test_a_second_order_solution_that_is_no_number_gives_way_to_wandas_mask(
 def test_a_step_to_infinity_leaves_a_block_as_it_was(calibration, warnings):
     case = case_of(load_model(MODEL_DIR), calibration[:16, :64])
     before = {n: x.weight.clone() for n, x in case.pruned.linears().items()}
-    start = block_error(case.pruned, case.wanted)
-    settings = DescentSettings(3, math.inf, 8, attention_weight=0.0, seed=0)
-    found = descend(
-        case.dense, case.pruned, case.wanted, start, case.energy, case.kept, settings
+    start = block_error(case.pruned, case.targets)
+    settings = RefineSettings(3, math.inf, 8, attention_weight=0.0, seed=0)
+    found = refine(
+        case.dense, case.pruned, case.targets, start, case.norm, case.kept, settings
     )
     assert found.error == start and found.fallback and warnings
     for name, linear in case.pruned.linears().items():
@@ -193,5 +193,5 @@ def test_solvers_that_fail_leave_numbers_and_a_note_in_the_journal(
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     for layer in model.model.layers:
         assert ((layer.mlp.up_proj.weight == 0).view(-1, 4).sum(-1) >= 2).all()
-    fallbacks = [e.figures.get("fallback") for e in entries(model)]
+    fallbacks = [e.measurements.get("fallback") for e in entries(model)]
     assert len(fallbacks) == 8 and all(fallbacks)

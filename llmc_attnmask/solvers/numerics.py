@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 
-def fault_of(loss: float, gradients: Iterable[Tensor]) -> str | None:
+def non_finite(loss: float, gradients: Iterable[Tensor]) -> str | None:
     """Says what of a loss and its gradient is no finite number; None if all is."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"

@@ -6,27 +6,27 @@ from typing import TypeVar
 import torch
 from loguru import logger
 
-from llmc_attnmask.calibration.units import LARGEST, Unit
+from llmc_attnmask.calibration.micro_batches import MAX_MICRO_BATCH, MicroBatch
 
 Result = TypeVar("Result")
 
 
-class Fitting:
+class MicroBatchRunner:
     """Runs something on the samples of units, on fewer at once if memory is short."""
 
     def __init__(self) -> None:
-        self.at_most = LARGEST  # samples at once
+        self.at_most = MAX_MICRO_BATCH  # samples at once
 
     def __call__(
-        self, units: Iterable[Unit], run: Callable[[list[int]], Result]
+        self, micro_batches: Iterable[MicroBatch], run: Callable[[list[int]], Result]
     ) -> Iterator[tuple[list[int], Result]]:
         """Results of this rank's units, one after the other, with their samples.
 
         :param run: has no effect but its result, so that it can be repeated
         :raises MemoryError: if one sample alone is too large for the device
         """
-        for unit in units:
-            waiting = [list(unit.samples)] if unit.samples else []
+        for micro_batch in micro_batches:
+            waiting = [list(micro_batch.samples)] if micro_batch.samples else []
             while waiting:
                 samples = waiting.pop(0)
                 if len(samples) <= self.at_most and (done := self._try(samples, run)):

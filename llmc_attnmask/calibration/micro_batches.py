@@ -20,15 +20,15 @@ from llmc_attnmask.distributed import all_sum, gathered, rank
 # With fewer, threads of a CPU and a GPU are idle; with more, a mini-batch is too few
 # units for every rank to have one.
 _TOKENS_AT_ONCE = 2048
-_UNITS = 8  # at least, if there are as many samples
-LARGEST = 8  # samples of a unit
-_HELD_BACK_ONE_IN = 8  # units that choose the best mask instead of teaching it
+_MIN_MICRO_BATCHES = 8  # at least, if there are as many samples
+MAX_MICRO_BATCH = 8  # samples of a unit
+_VALIDATION_ONE_IN = 8  # units that choose the best mask instead of teaching it
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Unit:
+class MicroBatch:
     """A few calibration samples of one length."""
 
     index: int  # among the units of all ranks
@@ -36,13 +36,17 @@ class Unit:
     samples: tuple[int, ...]  # which of this rank's; none if they are another rank's
 
 
-def unit_size(samples: int, length: int) -> int:
+def micro_batch_size(samples: int, length: int) -> int:
     """Samples of a unit, a power of two.
 
     :param samples: of all ranks
     :param length: tokens of a sample
     """
-    most = min(LARGEST, _TOKENS_AT_ONCE // max(1, length), samples // _UNITS)
+    most = min(
+        MAX_MICRO_BATCH,
+        _TOKENS_AT_ONCE // max(1, length),
+        samples // _MIN_MICRO_BATCHES,
+    )
     return 1 << (max(1, most).bit_length() - 1)
 
 
@@ -51,7 +55,7 @@ def share(samples: int, length: int, rank: int, world: int) -> list[int]:
 
     :raises ValueError: if there are not enough for every rank
     """
-    size = unit_size(samples, length)
+    size = micro_batch_size(samples, length)
     if samples <= (world - 1) * size:
         raise ValueError(
             f"{samples} calibration samples of {length} tokens, evaluated {size} at "
@@ -61,7 +65,9 @@ def share(samples: int, length: int, rank: int, world: int) -> list[int]:
     return [i for i in range(samples) if i // size % world == rank]
 
 
-def units_of(inputs: ModuleInputs, batch_size: int = LARGEST) -> list[Unit]:
+def micro_batches_of(
+    inputs: ModuleInputs, batch_size: int = MAX_MICRO_BATCH
+) -> list[MicroBatch]:
     """All ranks' samples in units, in one order that all ranks agree on.
 
     :param inputs: this rank's samples
@@ -70,58 +76,61 @@ def units_of(inputs: ModuleInputs, batch_size: int = LARGEST) -> list[Unit]:
     longest = max((inputs.hidden.shape(i)[1] for i in range(len(inputs))), default=1)
     shares = gathered((len(inputs), longest))
     samples, longest = sum(n for n, _ in shares), max(n for _, n in shares)
-    chunk = unit_size(samples, longest)
+    chunk = micro_batch_size(samples, longest)
     size = math.gcd(chunk, batch_size)  # a part of what a rank has together
     mine = [
         [batch[i : i + size] for i in range(0, len(batch), size)]
         for batch in inputs.batches(range(len(inputs)), chunk)
     ]
     by_rank = gathered([[len(part) for part in parts] for parts in mine])
-    units: list[Unit] = []
+    micro_batches: list[MicroBatch] = []
     for position in range(max(map(len, by_rank))):
         for r, sizes in enumerate(by_rank):
             parts = sizes[position] if position < len(sizes) else []
             for part, size in enumerate(parts):
                 own = mine[position][part] if r == rank() else []
-                units.append(Unit(len(units), size, tuple(own)))
-    return units
+                micro_batches.append(MicroBatch(len(micro_batches), size, tuple(own)))
+    return micro_batches
 
 
-def teaching_and_judging(units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+def train_validation_split(
+    micro_batches: Sequence[MicroBatch],
+) -> tuple[list[MicroBatch], list[MicroBatch]]:
     """Most units, and those that are held back; with few units both are all."""
 
-    def judges(unit: Unit) -> bool:  # along a diagonal, so that every rank has some
-        block, place = divmod(unit.index, _HELD_BACK_ONE_IN)
-        return place == _HELD_BACK_ONE_IN - 1 - block % _HELD_BACK_ONE_IN
+    def validates(m: MicroBatch) -> bool:
+        # along a diagonal, so that every rank has some
+        block, position = divmod(m.index, _VALIDATION_ONE_IN)
+        return position == _VALIDATION_ONE_IN - 1 - block % _VALIDATION_ONE_IN
 
-    held_back = [unit for unit in units if judges(unit)]
-    if not held_back:
-        return list(units), list(units)
-    return [unit for unit in units if not judges(unit)], held_back
+    validation = [m for m in micro_batches if validates(m)]
+    if not validation:
+        return list(micro_batches), list(micro_batches)
+    return [m for m in micro_batches if not validates(m)], validation
 
 
 def minibatches(
-    units: Sequence[Unit], batch_size: int, generator: torch.Generator
-) -> Iterator[list[Unit]]:
+    micro_batches: Sequence[MicroBatch], batch_size: int, generator: torch.Generator
+) -> Iterator[list[MicroBatch]]:
     """Endless batches of about ``batch_size`` samples, shuffled epoch by epoch.
 
     Each takes its units from different residue classes of their index, so that ranks
     have equal shares.
     """
-    count = max(1, batch_size // max(unit.size for unit in units))
-    classes = [[u for u in units if u.index % count == c] for c in range(count)]
+    count = max(1, batch_size // max(m.size for m in micro_batches))
+    classes = [[m for m in micro_batches if m.index % count == c] for c in range(count)]
     while True:
         shuffled = [
             [members[i] for i in torch.randperm(len(members), generator=generator)]
             for members in classes
         ]
         for batch in zip_longest(*shuffled):
-            yield [unit for unit in batch if unit is not None]
+            yield [m for m in batch if m is not None]
 
 
-def count(units: Iterable[Unit]) -> int:
+def count(micro_batches: Iterable[MicroBatch]) -> int:
     """Samples of some units, whoever has them."""
-    return sum(unit.size for unit in units)
+    return sum(m.size for m in micro_batches)
 
 
 class Sums(Generic[Key]):

@@ -9,11 +9,11 @@ from pydantic import PrivateAttr
 
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.distributed import is_source
-from llmc_attnmask.report.files import companions
-from llmc_attnmask.runlog.journal import facts
-from llmc_attnmask.runlog.layers import summarise
+from llmc_attnmask.report.files import save_hook
+from llmc_attnmask.runlog.journal import run_metadata
+from llmc_attnmask.runlog.layer_log import summarise
 from llmc_attnmask.runlog.run import described, end_run, run_of
-from llmc_attnmask.upstream.saving import save_as
+from llmc_attnmask.upstream.save import save_as
 
 
 class StoredModifier(Modifier):
@@ -40,10 +40,10 @@ class StoredModifier(Modifier):
         storage = recipe_storage([self, *modifiers])
         run = run_of(self, modifiers)
         super().initialize(state, **kwargs)
-        facts(state.model).update(
+        run_metadata(state.model).update(
             modifiers=described(run.modifiers), warnings=run.warnings
         )
-        save_as(state.model, storage, companions)
+        save_as(state.model, storage, save_hook)
 
     def finalize(self, state: State, **kwargs: Any) -> None:
         super().finalize(state, **kwargs)

@@ -24,7 +24,7 @@ LAYERS = {"title": {"text": "layer"}, "type": "category", "tickangle": 0, "ntick
 
 
 @dataclass(frozen=True)
-class Figure:
+class Chart:
     """One chart."""
 
     id: str
@@ -37,7 +37,7 @@ class Figure:
     height: int = 320  # CSS pixels
 
 
-def errors(report: Report, kind: str) -> Figure | None:
+def errors(report: Report, kind: str) -> Chart | None:
     """Attention error by layer, this run's among the other methods'.
 
     :param kind: "matrix" or "output"
@@ -69,7 +69,7 @@ def errors(report: Report, kind: str) -> Figure | None:
         "output": "that reaches the attention output, ‖(A - Ã) V Wₒ‖² / ‖A V Wₒ‖²",
     }[kind]
     listed = ", ".join(f"{view.METHODS[m]} {view.error(means[m])}" for m in methods)
-    return Figure(
+    return Chart(
         id=f"error-{kind}",
         title={"matrix": "Attention matrix", "output": "What reaches the output"}[kind],
         says=f"Relative error {what}, on held-back calibration samples; lower is "
@@ -111,7 +111,7 @@ def _log(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def curves(report: Report) -> Figure | None:
+def curves(report: Report) -> Chart | None:
     """Training loss by step, a line per layer."""
     found = [
         (layer, what, curve)
@@ -141,7 +141,7 @@ def curves(report: Report) -> Figure | None:
             }
         )
     first, last = found[0], found[-1]
-    return Figure(
+    return Chart(
         id="curves",
         title="Learning curves",
         says="Training loss per step on mini-batches, a line per layer"
@@ -170,7 +170,7 @@ def curves(report: Report) -> Figure | None:
     )
 
 
-def recovery(report: Report) -> Figure | None:
+def recovery(report: Report) -> Chart | None:
     """What is left of each block's error after recovery."""
     found = [
         (view.short(layer["layer"]), values)
@@ -216,7 +216,7 @@ def recovery(report: Report) -> Figure | None:
         dots("pruned", before, "--sparsegpt", "triangle-up-open"),
         dots("recovered", after, "--ours", "circle"),
     ]
-    return Figure(
+    return Chart(
         id="recovery",
         title="Recovery of the blocks",
         says="Relative error of each decoder block's output against the dense block's, "
@@ -232,7 +232,7 @@ def recovery(report: Report) -> Figure | None:
     )
 
 
-def reading(report: Report) -> Figure | None:
+def token_bytes(report: Report) -> Chart | None:
     """Bytes that a token reads, by layer, from dense and from sparse kernels."""
     by_place: dict[str, list[int]] = {}
     for layer in report["reading"]:
@@ -244,7 +244,7 @@ def reading(report: Report) -> Figure | None:
     if not by_place:
         return None
     names = list(by_place)
-    dense, sparse = view.read_bytes(report)
+    dense, sparse = view.token_bytes(report)
 
     def bars(label: str, index: int, colour: str) -> dict[str, Any]:
         return {
@@ -256,7 +256,7 @@ def reading(report: Report) -> Figure | None:
             "hovertemplate": "%{y:.3f} MB",
         }
 
-    return Figure(
+    return Chart(
         id="reading",
         title="Read per generated token",
         says=f"Weights that one token reads: {view.size(dense)} with dense kernels, "

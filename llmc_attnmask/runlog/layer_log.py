@@ -15,7 +15,7 @@ from llmc_attnmask.runlog.journal import Entry, entries, note
 from llmc_attnmask.runlog.run import duration, run_of
 
 
-class Layer:
+class LayerLog:
     """A layer in work: made when that begins, ``done`` when it ends."""
 
     def __init__(self, model: nn.Module, modifier: Modifier, name: str):
@@ -28,7 +28,7 @@ class Layer:
         errors: dict[str, list[float]],
         zeros: int,
         entries: int,
-        **figures: Any,
+        **measurements: Any,
     ) -> None:
         """Note what was done in the journal and log one line, of one process.
 
@@ -36,7 +36,7 @@ class Layer:
         :param errors: what is measured -> its error, first to last
         :param zeros: pruned entries
         :param entries: all entries of the weights that were worked on
-        :param figures: more for the journal, JSON values
+        :param measurements: more for the journal, JSON values
         """
         seconds = time.perf_counter() - self._start
         peak = peak_memory(device)
@@ -49,7 +49,7 @@ class Layer:
             entries=entries,
             seconds=round(seconds, 3),
             peak_bytes=peak,
-            **figures,
+            **measurements,
         )
         left = run_of(self.modifier).layer_done(self.modifier)
         if not is_source():
@@ -89,11 +89,11 @@ def summarise(model: nn.Module) -> None:
 
 
 def _summary(noted: list[Entry]) -> str:
-    figures = [entry.figures for entry in noted]
+    measurements = [entry.measurements for entry in noted]
     parts = [f"{len(noted)} layers"]
-    measured = dict.fromkeys(what for f in figures for what in f["errors"])
+    measured = dict.fromkeys(what for f in measurements for what in f["errors"])
     for what in measured:
-        of = {e.layer: v for e in noted if (v := e.figures["errors"].get(what))}
+        of = {e.layer: v for e in noted if (v := e.measurements["errors"].get(what))}
         first, last = (sum(v[i] for v in of.values()) / len(of) for i in (0, -1))
         worst = max(of, key=lambda layer: of[layer][-1])
         before = f"{first:.5f} -> " if any(len(v) > 1 for v in of.values()) else ""
@@ -101,7 +101,7 @@ def _summary(noted: list[Entry]) -> str:
             f"{what} error {before}{last:.5f} on average, at most "
             f"{of[worst][-1]:.5f} ({worst})"
         )
-    zeros = sum(f["zeros"] for f in figures)
-    parts.append(f"{zeros / max(1, sum(f['entries'] for f in figures)):.1%} zeros")
-    parts.append(duration(sum(f["seconds"] for f in figures)))
+    zeros = sum(f["zeros"] for f in measurements)
+    parts.append(f"{zeros / max(1, sum(f['entries'] for f in measurements)):.1%} zeros")
+    parts.append(duration(sum(f["seconds"] for f in measurements)))
     return ", ".join(parts)

@@ -2,19 +2,19 @@ import pytest
 import torch
 
 from llmc_attnmask.calibration.inputs import ModuleInputs
-from llmc_attnmask.calibration.units import (
+from llmc_attnmask.calibration.micro_batches import (
+    MicroBatch,
     Sums,
-    Unit,
+    micro_batch_size,
+    micro_batches_of,
     minibatches,
     share,
-    teaching_and_judging,
-    unit_size,
-    units_of,
+    train_validation_split,
 )
 
 
-def units(count: int, size: int = 1) -> list[Unit]:
-    return [Unit(i, size, (i,)) for i in range(count)]
+def micro_batches(count: int, size: int = 1) -> list[MicroBatch]:
+    return [MicroBatch(i, size, (i,)) for i in range(count)]
 
 
 def collected(*lengths: int) -> ModuleInputs:
@@ -37,23 +37,25 @@ def collected(*lengths: int) -> ModuleInputs:
     ],
 )
 def test_units_are_few_tokens_and_there_are_enough_of_them(samples, length, size):
-    assert unit_size(samples, length) == size
+    assert micro_batch_size(samples, length) == size
 
 
 def test_every_sample_is_in_one_unit_of_its_own_length():
     inputs = collected(*[16] * 9, 32, *[16] * 8)
-    found = units_of(inputs)
-    assert sorted(i for unit in found for i in unit.samples) == list(range(18))
-    assert [unit.index for unit in found] == list(range(len(found)))
-    for unit in found:
-        assert unit.size == len(unit.samples)
-        assert len({inputs.hidden.shape(i) for i in unit.samples}) == 1
+    found = micro_batches_of(inputs)
+    assert sorted(i for micro_batch in found for i in micro_batch.samples) == list(
+        range(18)
+    )
+    assert [micro_batch.index for micro_batch in found] == list(range(len(found)))
+    for micro_batch in found:
+        assert micro_batch.size == len(micro_batch.samples)
+        assert len({inputs.hidden.shape(i) for i in micro_batch.samples}) == 1
 
 
 @pytest.mark.parametrize(("batch_size", "size"), [(8, 8), (4, 4), (6, 2), (1, 1)])
 def test_a_units_size_divides_the_batch_size(batch_size, size):
-    found = units_of(collected(*[16] * 64), batch_size)
-    assert {unit.size for unit in found} == {size}
+    found = micro_batches_of(collected(*[16] * 64), batch_size)
+    assert {micro_batch.size for micro_batch in found} == {size}
 
 
 def test_ranks_have_disjoint_shares_of_whole_units():
@@ -71,29 +73,31 @@ def test_fewer_samples_than_ranks_are_refused_with_the_number_that_would_do():
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_rank_judges_and_teaches_equally(world):
-    teaching, judging = teaching_and_judging(units(64))
-    assert len(judging) == 8
-    assert not {u.index for u in teaching} & {u.index for u in judging}
-    for few in (teaching, judging):
+    train, validation = train_validation_split(micro_batches(64))
+    assert len(validation) == 8
+    assert not {u.index for u in train} & {u.index for u in validation}
+    for few in (train, validation):
         by_rank = [sum(u.index % world == r for u in few) for r in range(world)]
         assert len(set(by_rank)) == 1
 
 
 def test_few_units_all_teach_and_judge():
-    teaching, judging = teaching_and_judging(units(5))
-    assert teaching == judging == units(5)
+    train, validation = train_validation_split(micro_batches(5))
+    assert train == validation == micro_batches(5)
 
 
 def test_an_epoch_of_minibatches_has_every_unit_once_and_ranks_have_equal_shares():
-    teaching, _ = teaching_and_judging(units(64))
-    batches = minibatches(teaching, 8, torch.Generator().manual_seed(0))
+    train, _ = train_validation_split(micro_batches(64))
+    batches = minibatches(train, 8, torch.Generator().manual_seed(0))
     first, second = ([next(batches) for _ in range(7)] for _ in range(2))
     for epoch in (first, second):
-        assert sorted(u.index for b in epoch for u in b) == [u.index for u in teaching]
+        assert sorted(u.index for b in epoch for u in b) == [u.index for u in train]
         for batch in epoch:
-            assert sorted(unit.index % 8 for unit in batch) == list(range(8))
+            assert sorted(micro_batch.index % 8 for micro_batch in batch) == list(
+                range(8)
+            )
     assert first != second
-    again = minibatches(teaching, 8, torch.Generator().manual_seed(0))
+    again = minibatches(train, 8, torch.Generator().manual_seed(0))
     assert [next(again) for _ in range(7)] == first
 
 

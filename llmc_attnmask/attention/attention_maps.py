@@ -19,7 +19,7 @@ TOKENS = 96
 
 
 @dataclass(frozen=True)
-class Picture:
+class AttentionMap:
     """One head's attention among the first tokens of one sample."""
 
     head: int
@@ -40,20 +40,20 @@ class Picture:
             "head": self.head,
             "error": self.error,
             "tokens": len(self.dense),
-            "dense": _packed(np.sqrt(self.dense) * 255),
-            "pruned": _packed(np.sqrt(self.pruned) * 255),
-            "difference": _packed(scaled * 127 + 128),
+            "dense": _deflated(np.sqrt(self.dense) * 255),
+            "pruned": _deflated(np.sqrt(self.pruned) * 255),
+            "difference": _deflated(scaled * 127 + 128),
             "largest_difference": largest,
         }
 
 
-def unpacked(text: str) -> str:
+def inflated(text: str) -> str:
     """The bytes of a matrix that ``encode`` has deflated, in base64 as they are."""
     return base64.b64encode(zlib.decompress(base64.b64decode(text))).decode("ascii")
 
 
 @torch.no_grad()
-def pictures(dense: AttentionCall, pruned: AttentionCall) -> list[Picture]:
+def attention_maps(dense: AttentionCall, pruned: AttentionCall) -> list[AttentionMap]:
     """The head that lost most and the median one, the same one once.
 
     :param dense: of one sample, as the pruned one
@@ -65,7 +65,7 @@ def pictures(dense: AttentionCall, pruned: AttentionCall) -> list[Picture]:
     found = []
     for head in dict.fromkeys((order[0], order[len(order) // 2])):
         a, b = (x[head, :, :shown].cpu().numpy() for x in (before, after))
-        found.append(Picture(head, errors[head].item(), a, b, b - a))
+        found.append(AttentionMap(head, errors[head].item(), a, b, b - a))
     return found
 
 
@@ -84,6 +84,6 @@ def zeros_by_head(role: str, kept: Tensor, heads: int) -> list[float]:
     return (~by_head).float().mean((1, 2)).tolist()
 
 
-def _packed(values: np.ndarray) -> str:
+def _deflated(values: np.ndarray) -> str:
     whole = np.clip(np.rint(values), 0, 255).astype(np.uint8)
     return base64.b64encode(zlib.compress(whole.tobytes(), 9)).decode("ascii")

@@ -18,7 +18,7 @@ _SPARSE_SIZES = {1, 2}  # bytes of a value that sparse kernels exist for
 
 
 @dataclass(frozen=True)
-class Reading:
+class TokenBytes:
     """Bytes of one Linear that one token reads."""
 
     layer: str
@@ -26,7 +26,7 @@ class Reading:
     sparse: int  # by a sparse kernel, or by a dense one where none applies
 
 
-def read_per_token(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[Reading]:
+def bytes_per_token(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[TokenBytes]:
     """Every Linear of the decoder layers, then the output layer.
 
     A 2:4 layer that servers fuse with one that is not counts as dense.
@@ -43,11 +43,11 @@ def read_per_token(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[Readin
         full = prod(tensor.shape) * tensor.itemsize
         short = full // 2 + prod(tensor.shape) // 8
         applies = name in sparse and tensor.itemsize in _SPARSE_SIZES
-        found.append(Reading(name, full, short if applies else full))
+        found.append(TokenBytes(name, full, short if applies else full))
     for tensor in checkpoint.tensors.values():
         name, _, kind = tensor.name.rpartition(".")
         if kind == "weight_packed":  # 4-bit integers: no sparse kernel reads these
-            found.append(Reading(name, tensor.bytes, tensor.bytes))
+            found.append(TokenBytes(name, tensor.bytes, tensor.bytes))
     return found
 
 

@@ -22,14 +22,20 @@ from torch.utils._pytree import tree_map_only
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
-from llmc_attnmask.calibration.units import Sums, Unit, count, minibatches, units_of
+from llmc_attnmask.calibration.micro_batches import (
+    MicroBatch,
+    Sums,
+    count,
+    micro_batches_of,
+    minibatches,
+)
 from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.recovery.block import Block, block_error
-from llmc_attnmask.solvers.faults import fault_of
+from llmc_attnmask.solvers.numerics import non_finite
 
 
 @dataclass(frozen=True)
-class DescentSettings:
+class RefineSettings:
     """How survivors move; see the modifier for the meaning."""
 
     steps: int
@@ -40,27 +46,27 @@ class DescentSettings:
 
 
 @dataclass(frozen=True)
-class Descent:
+class Refinement:
     """What a descent has come to."""
 
     error: float  # ||Y~ - Y||_F^2 over all samples
     fallback: str | None = None  # what came out as no number, if anything did
 
 
-def descend(
+def refine(
     dense: Block,
     pruned: Block,
-    wanted: Sequence[Tensor],
+    targets: Sequence[Tensor],
     start_error: float,
-    energy: float,
+    norm: float,
     kept: dict[str, Tensor],
-    settings: DescentSettings,
-) -> Descent:
+    settings: RefineSettings,
+) -> Refinement:
     """Move the survivors of ``pruned``; unless that lowers the error, put them back.
 
     :param start_error: ||Y~ - Y||_F^2 over all samples as it is
-    :param wanted: Y of every sample, [1, L, D]
-    :param energy: ||Y - X||_F^2 over all samples
+    :param targets: Y of every sample, [1, L, D]
+    :param norm: ||Y - X||_F^2 over all samples
     :param kept: name of a Linear of the block -> bool [rows, columns]
     """
     linears = {name: pruned.linears()[name] for name in kept}
@@ -73,22 +79,24 @@ def descend(
         groups.append({"params": [linear.weight], "peak": peak})
     optimizer = torch.optim.Adam(groups)
     generator = torch.Generator().manual_seed(settings.seed)
-    units = units_of(pruned.inputs, settings.batch_size)
-    objective = _Objective(dense, pruned, wanted, count(units) / energy, settings)
+    micro_batches = micro_batches_of(pruned.inputs, settings.batch_size)
+    objective = _Objective(
+        dense, pruned, targets, count(micro_batches) / norm, settings
+    )
     fallback: str | None = None
-    batches = minibatches(units, settings.batch_size, generator)
+    batches = minibatches(micro_batches, settings.batch_size, generator)
     for step, batch in enumerate(itertools.islice(batches, settings.steps)):
         for group in optimizer.param_groups:
             share = step / settings.steps
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * share))
         loss, gradients = objective.gradient(batch, linears)
-        if fault := fault_of(loss, gradients.values()):
+        if fault := non_finite(loss, gradients.values()):
             fallback = f"step {step}: {fault}"
             break
         for name, linear in linears.items():
             linear.weight.grad = gradients[name].masked_fill_(~kept[name], 0.0)
         optimizer.step()
-    error = math.nan if fallback else block_error(pruned, wanted)
+    error = math.nan if fallback else block_error(pruned, targets)
     if not fallback and not math.isfinite(error):
         fallback = f"the error after the descent is {error}"
     better = error <= start_error  # False for NaN
@@ -99,39 +107,41 @@ def descend(
                 linear.weight.copy_(before[name])
     if fallback:
         logger.warning(f"{fallback}; the block stays as it was before the descent")
-    return Descent(error if better else start_error, fallback)
+    return Refinement(error if better else start_error, fallback)
 
 
 class _Objective:
     """The loss above as a function of the weights that the pruned block has.
 
-    :param per_energy: samples over ||Y - X||_F^2
+    :param per_norm: samples over ||Y - X||_F^2
     """
 
     def __init__(
         self,
         dense: Block,
         pruned: Block,
-        wanted: Sequence[Tensor],
-        per_energy: float,
-        settings: DescentSettings,
+        targets: Sequence[Tensor],
+        per_norm: float,
+        settings: RefineSettings,
     ):
-        self.pruned, self.wanted, self.per_energy = pruned, wanted, per_energy
+        self.pruned, self.targets, self.per_norm = pruned, targets, per_norm
         self.attention_weight = settings.attention_weight
         weighed = bool(self.attention_weight)
         self.attention = _AttentionTerm(dense, pruned) if weighed else None
 
     def gradient(
-        self, units: Sequence[Unit], linears: Mapping[str, nn.Linear]
+        self, micro_batches: Sequence[MicroBatch], linears: Mapping[str, nn.Linear]
     ) -> tuple[float, dict[str, Tensor]]:
         """Mean over the units' samples, those of all ranks, and gradient by Linear."""
         weights = {name: linear.weight for name, linear in linears.items()}
 
         def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
-            target = torch.cat([self.wanted[i] for i in samples]).to(self.pruned.device)
+            target = torch.cat([self.targets[i] for i in samples]).to(
+                self.pruned.device
+            )
             with torch.enable_grad():
                 lost = (self.pruned(samples) - target).square().sum()
-                loss = lost * self.per_energy
+                loss = lost * self.per_norm
                 if self.attention is not None:
                     relative = self.attention(samples) * len(samples)
                     loss = loss + self.attention_weight * relative
@@ -142,12 +152,12 @@ class _Objective:
             return loss.item(), gradients
 
         total, sums = 0.0, Sums(like=weights)
-        for _, (loss, gradients) in self.pruned.fitting(units, run):
+        for _, (loss, gradients) in self.pruned.runner(micro_batches, run):
             total += loss
             for name, gradient in zip(weights, gradients, strict=True):
                 sums.add(name, gradient)
-        mean = all_sum_numbers(total)[0] / count(units)
-        return mean, {n: g.div_(count(units)) for n, g in sums.totals().items()}
+        mean = all_sum_numbers(total)[0] / count(micro_batches)
+        return mean, {n: g.div_(count(micro_batches)) for n, g in sums.totals().items()}
 
 
 class _AttentionTerm:
@@ -162,8 +172,8 @@ class _AttentionTerm:
             name: AttentionReplica(attention)
             for name, attention in attention_modules(dense.module).items()
         }
-        self.then = self._watched(dense)
-        self.now = self._watched(pruned)
+        self.dense_inputs = self._watched(dense)
+        self.pruned_inputs = self._watched(pruned)
 
     def _watched(self, block: Block) -> dict[str, tuple[Any, Any]]:
         """Fills with the arguments of each attention module when the block runs."""
@@ -183,10 +193,10 @@ class _AttentionTerm:
             self.dense(batch)
         for name, replica in self.replicas.items():
             weights = self.pruned.module.get_submodule(name).named_parameters()
-            args, kwargs = _in_float32(self.then[name])
+            args, kwargs = _in_float32(self.dense_inputs[name])
             with torch.no_grad():
                 reference = replica(args, kwargs)
-            args, kwargs = _in_float32(self.now[name])
+            args, kwargs = _in_float32(self.pruned_inputs[name])
             call = replica(args, kwargs, dict(weights))
             error = attention_error(reference, call.query, call.key)
             total = total + error / attention_norms(reference).matrix

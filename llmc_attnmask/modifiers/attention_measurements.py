@@ -6,26 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmc_attnmask.attention.attention_maps import (
+    attention_maps,
+    heads_of,
+    zeros_by_head,
+)
 from llmc_attnmask.attention.capture import AttentionCall, AttentionReplica
-from llmc_attnmask.attention.pictures import heads_of, pictures, zeros_by_head
 from llmc_attnmask.attention.projections import Projection, Role
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.solvers.solver import MaskSolution
 
 
-def figures(
+def measurements(
     replica: AttentionReplica,
     inputs: ModuleInputs,
     projections: Mapping[Role, Projection],
     solutions: Sequence[MaskSolution],
-    pictured: bool,
+    with_maps: bool,
 ) -> dict[str, Any]:
     """JSON values; the report's schema says what each is.
 
     :param replica: the attention module, with its dense weights
     :param inputs: its calibration inputs, at least one sample
-    :param pictured: whether attention matrices are kept
+    :param with_maps: whether attention matrices are kept
     """
     masks: dict[Role, Tensor] = {}
     weights: dict[Role, Tensor] = {}
@@ -47,7 +51,7 @@ def figures(
         "zeros_by_head": {
             role: zeros_by_head(role, mask, heads[role]) for role, mask in masks.items()
         },
-        "pictures": [p.encode() for p in pictures(*calls)] if pictured else [],
+        "pictures": [p.encode() for p in attention_maps(*calls)] if with_maps else [],
     }
 
 

@@ -26,7 +26,7 @@ from llmc_attnmask.distributed import barrier, is_source
 # it is written. llm-compressor's own default is 20 GB.
 _MAX_SHARD_SIZE = "1GB"
 
-Companions = Callable[[PreTrainedModel], Callable[[Path, Path], None]]
+SaveHook = Callable[[PreTrainedModel], Callable[[Path, Path], None]]
 
 
 class _SaveAs:
@@ -40,10 +40,10 @@ class _SaveAs:
         model: PreTrainedModel,
         upstream: Callable[..., None],
         storage: Storage,
-        companions: Companions | None,
+        save_hook: SaveHook | None,
     ):
         self.model, self.upstream, self.storage = model, upstream, storage
-        self.companions = companions
+        self.save_hook = save_hook
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("push_to_hub"):
@@ -58,7 +58,7 @@ class _SaveAs:
             self.upstream(save_directory, *args, **kwargs)
         else:
             # asked before upstream compresses the weights that are in the model
-            write = self.companions(self.model) if self.companions else None
+            write = self.save_hook(self.model) if self.save_hook else None
             with updated_folder(output) as partial:
                 with disk_errors(partial):
                     self.upstream(str(partial), *args, **kwargs)
@@ -69,19 +69,19 @@ class _SaveAs:
 
 
 def save_as(
-    model: PreTrainedModel, storage: Storage, companions: Companions | None = None
+    model: PreTrainedModel, storage: Storage, save_hook: SaveHook | None = None
 ) -> None:
     """Have ``model.save_pretrained`` write this storage from now on.
 
     :param model: as ``oneshot`` has prepared it, so that its ``save_pretrained`` is
         llm-compressor's
-    :param companions: called with the model before it is written; what that returns
+    :param save_hook: called with the model before it is written; what that returns
         is called with the folder in which the checkpoint lies before it appears, and
         with the folder where it will appear, to add files of its own
     """
     current = model.save_pretrained
     upstream = current.upstream if isinstance(current, _SaveAs) else current
-    save = _SaveAs(model, upstream, storage, companions)
+    save = _SaveAs(model, upstream, storage, save_hook)
     model.save_pretrained = save  # type: ignore[assignment]
 
 
