@@ -5,7 +5,7 @@ import re
 import pytest
 
 from llmc_attnmask import AttentionMatrixPruningModifier, MaskedRecoveryModifier
-from llmc_attnmask.calibration import micro_batches as calibration
+from llmc_attnmask.calibration import micro_batches
 from llmc_attnmask.modifiers import attention_pruning
 from llmc_attnmask.recovery import refit
 from llmc_attnmask.solvers import gptq, least_squares, solver
@@ -23,7 +23,7 @@ PHRASES = [
     f"{WORDS[solver._CHECKS].capitalize()} times in a run",
     f"{WORDS[solver._PATIENCE]} checks without a better one",
     f"steps of {solver._SURVIVOR_STEP} standard deviations",
-    f"One unit in {WORDS[calibration._HELD_BACK_ONE_IN]} is held back",
+    f"One micro-batch in {WORDS[micro_batches._VALIDATION_ONE_IN]} is held out",
     f"{attention_pruning._STEPS[True]} steps of Adam move the survivors on",
     f"the default of {FIELDS['output_weight'].default}",
     f"`l2_penalty`, {FIELDS['l2_penalty'].default:g} by default",

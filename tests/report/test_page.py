@@ -120,7 +120,7 @@ def test_heads_come_as_bytes_worst_first(report):
 def test_a_checkpoint_of_another_origin_has_a_page_that_says_what_is_missing():
     html = page.render(reduced() | of_folder(MODEL_DIR))
     assert "Not in this report" in html and "report.json of the run" in html
-    assert "Zeros by projection" in html and "What attention lost" not in html
+    assert "Zeros by projection" in html and "Attention error by layer" not in html
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
