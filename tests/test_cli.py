@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmc_attnmask.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "llmc_attnmask", *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if k not in TEST_SETTINGS}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -147,3 +147,9 @@ def test_help_and_usage_of_pack_and_unpack(call, command):
 def test_every_command_has_help(command):
     shown = run(command, "--help")
     assert shown.returncode == 0 and "Usage" in shown.stdout
+
+
+def test_the_defaults_that_depend_on_the_model_or_recipe_are_in_the_help(call):
+    """In brackets they would be markup, and gone."""
+    shown = "".join(call("prune", "--help")[1].replace("│", " ").split())
+    assert "bydefault2048" in shown and "bydefaultwhattherecipeasksfor" in shown

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parent / "support"
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(HERE.parent),
+    "PYTHONPATH": str(ROOT),
     "PYTHONWARNINGS": "ignore",
 }
 TORCHRUN = [sys.executable, *["-m", "torch.distributed.run", "--standalone"]]
@@ -86,7 +87,7 @@ def test_two_ranks_write_the_checkpoint_that_one_process_writes(tmp_path, one_th
 
 @pytest.mark.slow
 def test_what_ranks_must_not_do_is_refused_on_every_rank(tmp_path):
-    done = run([str(HERE / "ranks.py"), str(tmp_path)])
+    done = run([str(SUPPORT / "ranks.py"), str(tmp_path)])
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -111,7 +112,13 @@ def test_what_ranks_must_not_do_is_refused_on_every_rank(tmp_path):
 def test_a_rank_that_ends_ends_the_run_with_one_message(fault, message, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
-    command = [str(HERE / "faulty.py"), fault, "prune", str(MODEL_DIR), *DATA]
+    command = [
+        str(SUPPORT / "faulty.py"),
+        fault,
+        "prune",
+        str(MODEL_DIR),
+        *DATA,
+    ]
     output = tmp_path / "out"
     start = time.monotonic()
     done = run([*command, "--recipe", str(recipe), "--output", str(output)])

@@ -80,7 +80,7 @@ def test_every_command_has_its_options_on_the_commands_page(site):
     for command in app.registered_commands:
         name = command.name or command.callback.__name__
         assert f'id="{name}"' in page
-    assert "--num-samples" in page and "Calibration windows." in page
+    assert "--num-samples" in page and "Number of calibration windows." in page
 
 
 def test_search_needs_no_server(site):

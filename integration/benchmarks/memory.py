@@ -175,7 +175,7 @@ def main() -> None:
             for place in args.places:
                 model, activations = place.split("/")
                 output, log = Path(folder) / "pruned", Path(folder) / "log"
-                command = [sys.executable, "-m", "llmc_attnmask.cli", "prune"]
+                command = [sys.executable, "-m", "llmc_attnmask", "prune"]
                 command += [str(dense), "--recipe", str(recipe)]
                 command += ["--output", str(output), "--offload-model", model]
                 command += ["--offload-activations", activations]

@@ -28,7 +28,7 @@ REPORTS = {"README.md", "report.html", "report.json"}
 def command(output: Path, recipe: Path) -> list[str]:
     options = ["--recipe", str(recipe), "--output", str(output), "--resume"]
     options += ["--num-samples", "16", "--max-length", "128"]
-    program = [sys.executable, "-m", "llmc_attnmask.cli"]
+    program = [sys.executable, "-m", "llmc_attnmask"]
     return [*program, "prune", str(MODEL_DIR), *options]
 
 

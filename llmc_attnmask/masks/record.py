@@ -39,13 +39,13 @@ def set_mask(linear: nn.Module, kept: Tensor) -> None:
         )
     if (earlier := get_mask(linear)) is not None:
         kept = kept.cpu() & earlier
-    setattr(linear, _ATTRIBUTE, _Bits(packed(kept), shape))
+    setattr(linear, _ATTRIBUTE, _Bits(to_bits(kept), shape))
 
 
 def get_mask(linear: nn.Module) -> Tensor | None:
     """The mask that was remembered: bool, shape of the weight, on CPU; None if none."""
     bits = getattr(linear, _ATTRIBUTE, None)
-    return None if bits is None else unpacked(bits.packed, bits.shape)
+    return None if bits is None else from_bits(bits.packed, bits.shape)
 
 
 def count_violations(linear: nn.Module) -> int:
@@ -56,7 +56,7 @@ def count_violations(linear: nn.Module) -> int:
     bits = getattr(linear, _ATTRIBUTE, None)
     if bits is None or tuple(cast(Tensor, linear.weight).shape) != bits.shape:
         return 0
-    wrong = packed(cast(Tensor, linear.weight).detach().bool()) & ~bits.packed
+    wrong = to_bits(cast(Tensor, linear.weight).detach().bool()) & ~bits.packed
     return int(np.unpackbits(wrong).sum(dtype=np.int64)) if wrong.any() else 0
 
 
@@ -66,12 +66,12 @@ def clear_mask(linear: nn.Module) -> None:
         delattr(linear, _ATTRIBUTE)
 
 
-def packed(flags: Tensor) -> np.ndarray:
+def to_bits(flags: Tensor) -> np.ndarray:
     """A bool tensor, one bit an entry: uint8 [ceil(entries / 8)], row-major."""
     return np.packbits(flags.detach().cpu().numpy().ravel(), bitorder="little")
 
 
-def unpacked(bits: np.ndarray, shape: Sequence[int]) -> Tensor:
-    """The bool tensor that ``packed`` has made bits of, on CPU."""
+def from_bits(bits: np.ndarray, shape: Sequence[int]) -> Tensor:
+    """The bool tensor that ``to_bits`` has made bits of, on CPU."""
     flags = np.unpackbits(bits, count=prod(shape), bitorder="little")
     return torch.from_numpy(flags.view(bool)).view(*shape)

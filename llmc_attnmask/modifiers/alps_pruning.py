@@ -29,11 +29,11 @@ from llmc_attnmask.modifiers.fields import (
     MaskStructureField,
     Names,
     check_finite,
-    listed,
 )
+from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_log import LayerLog
-from llmc_attnmask.runlog.progress import layer_work, restorable
-from llmc_attnmask.runlog.run import run_of
+from llmc_attnmask.runlog.layer_work import layer_work, restorable
+from llmc_attnmask.runlog.wording import listed
 from llmc_attnmask.solvers.least_squares import choose_mask, solve
 
 _HESSIAN = "X^T X"

@@ -28,11 +28,11 @@ from llmc_attnmask.modifiers.fields import (
     MaskStructureField,
     Names,
     check_finite,
-    listed,
 )
+from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_log import LayerLog
-from llmc_attnmask.runlog.progress import layer_work
-from llmc_attnmask.runlog.run import run_of
+from llmc_attnmask.runlog.layer_work import layer_work
+from llmc_attnmask.runlog.wording import listed
 from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
 from llmc_attnmask.upstream.baselines import baselines
 

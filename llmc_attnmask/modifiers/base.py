@@ -9,10 +9,9 @@ from pydantic import PrivateAttr
 
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.distributed import is_source
-from llmc_attnmask.report.files import save_hook
+from llmc_attnmask.runlog.context import described, end_run, run_of
 from llmc_attnmask.runlog.journal import run_metadata
 from llmc_attnmask.runlog.layer_log import summarise
-from llmc_attnmask.runlog.run import described, end_run, run_of
 from llmc_attnmask.upstream.save import save_as
 
 
@@ -43,7 +42,7 @@ class StoredModifier(Modifier):
         run_metadata(state.model).update(
             modifiers=described(run.modifiers), warnings=run.warnings
         )
-        save_as(state.model, storage, save_hook)
+        save_as(state.model, storage)
 
     def finalize(self, state: State, **kwargs: Any) -> None:
         super().finalize(state, **kwargs)

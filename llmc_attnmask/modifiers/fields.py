@@ -44,9 +44,3 @@ def _all_finite(tensor: Tensor) -> bool:
     if not tensor.numel():
         return True
     return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """Names for a message, the first few of many."""
-    shown = ", ".join(names[:most]) or "nothing"
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

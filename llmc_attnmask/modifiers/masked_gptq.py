@@ -1,18 +1,16 @@
 """``MaskedGPTQModifier``: llm-compressor's GPTQ, with zeros that stay."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 from compressed_tensors.distributed import is_distributed
 from llmcompressor.core import active_session
 from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.gptq import base as stock
 from torch import nn
 
 from llmc_attnmask.modifiers.base import StoredModifier
-from llmc_attnmask.runlog.progress import layer_work
+from llmc_attnmask.runlog.layer_work import layer_work
 from llmc_attnmask.solvers.gptq import quantize_weight
+from llmc_attnmask.upstream.gptq import quantizing_with
 
 
 class MaskedGPTQModifier(GPTQModifier, StoredModifier):
@@ -61,16 +59,5 @@ class MaskedGPTQModifier(GPTQModifier, StoredModifier):
                 work.changed = list(module_list)
 
     def _quantize(self, module_list: list[nn.Module]) -> None:
-        with _masked_quantize_weight():
+        with quantizing_with(quantize_weight):
             super().compress_module_list(module_list)
-
-
-@contextmanager
-def _masked_quantize_weight() -> Iterator[None]:
-    """``GPTQModifier`` looks its function up in its module; ours is there meanwhile."""
-    original = stock.quantize_weight
-    stock.quantize_weight = quantize_weight  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        stock.quantize_weight = original

@@ -32,13 +32,14 @@ from llmc_attnmask.distributed import (
     write_parameter,
 )
 from llmc_attnmask.modifiers.base import StoredModifier
-from llmc_attnmask.modifiers.fields import Names, check_finite, listed
+from llmc_attnmask.modifiers.fields import Names, check_finite
 from llmc_attnmask.recovery.block import Block, block_error, residual_norm
 from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.recovery.refit import refit
+from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_log import LayerLog
-from llmc_attnmask.runlog.progress import layer_work
-from llmc_attnmask.runlog.run import run_of
+from llmc_attnmask.runlog.layer_work import layer_work
+from llmc_attnmask.runlog.wording import listed
 from llmc_attnmask.upstream.mask_guard import modifiers_before
 
 

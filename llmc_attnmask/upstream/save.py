@@ -1,8 +1,8 @@
-"""Writing a pruned model: what llm-compressor saves, then its 2:4 layers' storage.
+"""``save_pretrained`` writes the storage of the 2:4 layers and the report, too.
 
-One way to write each file: llm-compressor's ``save_pretrained`` writes the weights,
-dense or quantized, ``pack`` packs them. 2:4 layers are those whose weights are, to the
-bit, in what was written.
+llm-compressor replaces a model's ``save_pretrained`` by its own, which writes the
+weights, dense or quantized. This module wraps that: what was written is marked or
+packed (``checkpoint/store.py``), and the report and model card are added.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,11 @@ from llmc_attnmask.checkpoint.io.atomic import updated_folder
 from llmc_attnmask.checkpoint.io.writer import disk_errors
 from llmc_attnmask.checkpoint.store import store
 from llmc_attnmask.distributed import barrier, is_source
+from llmc_attnmask.report.files import save_hook
 
 # A shard is mapped into memory whole: when it is checked and, of a model on disk, when
 # it is written. llm-compressor's own default is 20 GB.
 _MAX_SHARD_SIZE = "1GB"
-
-SaveHook = Callable[[PreTrainedModel], Callable[[Path, Path], None]]
 
 
 class _SaveAs:
@@ -40,10 +39,8 @@ class _SaveAs:
         model: PreTrainedModel,
         upstream: Callable[..., None],
         storage: Storage,
-        save_hook: SaveHook | None,
     ):
         self.model, self.upstream, self.storage = model, upstream, storage
-        self.save_hook = save_hook
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("push_to_hub"):
@@ -57,32 +54,25 @@ class _SaveAs:
         if not is_source():  # upstream lets only one process write
             self.upstream(save_directory, *args, **kwargs)
         else:
-            # asked before upstream compresses the weights that are in the model
-            write = self.save_hook(self.model) if self.save_hook else None
+            # before upstream compresses the weights that are in the model
+            write_report = save_hook(self.model)
             with updated_folder(output) as partial:
                 with disk_errors(partial):
                     self.upstream(str(partial), *args, **kwargs)
                 store(partial, self.storage)
-                if write is not None:
-                    write(partial, output)
+                write_report(partial, output)
         barrier()
 
 
-def save_as(
-    model: PreTrainedModel, storage: Storage, save_hook: SaveHook | None = None
-) -> None:
-    """Have ``model.save_pretrained`` write this storage from now on.
+def save_as(model: PreTrainedModel, storage: Storage) -> None:
+    """Have ``model.save_pretrained`` write this storage from now on, with the report.
 
     :param model: as ``oneshot`` has prepared it, so that its ``save_pretrained`` is
         llm-compressor's
-    :param save_hook: called with the model before it is written; what that returns
-        is called with the folder in which the checkpoint lies before it appears, and
-        with the folder where it will appear, to add files of its own
     """
     current = model.save_pretrained
     upstream = current.upstream if isinstance(current, _SaveAs) else current
-    save = _SaveAs(model, upstream, storage, save_hook)
-    model.save_pretrained = save  # type: ignore[assignment]
+    model.save_pretrained = _SaveAs(model, upstream, storage)  # type: ignore[assignment]
 
 
 def _restore_experts(model: PreTrainedModel) -> None:

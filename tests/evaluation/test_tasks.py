@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmc_attnmask.checkpoint.convert import pack
-from llmc_attnmask.cli import _task_table, app
+from llmc_attnmask.cli import app, tables
 from llmc_attnmask.evaluation.tasks import (
     TaskResult,
     _matched,
@@ -115,7 +115,7 @@ def test_the_table_has_a_row_per_metric_and_a_column_per_model():
         TaskResult("pruned", "arc", "acc_norm", 0.6, None, 8, True, 100.0),
     ]
     rows += [TaskResult("other", "arc", "acc_norm", 0.3, None, 8, True, 50.0)]
-    table = _task_table(rows)
+    table = tables.tasks(rows)
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert cells["metric"] == ["acc", "acc_norm"]
     assert cells["dense"] == ["0.5000 ± 0.0100", "0.6000"]

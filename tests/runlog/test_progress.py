@@ -1,4 +1,4 @@
-"""A run that is cut off anywhere and resumed has the bytes of one that was not."""
+"""An interrupted run, resumed, has the bytes of an uninterrupted one."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.runlog.progress import Progress, ProgressError
 
-# every kind of modifier: ours, a stock pruner, one that never takes part, a quantizer
+# every kind of modifier: our own, a stock pruner, a quantizer
 RECIPE = """
 prune_stage:
   attention_modifiers:
@@ -38,8 +38,8 @@ quant_stage:
     MaskedGPTQModifier: {scheme: W8A8, targets: [Linear], ignore: ["re:.*lm_head"]}
 """
 FEW = {"num_samples": 4, "max_length": 48}
-# layers are 4, q and k of each one step, v and o a step each, GPTQ one step a layer
-STEPS = {"attention": 4, "ALPS": 8, "SparseGPT": 12, "recovery": 4, "GPTQ": 4 + 28}
+# saved layers of each modifier: 4 blocks with q and k at once, v and o one by one ...
+LAYERS = {"attention": 4, "ALPS": 8, "SparseGPT": 12, "recovery": 4, "GPTQ": 4 + 28}
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +65,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Interrupts a run after so many steps."""
+    """Interrupts a run after so many layers."""
 
-    def after(steps: int) -> None:
+    def after(layers: int) -> None:
         save = Progress.save
 
         def interrupted(self: Progress, *args: object) -> None:
             save(self, *args)
-            if self.steps == steps:
+            if self.layers == layers:
                 monkeypatch.undo()
                 raise KeyboardInterrupt
 
@@ -82,22 +82,22 @@ def cut(monkeypatch):
 
 
 def middle_of(name: str) -> int:
-    names = list(STEPS)
+    names = list(LAYERS)
     before = names[: names.index(name)]
-    return sum(STEPS[n] for n in before) + STEPS[name] // 2
+    return sum(LAYERS[n] for n in before) + LAYERS[name] // 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "steps", [1, *map(middle_of, ("SparseGPT", "recovery", "GPTQ"))]
+    "layers", [1, *map(middle_of, ("SparseGPT", "recovery", "GPTQ"))]
 )
-def test_a_run_cut_off_in_any_pass_resumes_to_the_same_bytes(
-    steps, recipe, uncut, cut, tmp_path
+def test_a_run_interrupted_in_any_pass_resumes_to_the_same_bytes(
+    layers, recipe, uncut, cut, tmp_path
 ):
-    cut(steps)
+    cut(layers)
     with pytest.raises(KeyboardInterrupt) as caught:
         prune(MODEL_DIR, recipe, tmp_path / "out", **FEW)
-    assert f"{steps} finished steps are kept" in caught.value.__notes__[0]
+    assert f"{layers} finished layers are kept" in caught.value.__notes__[0]
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PROGRESS]
     resumed = prune(MODEL_DIR, recipe, tmp_path / "out", **FEW, resume=True)
     assert contents(resumed) == uncut
@@ -126,7 +126,7 @@ def test_a_run_that_is_killed_while_it_saves_resumes_to_the_same_bytes(
     assert not computed
 
 
-def test_what_is_kept_is_safetensors_and_json(recipe, cut, tmp_path):
+def test_progress_is_safetensors_and_json(recipe, cut, tmp_path):
     cut(5)
     with pytest.raises(KeyboardInterrupt):
         prune(MODEL_DIR, recipe, tmp_path / "out", **FEW)
@@ -151,7 +151,7 @@ def interrupted(recipe, cut, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resume": False}, "--resume goes on with it"),
+        ({"resume": False}, "--resume"),
         ({"seed": 1}, "differs in seed .was '0', is '1'"),
         ({"num_samples": 5}, "differs in calibration data"),
         ({"recipe": "attention_2of4"}, "differs in recipe"),
@@ -170,14 +170,14 @@ def test_the_progress_of_another_run_is_refused_and_left_alone(
     assert {p: p.read_bytes() for p in (interrupted / PROGRESS).iterdir()} == before
 
 
-def test_two_processes_do_not_work_in_one_folder(recipe, interrupted):
+def test_two_processes_cannot_work_in_one_folder(recipe, interrupted):
     at_work = Progress(interrupted / PROGRESS, {}, [])
-    with pytest.raises(ProgressError, match="another process is at work"):
+    with pytest.raises(ProgressError, match="another process is working"):
         prune(MODEL_DIR, recipe, interrupted, **FEW, resume=True)
     at_work.close()
 
 
-def test_a_model_whose_config_was_changed_is_another_run(recipe, cut, tmp_path):
+def test_a_changed_config_makes_it_another_run(recipe, cut, tmp_path):
     model = shutil.copytree(MODEL_DIR, tmp_path / "model")
     cut(1)
     with pytest.raises(KeyboardInterrupt):
@@ -190,7 +190,7 @@ def test_a_model_whose_config_was_changed_is_another_run(recipe, cut, tmp_path):
 
 
 @pytest.mark.slow
-def test_steps_of_a_run_that_is_not_known_are_not_taken_up(recipe, uncut, interrupted):
+def test_layers_of_an_unknown_run_are_ignored(recipe, uncut, interrupted):
     folder = interrupted / PROGRESS
     (folder / "run.json").unlink()
     stem = "00 AttentionMatrixPruningModifier"
@@ -200,7 +200,7 @@ def test_steps_of_a_run_that_is_not_known_are_not_taken_up(recipe, uncut, interr
     assert contents(resumed) == uncut
 
 
-def test_a_run_does_not_go_into_what_another_has_finished_meanwhile(tmp_path):
+def test_a_run_does_not_write_into_a_checkpoint_finished_meanwhile(tmp_path):
     finished = tmp_path / "out"
     progress = Progress(finished / PROGRESS, {}, [modifier := SmoothQuantModifier()])
     finished.mkdir()
@@ -221,11 +221,11 @@ def test_a_disk_without_locks_gives_a_warning(tmp_path, monkeypatch):
     progress.close()
 
 
-def test_a_step_that_was_cut_short_is_no_step(recipe, interrupted):
+def test_a_half_written_layer_is_ignored(recipe, interrupted):
     half = interrupted / PROGRESS / ".01 ALPSPruningModifier x.safetensors"
     half.write_text("half")
     progress = Progress(interrupted / PROGRESS, {}, [])
-    assert progress.steps == 1
+    assert progress.layers == 1
     progress.close()
 
 
@@ -235,7 +235,7 @@ def test_a_process_that_is_stopped_resumes_to_the_same_bytes(
     how, recipe, uncut, tmp_path
 ):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "llmc_attnmask.cli", "prune", str(MODEL_DIR)]
+    command = [sys.executable, "-m", "llmc_attnmask", "prune", str(MODEL_DIR)]
     command += ["--recipe", str(recipe), "--output", str(output)]
     command += ["--num-samples", "4", "--max-length", "48"]
     with subprocess.Popen(
@@ -255,7 +255,7 @@ def test_a_process_that_is_stopped_resumes_to_the_same_bytes(
     if how is signal.SIGINT:
         assert process.returncode == 130
         assert "Traceback" not in stderr
-        assert "interrupted; " in stderr and "--resume goes on" in stderr
+        assert "interrupted; " in stderr and "--resume continues" in stderr
     else:
         assert process.returncode == -how
     assert not (output / "config.json").exists()

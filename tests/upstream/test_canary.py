@@ -13,7 +13,12 @@ from llmcompressor.modifiers.gptq import GPTQModifier, gptq_quantize
 from llmcompressor.modifiers.gptq import base as gptq_base
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier, wanda_sparsify
+from llmcompressor.pipelines.independent.pipeline import IndependentPipeline
+from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 from llmcompressor.recipe import Recipe
+from llmcompressor.transformers.compression.compressed_tensors_utils import (
+    modify_save_pretrained,
+)
 from transformers import AttentionInterface
 
 import llmc_attnmask
@@ -90,3 +95,16 @@ def test_stock_pruners_still_choose_their_linears_as_the_guard_does():
     assert 'f"{layer_name}.{name}"' in source
     assert {"_target_layers"} <= SparsityModifierBase.__private_attributes__.keys()
     assert {"_module_names"} <= GPTQModifier.__private_attributes__.keys()
+
+
+def test_every_modifier_still_has_a_pipeline_of_its_own():
+    source = inspect.getsource(IndependentPipeline)
+    assert "session.lifecycle.recipe.modifiers = [modifier]" in source
+    assert "pipeline(model, dataloader, dataset_args)" in source
+    assert isinstance(SequentialPipeline.__dict__["__call__"], staticmethod)
+
+
+def test_saving_is_still_wrapped_once_and_marked_so():
+    source = inspect.getsource(modify_save_pretrained)
+    assert "save_pretrained_wrapper._overridden = True" in source
+    assert 'if not getattr(model.save_pretrained, "_overridden", False)' in source

@@ -1,8 +1,7 @@
-"""What is logged while a run goes: a line per layer, time left, a summary."""
+"""What is logged during a run: a line per layer, time left, a summary."""
 
 import re
 
-import pytest
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from loguru import logger
 from torch import Tensor
@@ -15,9 +14,9 @@ from llmc_attnmask import (
 )
 from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
-from llmc_attnmask.runlog import run as run_module
+from llmc_attnmask.runlog import context
+from llmc_attnmask.runlog.context import RunContext, described
 from llmc_attnmask.runlog.journal import run_metadata
-from llmc_attnmask.runlog.run import Run, described, duration
 
 
 def metrics(tokenizer, calibration: Tensor, *modifiers) -> list[str]:
@@ -65,10 +64,10 @@ def test_a_line_per_layer_and_a_summary_at_the_end(tokenizer, calibration):
 
 def test_time_left_is_the_mean_of_measured_layers_times_those_ahead(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(context.time, "perf_counter", lambda: now[0])
     first = ALPSPruningModifier(sparsity=0.5)
     second = MaskedRecoveryModifier()
-    run = Run([first, SparseGPTModifier(sparsity=0.5), second])
+    run = RunContext([first, SparseGPTModifier(sparsity=0.5), second])
     run.expect(first, 4)
     run.expect(second, 2)
     now[0] += 50  # loading, before the pass
@@ -84,14 +83,6 @@ def test_time_left_is_the_mean_of_measured_layers_times_those_ahead(monkeypatch)
     now[0] += 3600
     assert run.layer_done(second) == "about 60 min left"  # one each of 20 s and 1 h
     run.close()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.1, "1 s"), (89, "89 s"), (100, "2 min"), (5000, "83 min"), (9000, "2.5 h")],
-)
-def test_durations_in_words(seconds, words):
-    assert duration(seconds) == words
 
 
 def test_warnings_of_the_run_are_noted_once_and_those_after_it_are_not(

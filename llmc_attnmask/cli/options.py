@@ -1,0 +1,86 @@
+"""Arguments and options of the commands, with their help texts."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+# prune
+Model = Annotated[str, Argument(help="Model folder, or name on the hub.")]
+Recipe = Annotated[
+    Path, Option(help="Recipe in YAML, or the name of one that the package ships.")
+]
+Output = Annotated[Path, Option(help="Folder to create for the checkpoint.")]
+Dataset = Annotated[
+    str,
+    Option(
+        help="Calibration text: builtin:pydoc, a .jsonl or text file, or a dataset on "
+        "the hub."
+    ),
+]
+TextColumn = Annotated[str, Option(help="Column that holds the text.")]
+NumSamples = Annotated[int, Option(help="Number of calibration windows.")]
+MaxLength = Annotated[
+    int | None,
+    Option(
+        help="Tokens per window; by default 2048, or the model's positions if fewer."
+    ),
+]
+Seed = Annotated[int, Option(help="Seed for modifiers whose recipe sets none.")]
+Storage = Annotated[
+    Literal["dense", "sparse-24-bitmask"] | None,
+    Option(
+        help="Storage of 2:4 layers; by default what the recipe asks for, or dense."
+    ),
+]
+OffloadActivations = Annotated[
+    Literal["cpu", "disk"] | None,
+    Option(
+        help="Where calibration activations are kept, for modifiers whose recipe does "
+        "not say; by default cpu."
+    ),
+]
+OffloadModel = Annotated[
+    Literal["cpu", "disk"], Option(help="Where weights wait for their turn.")
+]
+Resume = Annotated[
+    bool, Option("--resume", help="Continue a run that was interrupted.")
+]
+
+# eval
+Models = Annotated[list[str], Argument(help="Checkpoints to evaluate.")]
+Reference = Annotated[
+    str | None, Option(help="Dense model to compare the checkpoints with.")
+]
+Text = Annotated[
+    str | None,
+    Option(
+        help="Evaluation text: builtin:pydoc, a .jsonl or text file, or a dataset on "
+        "the hub; by default builtin:pydoc, or none with --tasks."
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    Option(help="Tasks of lm-evaluation-harness, separated by commas."),
+]
+IncludePath = Annotated[
+    Path | None, Option(help="Folder with tasks of your own, in YAML.")
+]
+UpdateReport = Annotated[
+    bool,
+    Option(
+        "--update-report",
+        help="Add the results to the report and the model card in each folder.",
+    ),
+]
+
+# inspect, report, pack, unpack
+Directory = Annotated[Path, Argument(help="Checkpoint folder.")]
+DenseDirectory = Annotated[Path, Argument(help="Checkpoint folder, stored dense.")]
+PackedDirectory = Annotated[Path, Argument(help="Checkpoint folder, stored packed.")]
+NewDirectory = Annotated[Path, Argument(help="Folder to create.")]
+Only2Of4 = Annotated[
+    bool,
+    Option("--only-2of4", help="Pack the layers that are 2:4, leave the others dense."),
+]
+Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]

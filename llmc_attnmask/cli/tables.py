@@ -1,0 +1,78 @@
+"""The tables that commands print."""
+
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from llmc_attnmask.checkpoint.inspect import LayerInfo
+    from llmc_attnmask.evaluation.perplexity import Evaluation
+    from llmc_attnmask.evaluation.tasks import TaskResult
+
+
+def perplexities(results: "list[Evaluation]", title: str, compare: bool) -> Table:
+    """A row per model.
+
+    :param compare: whether the first model is the reference
+    """
+    table = Table(title=plain(title))
+    for column in ("model", "perplexity", "to reference", "windows", "tokens", "bos"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for result in results:
+        ratio = result.perplexity / results[0].perplexity if compare else None
+        table.add_row(
+            plain(result.model),
+            f"{result.perplexity:.3f}",
+            f"{ratio:.3f} x" if ratio else "",
+            f"{result.windows} x {result.window_length}",
+            str(result.tokens),
+            plain(result.bos),
+        )
+    return table
+
+
+def tasks(results: "list[TaskResult]") -> Table:
+    """A row per metric, a column per model."""
+    table = Table(title="Tasks, with recovery of the reference")
+    for column in ("task", "metric", "samples"):
+        table.add_column(column)
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for result in results:
+        samples = "" if result.samples is None else str(result.samples)
+        cell = f"{result.value:.4f}"
+        if result.stderr is not None:
+            cell += f" ± {result.stderr:.4f}"
+        if result.recovery is not None:
+            cell += f" ({result.recovery:.1f} %)"
+        row = rows.setdefault((result.task, result.metric, samples), {})
+        row[result.model] = cell
+    models = list(dict.fromkeys(result.model for result in results))
+    for model in models:
+        table.add_column(plain(model), justify="right")
+    for key, cells in rows.items():
+        table.add_row(*key, *(cells.get(model, "") for model in models))
+    return table
+
+
+def layers(found: "list[LayerInfo]", title: str) -> Table:
+    """A row per weight matrix."""
+    table = Table(title=plain(title))
+    for column in ("layer", "format", "shape", "zeros", "2:4", "MB"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in found:
+        table.add_row(
+            plain(layer.name),
+            layer.format,
+            " x ".join(map(str, layer.shape)),
+            "" if layer.sparsity is None else f"{layer.sparsity:.4f}",
+            "" if layer.two_of_four is None else "yes" if layer.two_of_four else "no",
+            f"{layer.bytes / 1e6:.3f}",
+        )
+    return table
+
+
+def plain(text: str) -> str:
+    """Other people's text, safe for a terminal: no markup, no control codes."""
+    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return escape("".join(shown))

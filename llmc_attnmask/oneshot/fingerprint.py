@@ -1,0 +1,40 @@
+"""What the bytes of a run's result depend on, by which an interrupted run is known."""
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from llmc_attnmask.report.numbers import versions
+
+
+def fingerprint(
+    model: str | Path,
+    config: PreTrainedConfig,
+    recipe: Path,
+    windows: Tensor,
+    seed: int,
+) -> dict[str, str]:
+    """Everything but the machine, name -> value.
+
+    :param model: local folder, whose files are known by name, size and time; or the
+        name of a hub model, which is known by its revision
+    :param windows: calibration data, int64 [windows, length]
+    """
+    weights = sorted(Path(model).glob("*.safetensors"))
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
+    return {
+        "model": str(Path(model).resolve() if weights else model),
+        "revision": str(getattr(config, "_commit_hash", None)),
+        "weights": _digest(repr(files).encode()),
+        "config": _digest(config.to_json_string().encode()),
+        "recipe": _digest(recipe.read_bytes()),
+        "calibration data": _digest(windows.numpy().tobytes()),
+        "seed": str(seed),
+        "versions": ", ".join(f"{name} {found}" for name, found in versions().items()),
+    }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

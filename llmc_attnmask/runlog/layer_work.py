@@ -1,0 +1,60 @@
+"""One layer's share of a modifier's pass: computed, or read from an earlier run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, cast, runtime_checkable
+
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from torch import nn
+
+from llmc_attnmask.runlog import journal
+from llmc_attnmask.runlog.context import run_of
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A modifier that does its work within ``layer_work``, layer by layer."""
+
+    @property
+    def done(self) -> dict[str, int]:
+        """Layer -> how many of its modules have changed."""
+
+
+@dataclass
+class LayerWork:
+    """What is done to one layer."""
+
+    restored: bool = False  # read from disk: there is nothing to do
+    changed: list[nn.Module] = field(default_factory=list)
+
+
+def restorable(modifier: Modifier, layer: str) -> bool:
+    """Whether ``layer_work`` will read this layer instead of having it computed."""
+    progress = run_of(modifier).progress
+    return progress is not None and progress.has(modifier, layer)
+
+
+@contextmanager
+def layer_work(
+    model: nn.Module, modifier: Resumable, layer: str
+) -> Iterator[LayerWork]:
+    """Work on one layer; in a recorded run, save the result or read an earlier one.
+
+    Within, do the work unless it is ``restored``, and name the modules ``changed``.
+    """
+    owner = cast(Modifier, modifier)
+    run = run_of(owner)
+    work = LayerWork()
+    if run.progress is not None and run.progress.has(owner, layer):
+        work.restored = True
+        work.changed = run.progress.restore(model, owner, layer)
+        run.layer_restored(owner)
+        logger.info(f"{type(modifier).__name__}: {layer} was finished before; read it")
+    before = len(journal.entries(model))
+    yield work
+    if run.progress is not None and not work.restored:
+        new = journal.entries(model)[before:]
+        run.progress.save(model, owner, layer, work.changed, new)
+    modifier.done[layer] = len(work.changed)

@@ -1,0 +1,40 @@
+"""A folder that one process at a time works in."""
+
+import fcntl
+from pathlib import Path
+from typing import IO
+
+from loguru import logger
+
+
+class FolderLock:
+    """A lock on a folder; it goes with the process, however that ends."""
+
+    def __init__(self) -> None:
+        self._file: IO | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._file is not None
+
+    def take(self, folder: Path) -> bool:
+        """Lock a folder. Where the file system has no locks, warn and go ahead.
+
+        :return: whether no other process holds the lock
+        """
+        self._file = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # network file systems may have no locks
+            logger.warning(
+                f"{folder} cannot be locked ({error.strerror}); make sure that no "
+                "other process works there"
+            )
+        return True
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self._file is not None:
+            self._file.close()
