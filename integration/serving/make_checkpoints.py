@@ -27,7 +27,7 @@ from transformers import (
 
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.config import packed_config
-from llmc_attnmask.checkpoint.convert import pack, unpack
+from llmc_attnmask.checkpoint.convert import to_dense, to_packed
 from llmc_attnmask.oneshot.prune import compress, save
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
@@ -101,8 +101,8 @@ def make(out: Path, name: str, model: PreTrainedModel, modifiers: list) -> None:
     if name == "mixed":  # which our own `pack` leaves dense
         pack_each(pruned, packed)
     else:
-        pack(pruned, packed)
-    unpack(packed, out / f"{name}-dense")
+        to_packed(pruned, packed)
+    to_dense(packed, out / f"{name}-dense")
 
 
 def pack_each(directory: Path, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""``pack`` and ``unpack``: a checkpoint from one storage to the other, bit by bit.
+"""Convert a checkpoint from one storage to the other, bit by bit.
 
 Shard by shard, a few megabytes at once; files that hold no weights are copied.
 """
@@ -52,7 +52,7 @@ class NothingToPackError(ValueError):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What ``pack`` or ``unpack`` did."""
+    """What ``to_packed`` or ``to_dense`` did."""
 
     output: str
     layers: list[str]  # modules that changed their storage
@@ -60,7 +60,7 @@ class Conversion:
     bytes_after: int
 
 
-def pack(
+def to_packed(
     directory: str | Path, output: str | Path, *, only_2of4: bool = False
 ) -> Conversion:
     """Weights and config of ``conversion.pack``, where arguments and errors are."""
@@ -96,7 +96,7 @@ def pack(
     return _convert(checkpoint, Path(output), config, layers, transfers)
 
 
-def unpack(directory: str | Path, output: str | Path) -> Conversion:
+def to_dense(directory: str | Path, output: str | Path) -> Conversion:
     """Weights and config of ``conversion.unpack``, where arguments and errors are.
 
     The config gets the marker that names the layers.

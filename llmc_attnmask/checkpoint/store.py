@@ -9,7 +9,7 @@ from llmc_attnmask.checkpoint.config import Storage, dense_config
 from llmc_attnmask.checkpoint.convert import (
     CheckpointWarning,
     NothingToPackError,
-    pack,
+    to_packed,
     two_of_four_layers,
     write_json,
 )
@@ -26,7 +26,7 @@ def store(directory: Path, storage: Storage) -> None:
         return
     with TemporaryDirectory(prefix=".packed-", dir=directory.parent) as packed:
         try:
-            pack(directory, packed, only_2of4=True)
+            to_packed(directory, packed, only_2of4=True)
         except NothingToPackError as error:
             warnings.warn(f"{error}; saved dense", CheckpointWarning, stacklevel=2)
             return

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from llmc_attnmask.report.numbers import versions
+from llmc_attnmask.runlog.versions import versions
 
 
 def fingerprint(

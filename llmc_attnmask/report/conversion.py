@@ -27,7 +27,7 @@ def pack(
     :raises FileExistsError: if the output folder exists and is not empty
     :raises OSError: if it cannot be written; nothing half-written is left
     """
-    conversion = convert.pack(directory, output, only_2of4=only_2of4)
+    conversion = convert.to_packed(directory, output, only_2of4=only_2of4)
     _update_report(Path(output))
     return conversion
 
@@ -45,7 +45,7 @@ def unpack(directory: str | Path, output: str | Path) -> Conversion:
     :raises FileExistsError: if the output folder exists and is not empty
     :raises OSError: if it cannot be written; nothing half-written is left
     """
-    conversion = convert.unpack(directory, output)
+    conversion = convert.to_dense(directory, output)
     _update_report(Path(output))
     return conversion
 

@@ -4,7 +4,6 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmc_attnmask import __version__
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.io.files import open_checkpoint
 from llmc_attnmask.masks.record import count_violations, get_mask
 from llmc_attnmask.report.token_bytes import bytes_per_token
 from llmc_attnmask.runlog.journal import entries, run_metadata
+from llmc_attnmask.runlog.versions import versions
 
 VERSION = 1
-_PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 
 Report = dict[str, Any]
 
@@ -117,17 +115,6 @@ def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Of this package and those that a result depends on, as far as they are here."""
-    found = {"llmc-attnmask": __version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a serving environment has no llm-compressor
-            continue
-    return found
 
 
 def _text(path: Path) -> str | None:

@@ -8,8 +8,6 @@ from llmc_attnmask.checkpoint.io.json_files import parse
 from llmc_attnmask.text import pydoc
 
 BUILTIN = "builtin:pydoc"
-
-
 _FILE_SUFFIXES = {".jsonl", ".json", ".txt", ".md", ".csv", ".parquet", ".gz"}
 
 

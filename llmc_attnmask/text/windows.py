@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmc_attnmask.text.dataset import DatasetError
 
+DEFAULT_LENGTH = 2048  # tokens
 # Calibration looks at no more text than this many times what it takes.
 _STREAM_TO_SAMPLE = 64
 
@@ -77,9 +78,6 @@ def _check_length(stream: Tensor, length: int) -> None:
             f"the dataset has {len(stream)} tokens, fewer than one window of {length}; "
             "give more text or a shorter --max-length"
         )
-
-
-DEFAULT_LENGTH = 2048
 
 
 def window_length(config: object, asked: int | None) -> int:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.checkpoint.convert import to_packed
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.evaluation.perplexity import evaluate
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
@@ -20,7 +20,7 @@ def folders(tmp_path_factory):
     """The shipped model with its decoder at 2:4, dense and packed."""
     folder = tmp_path_factory.mktemp("model")
     prune_2of4(MODEL_DIR, folder / "dense")
-    pack(folder / "dense", folder / "packed")
+    to_packed(folder / "dense", folder / "packed")
     return folder
 
 
@@ -75,7 +75,7 @@ def test_perplexity_of_a_packed_checkpoint_is_the_dense_ones(folders, tmp_path):
 
 def test_a_missing_tensor_is_an_error_and_not_random_weights(folders, tmp_path):
     prune_2of4(MODEL_DIR, tmp_path / "dense")
-    pack(tmp_path / "dense", tmp_path / "packed")
+    to_packed(tmp_path / "dense", tmp_path / "packed")
     tensors = read(tmp_path / "packed")
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "packed" / "model.safetensors")
@@ -85,7 +85,7 @@ def test_a_missing_tensor_is_an_error_and_not_random_weights(folders, tmp_path):
 
 def test_a_corrupt_bitmask_is_an_error(folders, tmp_path):
     prune_2of4(MODEL_DIR, tmp_path / "dense")
-    pack(tmp_path / "dense", tmp_path / "packed")
+    to_packed(tmp_path / "dense", tmp_path / "packed")
     tensors = read(tmp_path / "packed")
     tensors["model.layers.1.mlp.up_proj.bitmask"] += 1
     save_file(tensors, tmp_path / "packed" / "model.safetensors")
@@ -114,7 +114,7 @@ def test_the_peak_is_the_dense_model_and_one_shard(tmp_path):
     model.save_pretrained(tmp_path / "model", max_shard_size=shard)
     del model
     prune_2of4(tmp_path / "model", tmp_path / "dense")
-    pack(tmp_path / "dense", tmp_path / "packed")
+    to_packed(tmp_path / "dense", tmp_path / "packed")
     load(tmp_path / "packed")  # what the first call imports and caches is no matter
     gc.collect()
     before = resident("VmRSS")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmc_attnmask.checkpoint import layout
-from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.checkpoint.convert import to_packed
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.checkpoints import prune_2of4, raw, read, two_of_four
@@ -80,7 +80,7 @@ def test_the_layout_is_byte_equal_and_read_back(release, tmp_path):
     extreme = torch.tensor([[-128, 0, 1, 0, 0, 0, 2, -128]], dtype=torch.int8)
     named = read(dense) | {"model.layers.0.extreme_proj.weight": extreme}
     save_file(named, dense / "model.safetensors")
-    pack(dense, tmp_path / "packed")
+    to_packed(dense, tmp_path / "packed")
     tensors = {
         f"{dtype}.{rows}x{columns}.weight": two_of_four(rows, columns, dtype)
         for dtype in DTYPES
@@ -109,7 +109,7 @@ def test_the_layout_is_byte_equal_and_read_back(release, tmp_path):
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
 def test_quantized_checkpoints_are_read_back(release, tmp_path, scheme):
     dense = prune(MODEL_DIR, written(tmp_path, scheme), tmp_path / "dense", **QUICK)
-    pack(dense, tmp_path / "packed")
+    to_packed(dense, tmp_path / "packed")
     save_file({"a.weight": two_of_four(4, 8)}, tmp_path / "tensors.safetensors")
     run(release, tmp_path)
     decompressed = load_file(tmp_path / "decompressed.safetensors")

@@ -4,7 +4,6 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from llmc_attnmask.checkpoint.convert import pack
 from llmc_attnmask.cli import app, tables
 from llmc_attnmask.evaluation.tasks import (
     TaskResult,
@@ -54,7 +53,7 @@ def test_tasks_of_a_packed_checkpoint_are_compared_with_the_dense_model(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     dense, packed = tmp_path / "dense", tmp_path / "packed"
     prune_2of4(MODEL_DIR, dense)
-    pack(dense, packed)
+    to_packed(dense, packed)
     arguments = ["--tasks", "docstring_questions", "--include-path", str(folder)]
     arguments += ["--reference", str(MODEL_DIR), "--json"]
     done = CliRunner().invoke(app, ["eval", str(packed), *arguments])

@@ -25,13 +25,15 @@ from safetensors.torch import save_file
 from llmc_attnmask import cli
 from llmc_attnmask.checkpoint import marker
 from llmc_attnmask.checkpoint.config import is_packed
-from llmc_attnmask.checkpoint.convert import pack, unpack
+from llmc_attnmask.checkpoint.convert import to_dense, to_packed
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.io.files import open_checkpoint
 from llmc_attnmask.serving.recognise import Sparsity, annotate, recognise
 from llmc_attnmask.text.dataset import load_texts
-from tests.fuzz import inputs
-from tests.fuzz.inputs import Folder
+from tests.fuzz.inputs.configs import LLAMA, configs, models
+from tests.fuzz.inputs.folders import Folder, folders
+from tests.fuzz.inputs.lines import arguments, datasets
+from tests.fuzz.inputs.recipes import recipes
 
 # what the command line shows as one line; anything else is a defect of ours
 EXPECTED = (OSError, ValueError, ImportError)
@@ -64,9 +66,9 @@ def checkpoint(folder: Folder) -> None:
         names = (str(source), "config.json", "out")
         attempt(lambda: inspect(source), *names)
         for convert in (
-            pack,
-            lambda a, b: pack(a, b, only_2of4=True),
-            unpack,
+            to_packed,
+            lambda a, b: to_packed(a, b, only_2of4=True),
+            to_dense,
         ):
             output = Path(base) / "out"
             result = attempt(lambda: convert(source, output), *names)  # noqa: B023
@@ -102,8 +104,8 @@ def write(base: Path, folder: Folder) -> Path:
 def snapshot(base: Path) -> dict[str, str]:
     """Every path below, without following links, and a digest of every file."""
     found = {}
-    for root, folders, files in os.walk(base):
-        for name in (*folders, *files):
+    for root, subfolders, files in os.walk(base):
+        for name in (*subfolders, *files):
             path = Path(root) / name
             plain = path.is_file() and not path.is_symlink()
             content = path.read_bytes() if plain else str(path.lstat().st_mode).encode()
@@ -197,16 +199,16 @@ def attention_config(text: str) -> None:
 def _tiny() -> dict[str, torch.Tensor]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**inputs.LLAMA)).state_dict()
+    return LlamaForCausalLM(LlamaConfig(**LLAMA)).state_dict()
 
 
 WEIGHTS = _tiny()
 
 TARGETS: dict[str, tuple[st.SearchStrategy, Callable[[Any], None]]] = {
-    "checkpoint": (inputs.folders(), checkpoint),
-    "quantization": (inputs.configs, quantization),
-    "recipe": (inputs.recipes(), recipe),
-    "dataset": (inputs.datasets, dataset),
-    "command": (inputs.arguments, command),
-    "model": (inputs.models, attention_config),
+    "checkpoint": (folders(), checkpoint),
+    "quantization": (configs, quantization),
+    "recipe": (recipes(), recipe),
+    "dataset": (datasets, dataset),
+    "command": (arguments, command),
+    "model": (models(), attention_config),
 }

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmc_attnmask import AttentionMatrixPruningModifier
-from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.checkpoint.convert import to_packed
 from llmc_attnmask.oneshot.prune import _set_default, compress, prune
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
@@ -87,7 +87,7 @@ def test_model_and_activations_on_disk_give_the_bytes_of_those_in_memory(
 
 def test_a_packed_model_is_not_offloaded_but_refused(tmp_path):
     packed = tmp_path / "packed"
-    pack(prune_2of4(MODEL_DIR, tmp_path / "dense"), packed)
+    to_packed(prune_2of4(MODEL_DIR, tmp_path / "dense"), packed)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     with pytest.raises(ValueError, match="packed, which cannot be offloaded to disk"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.checkpoint.convert import to_packed
 from llmc_attnmask.evaluation.perplexity import Evaluation
 from llmc_attnmask.evaluation.tasks import TaskResult
 from llmc_attnmask.report import card, conversion, files
@@ -58,7 +58,7 @@ def test_a_base_model_of_the_hub_is_named_and_a_license_taken_over(report, copy)
 
 
 def test_a_packed_checkpoint_says_how_it_is_loaded(copy, tmp_path, report):
-    packed = Path(pack(copy, tmp_path / "packed", only_2of4=True).output)
+    packed = Path(to_packed(copy, tmp_path / "packed", only_2of4=True).output)
     text = card.render(report, packed)
     assert "llmc_attnmask.load" in text and "AutoModelForCausalLM" not in text
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ LINEARS = {  # [out, in] of a decoder layer
     "mlp.up_proj": (32, 16),
     "mlp.down_proj": (16, 32),
 }
+# modules of ``decoder()`` with a 2:4 weight
+NAMES = [f"model.layers.{i}.{name}" for i in range(2) for name in LINEARS]
+Q = "model.layers.0.self_attn.q_proj"
 
 
 def two_of_four(
@@ -113,3 +117,19 @@ def raw(tensor: Tensor) -> bytes:
 
 def config_of(directory: Path) -> dict:
     return json.loads((directory / "config.json").read_text())
+
+
+def change_config(directory: Path, **fields: object) -> None:
+    (directory / "config.json").write_text(json.dumps(config_of(directory) | fields))
+
+
+def write_header(
+    directory: Path, text: str, data: bytes = b"", length: int | None = None
+) -> None:
+    """A safetensors file with any text for its header.
+
+    :param length: what the file says of the header's length; by default the truth
+    """
+    content = text.encode()
+    size = struct.pack("<Q", len(content) if length is None else length)
+    (directory / "model.safetensors").write_bytes(size + content + data)

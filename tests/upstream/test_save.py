@@ -8,7 +8,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 from llmc_attnmask.checkpoint import marker
-from llmc_attnmask.checkpoint.convert import CheckpointWarning, unpack
+from llmc_attnmask.checkpoint.convert import CheckpointWarning, to_dense
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.oneshot.prune import prune
@@ -77,7 +77,7 @@ def test_oneshot_and_prune_write_the_storage_that_the_recipe_asks(scheme, tmp_pa
         names = {path.name for path in folder.iterdir()}
         assert {"recipe.yaml", "tokenizer.json", "model.safetensors"} <= names
         assert not [name for name in names if name.startswith(".")]
-    unpack(by_prune, tmp_path / "dense")
+    to_dense(by_prune, tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     ids = torch.arange(8)[None]
     logits = dense(ids).logits
@@ -93,7 +93,7 @@ def test_dense_storage_has_the_marker_and_is_the_packed_ones_content(scheme, tmp
     packed = prune(
         MODEL_DIR, recipe, tmp_path / "packed", **QUICK, storage="sparse-24-bitmask"
     )
-    unpack(packed, tmp_path / "restored")
+    to_dense(packed, tmp_path / "restored")
     assert digests(tmp_path / "restored") == digests(dense)
     config = config_of(tmp_path / "restored")
     assert set(marker.read(config)) == set(marker.read(config_of(dense)))
@@ -160,9 +160,9 @@ def test_modifiers_that_disagree_on_the_storage_are_refused(tmp_path):
 
 def test_a_model_that_was_loaded_packed_is_saved_as_what_it_is(tmp_path):
     prune_2of4(MODEL_DIR, tmp_path / "dense")
-    from llmc_attnmask.checkpoint.convert import pack
+    from llmc_attnmask.checkpoint.convert import to_packed
 
-    pack(tmp_path / "dense", tmp_path / "packed")
+    to_packed(tmp_path / "dense", tmp_path / "packed")
     recipe = written(tmp_path, rest=False)
     oneshot(
         model=load(tmp_path / "packed"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.checkpoint.convert import to_packed
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.checkpoints import decoder, prune_2of4, write
 
@@ -57,7 +57,7 @@ def shown(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
     """What each command says on a disk of its own, and the disk's files afterwards."""
     base = tmp_path_factory.mktemp("disks")
     prune_2of4(MODEL_DIR, base / "dense")  # 3.7 MB
-    pack(base / "dense", base / "packed")
+    to_packed(base / "dense", base / "packed")
     arguments = {
         "pack": f"pack {base}/dense out",
         "unpack": f"unpack {base}/packed out",
@@ -130,7 +130,7 @@ def test_a_folder_of_somebody_elses_is_refused(tmp_path):
         try:
             os.setgid(65534)
             os.setuid(65534)
-            pack(dense, theirs / "out")
+            to_packed(dense, theirs / "out")
         except PermissionError as error:
             code = 0 if "cannot be created" in str(error) else 2
         finally:
@@ -152,5 +152,5 @@ def test_a_shard_that_ends_while_it_is_read_is_one_error(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"model\.safetensors ends within .*: truncated"
     ):
-        pack(dense, tmp_path / "out")
+        to_packed(dense, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

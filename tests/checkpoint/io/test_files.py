@@ -4,7 +4,7 @@ import resource
 import pytest
 import torch
 
-from llmc_attnmask.checkpoint.convert import pack
+from llmc_attnmask.checkpoint.convert import to_packed
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.io.files import TensorSpec, open_checkpoint
 from llmc_attnmask.checkpoint.io.writer import ShardWriter
@@ -26,7 +26,7 @@ def reindex(folder, changes):
 
 def refused(folder, error, message):
     """Every reader says the same, and nothing is written."""
-    for reader in (inspect, lambda f: pack(f, f.parent / "out")):
+    for reader in (inspect, lambda f: to_packed(f, f.parent / "out")):
         with pytest.raises(error, match=message):
             reader(folder)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -93,7 +93,7 @@ def test_a_folder_without_config_cannot_be_packed(tmp_path):
     folder = write(tmp_path / "dense", decoder())
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        pack(folder, tmp_path / "out")
+        to_packed(folder, tmp_path / "out")
 
 
 def test_what_is_written_is_read_by_safetensors(tmp_path):
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_is_one_error_and_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"File too large: .*model\.safetensors"):
-            pack(folder, tmp_path / "out")
+            to_packed(folder, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

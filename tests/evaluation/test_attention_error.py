@@ -1,0 +1,18 @@
+import torch
+
+from llmc_attnmask.evaluation.attention_error import attention_errors
+from llmc_attnmask.evaluation.perplexity import load_model
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+
+
+@torch.no_grad()
+def test_attention_error_of_equal_weights_is_zero_and_of_others_is_each_layers_own(
+    evaluation,
+):
+    dense, other = load_model(MODEL_DIR), load_model(MODEL_DIR)
+    windows = evaluation[:2]
+    assert set(attention_errors(dense, other, windows).values()) == {0.0}
+    other.model.layers[1].self_attn.q_proj.weight.mul_(0.5)
+    errors = list(attention_errors(dense, other, windows).values())
+    assert errors[1] > 0.001
+    assert errors[0] == errors[2] == errors[3] == 0.0  # the same inputs for both
