@@ -10,6 +10,7 @@ starts with, and 20 seconds for an input. A finding is stored with its traceback
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import signal
 import time
@@ -40,6 +41,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/fuzz"))
     parser.add_argument("--replay", type=Path, help="a stored input")
     args = parser.parse_args()
+    # words of a command line may be taken for names of models: none is looked up
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.replay:
         replay(args.replay)
         return
