@@ -14,7 +14,7 @@ INTERNAL = {
     "the weight is ...; expected two dimensions",
     "... inputs are not divisible by 4, so there are no groups of four",
     "the bitmask is ...; expected torch.uint8",
-    "not 2:4: row ... has ... in a group of columns",
+    "not 2:4: row ... has ... in a group of four within columns",
     "a ... tensor of shape ... is no mask for this weight",
     "weight is ...; expected ... for inputs of shape ...",
     "the weight has ... columns; 2:4 kernels need a multiple of",

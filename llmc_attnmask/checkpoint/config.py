@@ -9,19 +9,19 @@ from llmc_attnmask.checkpoint import layout, marker
 
 Storage = Literal["dense", "sparse-24-bitmask"]
 
-# The last compressed-tensors that vLLM's native 2:4 was built on; its reader and ours
-# agree on the layout, whichever version is installed.
+# The last compressed-tensors that vLLM's native 2:4 was built on. Its reader and this
+# package's agree on the layout, whichever version is installed.
 _VERSION = "0.13.0"
 
 
 def sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The non-empty ``sparsity_config`` of a checkpoint; None without one.
+    """Return the non-empty ``sparsity_config`` of a checkpoint, or None.
 
     :raises ValueError: for a storage that is neither dense nor sparse-24-bitmask
     """
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
-        raise ValueError("config.json has a quantization_config that is no mapping")
+        raise ValueError("config.json has a quantization_config that is not a mapping")
     sparsity = quantization.get("sparsity_config") or {}
     if not sparsity:
         return None
@@ -35,7 +35,7 @@ def sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
-    """Whether the storage is sparse-24-bitmask.
+    """Return whether the storage is sparse-24-bitmask.
 
     :raises ValueError: for other sparse storages
     """
@@ -46,11 +46,11 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 def packed_config(
     config: Mapping[str, Any], targets: Sequence[str], sparsity: float
 ) -> dict[str, Any]:
-    """The config of a dense-stored checkpoint once its 2:4 layers are packed.
+    """Return a dense-stored checkpoint's config as it is with its 2:4 layers packed.
 
-    :param targets: names of the packed modules; every one, as servers fuse layers
+    :param targets: names of the packed modules, each one because servers fuse layers
     :param sparsity: share of zeros in the whole checkpoint
-    :raises ValueError: if another library than compressed-tensors has quantized it
+    :raises ValueError: if a library other than compressed-tensors quantized it
     """
     changed = deepcopy(dict(config))
     quantization = changed.get("quantization_config") or {}
@@ -58,8 +58,7 @@ def packed_config(
     if method != "compressed-tensors":
         raise ValueError(
             f"config.json says quant_method {reprlib.repr(method)}; expected "
-            "compressed-tensors or no quantization, which is all that 2:4 storage goes "
-            "with"
+            "compressed-tensors or no quantization; 2:4 storage works with nothing else"
         )
     dense = [t for t in marker.read(changed) or [] if t not in set(targets)]
     marker.write(changed, dense)
@@ -80,7 +79,7 @@ def packed_config(
 
 
 def dense_config(config: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-    """The config once all layers are stored dense, with the marker for the 2:4 ones.
+    """Return the config as it is with all layers stored dense and the 2:4 ones marked.
 
     :param targets: names of the modules that were packed
     """

@@ -1,6 +1,6 @@
 """Convert a checkpoint from one storage to the other, bit by bit.
 
-Shard by shard, a few megabytes at once; files that hold no weights are copied.
+It is done shard by shard, a few megabytes at a time. Files without weights are copied.
 """
 
 import json
@@ -43,11 +43,11 @@ from llmc_attnmask.checkpoint.transfer import (
 
 
 class CheckpointWarning(UserWarning):
-    """Layers are stored in another way than was asked for."""
+    """Layers are not stored the way that was requested."""
 
 
 class NothingToPackError(ValueError):
-    """A checkpoint has no layer that could be packed."""
+    """A checkpoint has no layer that can be packed."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Conversion:
     """What ``to_packed`` or ``to_dense`` did."""
 
     output: str
-    layers: list[str]  # modules that changed their storage
+    layers: list[str]  # modules whose storage changed
     bytes_before: int  # of all tensors
     bytes_after: int
 
@@ -63,13 +63,13 @@ class Conversion:
 def to_packed(
     directory: str | Path, output: str | Path, *, only_2of4: bool = False
 ) -> Conversion:
-    """Weights and config of ``conversion.pack``, where arguments and errors are."""
+    """Pack weights and config; ``report.conversion.pack`` documents the arguments."""
     check_new(Path(output))
     check_apart(Path(directory), Path(output))
     checkpoint = open_checkpoint(directory)
     if is_packed(checkpoint.config):
         raise ValueError(
-            f"{directory} is packed already; `unpack` restores dense storage"
+            f"{directory} is already packed; `unpack` stores it dense again"
         )
     linears = decoder_linears(checkpoint)
     if only_2of4:
@@ -97,9 +97,9 @@ def to_packed(
 
 
 def to_dense(directory: str | Path, output: str | Path) -> Conversion:
-    """Weights and config of ``conversion.unpack``, where arguments and errors are.
+    """Unpack weights and config; ``report.conversion.unpack`` documents the arguments.
 
-    The config gets the marker that names the layers.
+    The marker in the config names the layers.
     """
     check_new(Path(output))
     check_apart(Path(directory), Path(output))
@@ -117,15 +117,17 @@ def to_dense(directory: str | Path, output: str | Path) -> Conversion:
 
 
 def two_of_four_layers(checkpoint: Checkpoint) -> list[str]:
-    """Names of the dense-stored Linears of the decoder layers that are 2:4."""
+    """Return the names of the decoder's dense-stored Linears that are 2:4."""
     linears = decoder_linears(checkpoint)
     answers = in_threads(is_two_of_four, linears.values())
-    progress = tqdm(answers, "looking for 2:4", total=len(linears), leave=False)
+    progress = tqdm(answers, "finding 2:4 layers", total=len(linears), leave=False)
     return [module for module, yes in zip(linears, progress, strict=True) if yes]
 
 
 def packed_layers(checkpoint: Checkpoint) -> list[Unpack]:
-    """The packed layers of a checkpoint that says it has some, their headers checked.
+    """Return the packed layers of a checkpoint whose config says that it is packed.
+
+    Their headers have been checked.
 
     :raises ValueError: if there are none, parts are missing or do not fit together
     """
@@ -144,7 +146,9 @@ def packed_layers(checkpoint: Checkpoint) -> list[Unpack]:
 
 
 def packed_parts(checkpoint: Checkpoint) -> list[Unpack]:
-    """What is packed in a checkpoint, whatever its config says, the headers checked.
+    """Return the packed layers of a checkpoint, whatever its config says.
+
+    Their headers have been checked.
 
     :raises ValueError: if parts are missing or do not fit together
     """
@@ -168,7 +172,7 @@ def packed_parts(checkpoint: Checkpoint) -> list[Unpack]:
 
 
 def _uniform(sparse: Set[str], checkpoint: Checkpoint) -> set[str]:
-    """The sparse modules without those of groups that are sparse in part only."""
+    """Return the sparse modules without those of groups that are only partly sparse."""
     modules = [
         name.rpartition(".")[0]
         for name, tensor in checkpoint.tensors.items()
@@ -190,11 +194,11 @@ def _nothing_to_pack(checkpoint: Checkpoint) -> str:
     if packed_integers(checkpoint):
         return (
             f"nothing in {checkpoint.directory} can be packed: its weights are "
-            "integers packed in words (W4A16), for which no server has 2:4 storage"
+            "integers packed into words (W4A16), which no server reads in a 2:4 storage"
         )
     return (
         f"nothing in {checkpoint.directory} can be packed: no Linear of its decoder "
-        "layers is 2:4 together with those that servers fuse it with"
+        "layers is 2:4 together with every layer that servers fuse it with"
     )
 
 
@@ -207,7 +211,7 @@ def _convert(
 ) -> Conversion:
     """Write the new checkpoint.
 
-    :param transfers: by shard; a shard without any is left out
+    :param transfers: by shard; a shard without any is not written
     """
     transfers = {shard: jobs for shard, jobs in transfers.items() if jobs}
     outputs = {
@@ -251,8 +255,8 @@ def _check_names(checkpoint: Checkpoint, outputs: dict[str, list[TensorSpec]]) -
     if twice := [name for name, times in count.items() if times > 1]:
         module = twice[0].rpartition(".")[0]
         raise ValueError(
-            f"{checkpoint.directory} has {module} stored dense and packed at once; "
-            "remove the tensors of one of them"
+            f"{checkpoint.directory} has {module} stored both dense and packed; remove "
+            "the tensors of one of the two"
         )
 
 

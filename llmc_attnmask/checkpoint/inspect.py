@@ -1,4 +1,4 @@
-"""What is in a checkpoint, layer by layer, read from its safetensors files alone."""
+"""Describe a checkpoint layer by layer, from its safetensors files alone."""
 
 from dataclasses import dataclass
 from math import prod
@@ -20,22 +20,23 @@ class LayerInfo:
     """One weight matrix on disk."""
 
     name: str  # module path
-    # dtype of a dense weight, after it "sparse-24-bitmask" if stored so; "packed" for
-    # integers packed in words
+    # dtype of the dense weight, followed by "sparse-24-bitmask" if it is stored so;
+    # "packed" for integers packed into words
     format: str
-    shape: tuple[int, ...]  # of the dense matrix, but of the words if "packed"
+    shape: tuple[int, ...]  # of the dense matrix; of the words if "packed"
     sparsity: float | None  # share of entries that are zero; None if packed
-    # at most two of every four inputs of a row are not +0.0, which is what can be
-    # packed: -0.0, left where a weight was multiplied by its mask, is a zero but no gap
+    # whether at most two of every four inputs of a row are not +0.0, so that the layer
+    # can be packed: -0.0, left by multiplying a weight by its mask, counts as a zero in
+    # ``sparsity``, but packing has to keep it
     two_of_four: bool | None
     bytes: int
 
 
 def inspect(directory: str | Path) -> list[LayerInfo]:
-    """Every weight matrix of a checkpoint, a megabyte or so in memory at once.
+    """Describe every weight matrix of a checkpoint, with about a megabyte in memory.
 
     :param directory: folder with .safetensors files
-    :raises FileNotFoundError: if there are none, or the index names one that is missing
+    :raises FileNotFoundError: if there are none, or if the index names a missing one
     :raises ValueError: if one cannot be read or its tensors do not fit together
     """
     checkpoint = open_checkpoint(directory)
@@ -93,9 +94,9 @@ def _dtype(tensor: TensorSpec) -> str:
 
 
 def _zeros(bits: Tensor, dtype: torch.dtype) -> int:
-    """How many entries are zero, those of a negative sign, too.
+    """Count the entries that are zero, -0.0 included.
 
-    :param bits: the entries as integers of their size, any shape
+    :param bits: the entries as integers of the same size, any shape
     """
     zeros = int((bits == 0).sum())
     if dtype.is_floating_point:

@@ -1,6 +1,6 @@
 """The ``sparse-24-bitmask`` encoding of a 2:4 matrix: two values of every four inputs.
 
-compressed-tensors wrote it up to 0.14, and vLLM up to 0.18.1 reads it. A weight [R, C]
+compressed-tensors up to 0.14 wrote it, and vLLM up to 0.18.1 reads it. A weight [R, C]
 becomes
 
 - ``compressed`` [R, C / 2]: the kept values, row by row, in the weight's dtype;
@@ -8,9 +8,9 @@ becomes
   kept, and spare bits are zero;
 - ``shape`` int64 [2, 1]: R and C.
 
-Exactly two entries of every four are kept; a group with more zeros keeps some of them,
-the same as compressed-tensors on a CPU.
-Everything is done on bits, so that NaN payloads, -0.0 and the int8 -128 survive.
+Exactly two entries of every four are kept; a group with more than two zeros keeps some
+of them, the same ones as compressed-tensors on a CPU. Everything works on bits, so that
+NaN payloads, -0.0 and the int8 -128 survive.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +23,17 @@ from torch import Tensor
 NAME = "sparse-24-bitmask"
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per entry
-_BLOCK = 1 << 18  # entries at once on a CPU: what stays in its cache
+_BLOCK = 1 << 18  # entries at a time on a CPU: what stays in its cache
 
-# The flags of a group of four are a code below 16, column j of the group its bit j.
-# By code: the code with exactly two set; 0 if more are. Fewer are filled up as torch's
-# topk(2) on a CPU breaks ties, by which compressed-tensors chose.
+# The flags of a group of four form a code below 16; column j of the group is its bit j.
+# This table gives, by code, the code with exactly two bits set, or 0 if more are set.
+# Fewer bits are filled up to two as torch's topk(2) on a CPU breaks ties, which is how
+# compressed-tensors chose.
 _FILLED = [12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0]
 
 
 class NotTwoOfFourError(ValueError):
-    """A matrix, or a mask, that has not two kept entries in every four."""
+    """A matrix or mask does not keep two entries of every four."""
 
 
 class Packed(NamedTuple):
@@ -49,10 +50,11 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
 
     :param weight: [R, C] of 1, 2 or 4 bytes per entry, on any device; a meta tensor
         gives meta tensors
-    :param kept: bool [R, C], exactly two of every four consecutive columns; what it
-        leaves out is dropped, whatever its value. By default what is not +0.0 is kept,
-        and as many zeros as make it two
-    :raises NotTwoOfFourError: if a group has more, or with a mask not exactly, two
+    :param kept: bool [R, C], exactly two of every four consecutive columns; all other
+        entries are dropped, whatever their value. By default, all entries that are not
+        +0.0 are kept, and as many zeros as it takes to make two
+    :raises NotTwoOfFourError: if a group has more than two entries that are not +0.0
+        or, with a mask, if the mask does not keep exactly two
     :raises ValueError: for other shapes and dtypes
     """
     rows, columns = _checked_shape(weight)
@@ -66,13 +68,13 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
     unit = _unit_of(weight)
     for block in _row_blocks(weight):
         bits = bits_of(weight[block])
-        # on integers `bool` is what `!= 0` is, many times faster
+        # on integers, `bool` gives the same as `!= 0`, many times faster
         codes = unit.codes(bits.bool() if kept is None else kept[block])
         filled = unit.filled.index_select(0, codes)
         if kept is None:
-            _refuse(filled == 0, block, unit, "more than two that are not +0.0")
+            _refuse(filled == 0, block, unit, "more than two entries that are not +0.0")
         else:
-            _refuse(filled != codes, block, unit, "not exactly two kept")
+            _refuse(filled != codes, block, unit, "more or fewer than two kept entries")
         columns_kept = unit.kept.index_select(0, codes)
         values = bits.reshape(-1, unit.columns).gather(1, columns_kept)
         bits_of(compressed[block]).copy_(values.view(-1, columns // 2))
@@ -84,14 +86,15 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
 def unpack(
     compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int]
 ) -> Tensor:
-    """Decode what ``pack`` wrote; what is not kept is +0.0.
+    """Decode what ``pack`` wrote; entries that are not kept are +0.0.
 
-    :param compressed: [R, C / 2] of 1, 2 or 4 bytes per entry; a meta tensor gives one
+    :param compressed: [R, C / 2] of 1, 2 or 4 bytes per entry; a meta tensor gives a
+        meta tensor
     :param bitmask: uint8 [R, ceil(C / 8)]
     :param shape: R and C
-    :return: [R, C], dtype and device of ``compressed``
+    :return: [R, C], with the dtype and device of ``compressed``
     :raises ValueError: if the shapes disagree
-    :raises NotTwoOfFourError: if the bitmask has not exactly two bits per group
+    :raises NotTwoOfFourError: if the bitmask does not have exactly two bits per group
     """
     rows, columns = _agreed_shape(compressed, bitmask, shape)
     weight = compressed.new_empty(rows, columns)
@@ -103,7 +106,9 @@ def unpack(
 
 @torch.no_grad()
 def crowded_groups(weight: Tensor) -> int:
-    """In how many groups of four more than two entries are not +0.0; 0 means 2:4.
+    """Count the groups of four with more than two entries that are not +0.0.
+
+    0 means that the weight is 2:4.
 
     :param weight: as for ``pack``
     """
@@ -134,12 +139,12 @@ def _checked_shape(weight: Tensor) -> tuple[int, int]:
 def check_shapes(
     compressed: Sequence[int], bitmask: Sequence[int], shape: Sequence[int] | Tensor
 ) -> None:
-    """Refuse parts that are not of one weight.
+    """Refuse parts that do not belong to one weight.
 
     :param compressed: the shape of ``compressed``
     :param bitmask: the shape of ``bitmask``
     :param shape: the content of ``shape``, R and C
-    :raises ValueError: with all three
+    :raises ValueError: if they disagree; the message shows all three
     """
     if len(compressed) != 2:
         raise ValueError(f"compressed is {list(compressed)}; expected two dimensions")
@@ -156,7 +161,7 @@ def check_shapes(
 def _agreed_shape(
     compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int]
 ) -> tuple[int, int]:
-    if isinstance(shape, Tensor) and shape.is_meta:  # which says nothing
+    if isinstance(shape, Tensor) and shape.is_meta:  # it holds no values
         shape = [n * (i + 1) for i, n in enumerate(compressed.shape)]
     if isinstance(shape, Tensor):
         shape = shape.flatten()
@@ -168,9 +173,9 @@ def _agreed_shape(
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """The same memory as integers: comparing and moving them keeps NaN and -0.0.
+    """View the same memory as integers, which preserves NaN and -0.0.
 
-    :raises ValueError: if an entry has not 1, 2 or 4 bytes
+    :raises ValueError: if an entry does not have 1, 2 or 4 bytes
     """
     if tensor.element_size() not in _BITS:
         raise ValueError(
@@ -181,7 +186,7 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Rows done at once: all on an accelerator, what a cache holds on a CPU."""
+    """Yield the rows to do at a time: all on an accelerator, a cacheful on a CPU."""
     if matrix.is_meta or not matrix.numel():
         return
     rows = len(matrix)
@@ -191,7 +196,7 @@ def _row_blocks(matrix: Tensor) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class _Unit:
-    """One or two groups, whose flags are one code and looked up together."""
+    """One or two groups whose flags form one code and are looked up together."""
 
     columns: int  # 4 or 8
     filled: Tensor  # uint8 [codes]: with exactly two of each group; 0 if one has more
@@ -220,16 +225,16 @@ class _Unit:
         return _Unit(self.columns, *tables)
 
     def codes(self, flags: Tensor) -> Tensor:
-        """bool [r, C] -> integers [r * C / columns]"""
-        # Bytes that are 0 or 1 as one integer: the product has flag j at bit j of its
-        # highest byte, and no carries.
+        """Turn flags, bool [r, C], into codes, integers [r * C / columns]."""
+        # The bytes, each 0 or 1, are read as one integer. The product has flag j at
+        # bit j of its highest byte, without carries.
         bits = 8 * self.columns
         spread = sum(1 << (bits - 8 - 7 * j) for j in range(self.columns))
         words = flags.contiguous().view({4: torch.int32, 8: torch.int64}[self.columns])
         return (words.flatten() * spread >> (bits - 8)) & (1 << self.columns) - 1
 
     def bytes(self, codes: Tensor, columns: int) -> Tensor:
-        """uint8 codes [r * C / columns] -> uint8 [r, ceil(C / 8)]"""
+        """Turn uint8 codes [r * C / columns] into bitmasks, uint8 [r, ceil(C / 8)]."""
         codes = codes.view(-1, columns // self.columns)
         if self.columns == 8:
             return codes
@@ -237,7 +242,7 @@ class _Unit:
         return codes[:, ::2] | codes[:, 1::2] << 4
 
     def codes_of_bytes(self, mask: Tensor, columns: int) -> Tensor:
-        """uint8 [r, ceil(C / 8)] -> uint8 codes [r * C / columns]
+        """Turn bitmasks, uint8 [r, ceil(C / 8)], into uint8 codes [r * C / columns].
 
         :raises NotTwoOfFourError: if a spare bit is set
         """
@@ -258,14 +263,14 @@ def _unit_of(matrix: Tensor) -> _Unit:
 
 
 def _scatter(mask: Tensor, values: Tensor, out: Tensor, block: slice) -> None:
-    """Put values [r, C / 2] where the mask [r, ceil(C / 8)] has them, zero elsewhere.
+    """Put values [r, C / 2] where the mask [r, ceil(C / 8)] is set, zeros elsewhere.
 
     :param out: [r, C], contiguous
     """
     unit = _unit_of(out)
     codes = unit.codes_of_bytes(mask, out.shape[1]).int()
     filled = unit.filled.index_select(0, codes)
-    _refuse(filled != codes, block, unit, "not exactly two bits set")
+    _refuse(filled != codes, block, unit, "more or fewer than two bits set")
     half = unit.columns // 2
     out.zero_().view(-1, unit.columns).scatter_(
         1, unit.kept.index_select(0, codes), values.reshape(-1, half)
@@ -277,13 +282,17 @@ def _mask_bytes(columns: int) -> int:
 
 
 def _refuse(wrong: Tensor, block: slice, unit: _Unit, found: str) -> None:
-    """:param wrong: bool [r * C / unit.columns], of the block of rows"""
+    """Raise for the first wrong unit, if there is one.
+
+    :param wrong: bool [r * C / unit.columns], of the block of rows
+    :param found: what a wrong group has, for the message
+    """
     if not bool(wrong.any()):
         return
     per_row = len(wrong) // (block.stop - block.start)
     row, column = divmod(int(wrong.nonzero()[0]), per_row)
     first = column * unit.columns
     raise NotTwoOfFourError(
-        f"not 2:4: row {block.start + row} has {found} in a group of columns {first} "
-        f"to {first + unit.columns - 1}"
+        f"not 2:4: row {block.start + row} has {found} in a group of four within "
+        f"columns {first} to {first + unit.columns - 1}"
     )

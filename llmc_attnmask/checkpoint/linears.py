@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are Linear weights that 2:4 is expected of."""
+"""Find the tensors of a checkpoint that are Linear weights expected to be 2:4."""
 
 import re
 from collections.abc import Iterable, Set
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Set
 from llmc_attnmask.checkpoint.io.files import Checkpoint, StoredTensor
 
 _IN_DECODER = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
-_ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixtures of experts
+_ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixture-of-experts models
 _DTYPES = {"F32", "F16", "BF16", "I8", "F8_E4M3", "F8_E5M2"}
 
 # Modules that servers fuse into one matrix: sparse as a whole or not at all.
@@ -19,10 +19,11 @@ _FUSED = (
 
 
 def decoder_linears(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """Module name -> weight [out, in] of every Linear in the decoder layers.
+    """Return module name -> weight [out, in] of every Linear in the decoder layers.
 
-    Neither embeddings, the output layer, norms and biases, nor the routers of mixtures
-    of experts; nor weights of other dtypes, such as 4-bit ones packed in words.
+    These are neither embeddings, the output layer, norms, biases or the routers of
+    mixture-of-experts models, nor weights of other dtypes, such as 4-bit integers
+    packed into words.
     """
     found = {}
     for tensor in checkpoint.tensors.values():
@@ -39,7 +40,7 @@ def decoder_linears(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 
 
 def packed_integers(checkpoint: Checkpoint) -> list[str]:
-    """Modules of the decoder whose weights are integers packed in words (W4A16)."""
+    """Return the decoder modules with integer weights packed into words (W4A16)."""
     names = (name.rpartition(".") for name in checkpoint.tensors)
     return [
         m for m, _, kind in names if kind == "weight_packed" and _IN_DECODER.search(m)
@@ -49,11 +50,11 @@ def packed_integers(checkpoint: Checkpoint) -> list[str]:
 def mixed_groups(
     sparse: Set[str], modules: Iterable[str]
 ) -> list[tuple[list[str], list[str]]]:
-    """Groups that servers fuse and of which only a part is sparse.
+    """Return the groups that servers fuse but of which only a part is sparse.
 
     :param sparse: names of the sparse modules
     :param modules: names of all modules with a weight matrix
-    :return: for each such group its sparse members and its dense ones
+    :return: for each such group, its sparse members and its dense ones
     """
     known = set(modules)
     mixed = []

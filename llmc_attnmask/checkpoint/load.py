@@ -1,4 +1,4 @@
-"""``load``: a transformers model from either storage, one tensor after another."""
+"""Load a transformers model from either storage, one tensor after another."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,22 +23,23 @@ from llmc_attnmask.checkpoint.source import (
     stored,
 )
 
-# Arguments of from_pretrained that say which files are meant.
+# Arguments of from_pretrained that select the files.
 _HUB = ("revision", "cache_dir", "token", "local_files_only")
 
 
 def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint of either storage, quantized or not.
 
-    A dense-stored one is what ``AutoModelForCausalLM.from_pretrained`` gives; it would
-    fill the packed layers of a packed one with random weights. Those are unpacked as
-    the model takes them, so that the peak is the dense model and one tensor.
+    For a dense-stored checkpoint this gives the same as
+    ``AutoModelForCausalLM.from_pretrained``, which would fill the packed layers of a
+    packed one with random weights. Packed layers are unpacked as the model takes them,
+    so that peak memory is the dense model and one tensor.
 
     Pickled weights are never read, and no code of the model's own runs unless the
     caller passes ``trust_remote_code=True``.
 
-    :param model: local folder or hub name
-    :param kwargs: of ``from_pretrained``, such as ``dtype`` and ``revision``
+    :param model: local folder or Hub name
+    :param kwargs: arguments of ``from_pretrained``, such as ``dtype`` and ``revision``
     :raises ValueError: if files cannot be read or do not fit together
     """
     trust = kwargs.pop("trust_remote_code", False)
@@ -76,8 +77,8 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         config.quantization_config = quantization
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
-            f"{type(config).__name__} is no causal language model of transformers', so "
-            "it cannot be loaded packed; `llmc-attnmask unpack` it first"
+            f"transformers has no causal language model for {type(config).__name__}, "
+            "so it cannot be loaded packed; run `llmc-attnmask unpack` first"
         )
     kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     with reading_errors(directory):
@@ -94,7 +95,7 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
 def _complete(
     model: str | Path, loaded: PreTrainedModel, report: dict[str, Any]
 ) -> PreTrainedModel:
-    """Refuse what transformers would have filled with random values."""
+    """Refuse a model whose missing tensors transformers filled with random values."""
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{model} has no {missing[0]}, nor {len(missing) - 1} more of the tensors "
@@ -106,7 +107,7 @@ def _complete(
 class _Lazy:
     """A tensor of the state dict that is read when transformers indexes it.
 
-    It does so with the slices of a safetensors file, whose methods these are.
+    transformers does so with slices of a safetensors file; these are their methods.
     """
 
     def __init__(self, spec: TensorSpec, read: Callable[[], Tensor]):

@@ -1,13 +1,13 @@
 """The note in config.json that a dense-stored checkpoint has 2:4 layers.
 
-A top-level key that transformers keeps and ignores, and vLLM, too:
+It is a top-level key that transformers and vLLM keep and ignore:
 
     "llmc_attnmask": {
         "version": 1,
         "sparsity": {"structure": "2:4", "targets": ["model.layers.0.mlp.up_proj"]}
     }
 
-``targets`` are module names, spelled as the checkpoint's tensors are.
+``targets`` are module names, spelled as in the names of the checkpoint's tensors.
 """
 
 import reprlib
@@ -23,7 +23,7 @@ def write(config: dict[str, Any], targets: Sequence[str]) -> None:
     """Note the 2:4 layers in a config, in place of any earlier note.
 
     :param config: content of config.json
-    :param targets: module names; with none the note is removed
+    :param targets: module names; without any, the note is removed
     """
     config.pop(KEY, None)
     if targets:
@@ -32,9 +32,9 @@ def write(config: dict[str, Any], targets: Sequence[str]) -> None:
 
 
 def read(config: Mapping[str, Any]) -> list[str] | None:
-    """The module names that a config notes as 2:4; None without a note.
+    """Return the module names that a config notes as 2:4, or None without a note.
 
-    :raises ValueError: for a note that is malformed or of another version
+    :raises ValueError: if the note is malformed or has another version
     """
     if KEY not in config:
         return None

@@ -1,5 +1,7 @@
-"""What transformers reads of a model: none of the model's own code runs, and whatever
-is wrong with its files is one error that names it.
+"""Read what transformers reads of a model.
+
+None of the model's own code runs, and anything wrong with its files becomes one error
+that names the model.
 """
 
 from collections.abc import Iterator
@@ -21,17 +23,17 @@ from llmc_attnmask.checkpoint.config import is_packed
 from llmc_attnmask.checkpoint.io.files import CONFIG, Checkpoint, open_checkpoint
 from llmc_attnmask.checkpoint.io.json_files import read_mapping
 
-# A stored entry stands for at most so many weights: 2-bit integers in 32-bit words.
+# A stored entry holds at most this many weights: 2-bit integers in 32-bit words.
 _WEIGHTS_PER_ENTRY = 16
-# Entries that a model may have beyond that: tables that depend on positions alone.
+# Entries that a model may have beyond that: tables that depend only on positions.
 _SPARE_ENTRIES = 1 << 26
 
 
 def read_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
-    """A model's config, checked as far as anything here relies on it.
+    """Read a model's config and check the parts that this package relies on.
 
-    :param model: local folder or hub name
-    :param kwargs: of ``from_pretrained``
+    :param model: local folder or Hub name
+    :param kwargs: arguments of ``from_pretrained``
     :raises ValueError, OSError: naming the model
     """
     if Path(model).is_dir():
@@ -44,7 +46,7 @@ def read_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
 
 
 def read_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """A model's tokenizer.
+    """Read a model's tokenizer.
 
     :raises ValueError, OSError: naming the model
     """
@@ -53,10 +55,12 @@ def read_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 
 def read_weights(directory: Path, config: PreTrainedConfig) -> Checkpoint:
-    """The headers of a model folder's weights, which must be as many as config.json
-    makes one expect: what is missing would be made up, however large.
+    """Read the headers of a model folder's weights and compare them with config.json.
 
-    :raises ValueError, OSError: for files that cannot be read, or are too small
+    Fewer weights than the config describes are refused: transformers would create the
+    missing ones, however large.
+
+    :raises ValueError, OSError: for files that cannot be read or are too small
     """
     checkpoint = open_checkpoint(directory)
     entries = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
@@ -78,16 +82,16 @@ def read_weights(directory: Path, config: PreTrainedConfig) -> Checkpoint:
 
 
 def stored(config: PreTrainedConfig) -> dict[str, Any]:
-    """The part of a config that says how weights are stored."""
+    """Return the part of a config that says how weights are stored."""
     return {"quantization_config": getattr(config, "quantization_config", None)}
 
 
 @contextmanager
 def reading_errors(model: str | Path) -> Iterator[None]:
-    """Name the model in errors, which transformers raises of many kinds.
+    """Name the model in the many kinds of errors that transformers raises.
 
-    :raises ValueError: for whatever its files have made go wrong
-    :raises OSError, ImportError, MemoryError, torch.OutOfMemoryError: as they are
+    :raises ValueError: for anything that the model's files have caused
+    :raises OSError, ImportError, MemoryError, torch.OutOfMemoryError: unchanged
     """
     try:
         yield
@@ -98,8 +102,8 @@ def reading_errors(model: str | Path) -> Iterator[None]:
             raise ValueError(
                 f"{model} needs code of its own (auto_map in its config), which is not "
                 "run. If you have read that code and trust it, load the model in "
-                "Python, llmc_attnmask.load(..., trust_remote_code=True), and hand it "
-                "to oneshot(model=...)"
+                "Python with llmc_attnmask.load(..., trust_remote_code=True) and pass "
+                "it to oneshot(model=...)"
             ) from error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{model} cannot be read: {kind}{error}") from error

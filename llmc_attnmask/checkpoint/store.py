@@ -1,4 +1,4 @@
-"""The storage of a checkpoint that llm-compressor has written: marker, or packed."""
+"""Mark or pack the 2:4 layers of a checkpoint that llm-compressor has written."""
 
 import warnings
 from pathlib import Path
@@ -19,7 +19,7 @@ from llmc_attnmask.checkpoint.io.files import CONFIG, open_checkpoint
 def store(directory: Path, storage: Storage) -> None:
     """Give a dense-stored checkpoint the marker of its 2:4 layers, or pack them.
 
-    If none can be packed it is left dense, with a warning that says why.
+    If none can be packed, the checkpoint stays dense, with a warning that says why.
     """
     mark(directory)
     if storage == "dense":
@@ -37,13 +37,13 @@ def store(directory: Path, storage: Storage) -> None:
 def mark(directory: Path) -> list[str]:
     """Write the marker of a dense-stored checkpoint's 2:4 layers to its config.
 
-    :return: their names
+    :return: names of these layers
     """
     checkpoint = open_checkpoint(directory)
     layers = two_of_four_layers(checkpoint)
     config = dict(checkpoint.config)
-    # llm-compressor copies the config of the model it started from, which may have been
-    # packed or marked
+    # llm-compressor copies the config of the model that it started from, which may have
+    # been packed or marked
     config.pop(marker.KEY, None)
     config = dense_config(config, layers)
     if config != checkpoint.config:

@@ -1,4 +1,4 @@
-"""How one tensor gets from one checkpoint into another, a few megabytes at once."""
+"""Transfer tensors from one checkpoint into another, a few megabytes at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.io.files import StoredTensor, TensorSpec
 from llmc_attnmask.checkpoint.io.writer import ShardWriter
 
-# The layout is about bits, not about values: any dtype of that many bytes will do.
+# The layout deals with bits, not values: any dtype with that many bytes will do.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 class Transfer(Protocol):
-    """One or more tensors of the output and where their bytes come from."""
+    """One or more tensors of the output, and where their bytes come from."""
 
     @property
     def outputs(self) -> list[TensorSpec]: ...
 
     def write(self, writer: ShardWriter) -> None:
-        """Called once, in a thread of its own."""
+        """Write the tensors; called once, in a thread of its own."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """The tensor as it is."""
+    """Copies a tensor unchanged."""
 
     tensor: StoredTensor
 
@@ -44,7 +44,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Pack:
-    """A dense weight into the three tensors of its encoding."""
+    """Encodes a dense weight as three tensors."""
 
     module: str
     tensor: StoredTensor  # [R, C]
@@ -63,7 +63,10 @@ class Pack:
         ]
 
     def write(self, writer: ShardWriter) -> None:
-        """:raises NotTwoOfFourError: naming the tensor"""
+        """Write the three tensors.
+
+        :raises NotTwoOfFourError: naming the tensor
+        """
         rows, columns = self.tensor.shape
         writer.write(f"{self.module}.shape", 0, torch.tensor([[rows], [columns]]))
         row = columns * self.tensor.itemsize
@@ -79,7 +82,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class Unpack:
-    """The three tensors of an encoding into the dense weight."""
+    """Decodes three tensors into a dense weight."""
 
     module: str
     compressed: StoredTensor
@@ -87,7 +90,7 @@ class Unpack:
     shape: StoredTensor
 
     def check(self) -> None:
-        """Compare what the header says of the three.
+        """Compare what the headers say of the three.
 
         :raises ValueError: if their shapes or dtypes do not fit together
         """
@@ -121,7 +124,7 @@ class Unpack:
             writer.write(f"{self.module}.weight", start, weight)
 
     def load(self) -> Tensor:
-        """The whole dense weight."""
+        """Return the whole dense weight."""
         (spec,) = self.outputs
         content = torch.empty(spec.bytes, dtype=torch.uint8)
         for start, rows in self.rows():
@@ -130,10 +133,10 @@ class Unpack:
         return content.view(spec.torch_dtype).view(spec.shape)
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
-        """The dense weight in blocks of rows.
+        """Yield the dense weight in blocks of rows.
 
         :return: pairs of the first byte's position in the weight and integers [r, C]
-        :raises ValueError: naming the module, if its bitmask does not fit
+        :raises ValueError: naming the module, if its bitmask is wrong
         """
         columns = 2 * self.compressed.shape[1]
         row, mask_row = columns // 2 * self.compressed.itemsize, self.bitmask.shape[1]
@@ -146,15 +149,15 @@ class Unpack:
                     weight = layout.unpack(values, mask, [len(values), columns])
                 except layout.NotTwoOfFourError:
                     raise ValueError(
-                        f"{self.module} in {self.bitmask.file}: the bitmask has not "
-                        "exactly two bits in every group of four inputs; the file is "
-                        "corrupt"
+                        f"{self.module} in {self.bitmask.file}: the bitmask does not "
+                        "have exactly two bits set in every group of four inputs; the "
+                        "file is corrupt"
                     ) from None
                 yield 2 * start, weight
 
 
 def is_two_of_four(tensor: StoredTensor) -> bool:
-    """Whether a stored weight [R, C] could be packed; stops at what forbids it."""
+    """Return whether a stored weight [R, C] can be packed; stop once it cannot."""
     columns, size = tensor.shape[1], tensor.itemsize
     return columns % 4 == 0 and not any(
         layout.crowded_groups(_matrix(block, columns, size))
@@ -163,7 +166,7 @@ def is_two_of_four(tensor: StoredTensor) -> bool:
 
 
 def not_two_of_four(tensor: StoredTensor) -> layout.NotTwoOfFourError:
-    """The error that says by how much a stored weight is not 2:4."""
+    """Make the error that says how far a stored weight is from 2:4."""
     columns, size = tensor.shape[1], tensor.itemsize
     if columns % 4:
         found = f"its {columns} inputs are not divisible by 4"
@@ -195,5 +198,5 @@ def _negative_zeros(tensor: StoredTensor) -> int:
 
 
 def _matrix(block: Tensor, columns: int, itemsize: int) -> Tensor:
-    """uint8 [bytes] -> integers [r, columns] of that size, a view"""
+    """View uint8 [bytes] as integers [r, columns] of ``itemsize`` bytes."""
     return block.view(_INTEGERS[itemsize]).view(-1, columns)

@@ -1,4 +1,4 @@
-"""Attention error of a pruned model, layer by layer."""
+"""Measure the attention error of a pruned model, layer by layer."""
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ _TOKENS_AT_ONCE = 8192
 def attention_errors(
     dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor
 ) -> dict[str, float]:
-    """||A - A~||_F^2 / ||A||_F^2 of every attention module, on equal inputs.
+    """Return ||A - A~||_F^2 / ||A||_F^2 of every attention module, on equal inputs.
 
-    Both see what reaches the module in the dense model, so a layer's error is its own
-    and not its predecessors'.
+    Both modules see the inputs from the dense model, so a layer's error does not
+    include the errors of the layers before it.
 
     :param windows: int64 [windows, length]
     :return: module name -> relative error
@@ -44,7 +44,7 @@ def attention_errors(
 def attention_inputs(
     model: PreTrainedModel, windows: Tensor
 ) -> dict[str, ModuleInputs]:
-    """What reaches every attention module of a model, collected on CPU."""
+    """Collect the inputs of every attention module of a model, on the CPU."""
     inputs = {name: ModuleInputs() for name in attention_modules(model)}
 
     def collector(name: str):  # type: ignore[no-untyped-def]

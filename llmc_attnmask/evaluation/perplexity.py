@@ -1,4 +1,4 @@
-"""Perplexity and attention error, measured the same way for every checkpoint."""
+"""Measure perplexity the same way for every checkpoint."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One checkpoint's perplexity and the conditions it was measured under."""
+    """One checkpoint's perplexity, and the conditions of the measurement."""
 
     model: str
     perplexity: float
@@ -38,16 +38,16 @@ def evaluate(
     max_length: int | None = None,
     text_column: str = "text",
 ) -> list[Evaluation]:
-    """Perplexity of checkpoints over non-overlapping windows of one text.
+    """Measure the perplexity of checkpoints over non-overlapping windows of one text.
 
-    The mean over windows of the mean negative log-likelihood per predicted token, then
-    exp; arithmetic in float32. Every checkpoint reads the text with its own tokenizer.
+    It is exp of the mean over windows of the mean negative log-likelihood per predicted
+    token, computed in float32. Every checkpoint reads the text with its own tokenizer.
 
-    :param models: local folders or hub names
-    :param text: what ``load_texts`` takes; its evaluation split is read
-    :param max_length: window length in tokens; by default 2048 or, if less, what the
-        model was trained for
-    :raises ValueError: if the model's positions do not reach that far
+    :param models: local folders or Hub names
+    :param text: as for ``load_texts``; its evaluation split is read
+    :param max_length: window length in tokens; by default 2048 or, if less, the model's
+        number of positions
+    :raises ValueError: if the model has fewer positions than ``max_length``
     """
     texts = list(load_texts(text, text_column, split="evaluation"))
     results = []
@@ -71,7 +71,7 @@ def evaluate(
 
 
 def load_model(name: str | Path) -> PreTrainedModel:
-    """A checkpoint in float32, with eager attention, on the GPU if there is one."""
+    """Load a checkpoint in float32 with eager attention, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(name, dtype=torch.float32, attn_implementation="eager")
     return model.eval().to(torch.device(device))
@@ -79,7 +79,7 @@ def load_model(name: str | Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
-    """exp of the mean over windows of the mean loss per predicted token.
+    """Return exp of the mean over windows of the mean loss per predicted token.
 
     :param windows: int64 [windows, length]
     """
@@ -94,6 +94,6 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     if not math.isfinite(mean):
         raise ValueError(
             f"the mean loss is {mean}: weights or activations of "
-            f"{model.config.name_or_path or 'the model'} overflow or are no numbers"
+            f"{model.config.name_or_path or 'the model'} overflow or are NaN"
         )
-    return math.exp(min(mean, 700.0))  # beyond is infinity in double precision
+    return math.exp(min(mean, 700.0))  # beyond this, float64 gives infinity

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness on checkpoints, against a dense reference.
+"""Run tasks of lm-evaluation-harness on checkpoints and compare with a dense reference.
 
-The harness is the extra ``eval``. Its tasks are named as on its own command line; their
-data has to be here already where HF_HUB_OFFLINE is set.
+The extra ``eval`` installs the harness. Tasks are named as on its own command line.
+With HF_HUB_OFFLINE set, their data must be available locally.
 """
 
 import logging
@@ -23,11 +23,11 @@ _BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One metric of one task, of one checkpoint."""
+    """One checkpoint's value of one metric of one task."""
 
     model: str
     task: str
-    metric: str  # with the harness's filter, where there is one: "exact_match,strict"
+    metric: str  # followed by the harness's filter, if any: "exact_match,strict"
     value: float
     stderr: float | None  # standard error of the value
     samples: int | None  # None for groups of tasks
@@ -43,14 +43,14 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """Run tasks on checkpoints, in float32.
 
-    Recovery is value / reference's value in percent, or the inverse for metrics of
-    which less is better.
+    Recovery is the value divided by the reference's value, in percent, or the inverse
+    for metrics of which lower is better.
 
-    :param models: local folders or hub names; packed ones are unpacked as they load
+    :param models: local folders or Hub names; packed ones are unpacked as they load
     :param tasks: names of tasks, groups or tags; ``*`` and ``?`` match many
     :param include_path: folder of further tasks, in YAML. Functions that they name are
-        run: it is code, to be trusted as such
-    :param reference: the dense model, which is run first
+        run, so trust them as you would trust code
+    :param reference: the dense model, which runs first
     :raises ImportError: without lm-evaluation-harness
     :raises ValueError: for tasks that do not exist or whose data cannot be read
     """
@@ -62,7 +62,7 @@ def evaluate_tasks(
 
 
 def _ready(tasks: Sequence[str], include_path: str | Path | None) -> Any:
-    """The harness's task manager and the tasks by name, their data at hand."""
+    """Return the harness's task manager and the names of the tasks, loaded once."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -74,8 +74,8 @@ def _ready(tasks: Sequence[str], include_path: str | Path | None) -> Any:
         manager = TaskManager()
         return manager, _matched(manager, tasks)
     if not Path(include_path).is_dir():
-        raise ValueError(f"{include_path} is no folder of tasks")
-    # the harness reads its own 14,000 files first unless it is told not to
+        raise ValueError(f"{include_path} is not a folder of tasks")
+    # unless told not to, the harness first reads its own 14,000 files
     manager = TaskManager(include_path=str(include_path), include_defaults=False)
     try:
         return manager, _matched(manager, tasks)
@@ -91,24 +91,24 @@ def _matched(manager: Any, tasks: Sequence[str]) -> list[str]:
         if not matched:
             raise ValueError(
                 f"there is no task {task!r}: lm-evaluation-harness has "
-                f"{len(manager.all_tasks)}, `lm_eval ls tasks` lists them; name the "
-                "folder of your own with --include-path"
+                f"{len(manager.all_tasks)}, listed by `lm_eval ls tasks`; give the "
+                "folder of your own tasks with --include-path"
             )
         names += [name for name in matched if name not in names]
     for name in names:
         try:
             with _quiet():
                 manager.load([name])
-        except Exception as error:  # of every kind: tasks are other people's code
+        except Exception as error:  # any kind: tasks are other people's code
             raise ValueError(
                 f"task {name} cannot be loaded: {type(error).__name__}: {error}; "
-                "offline its data has to be in a local file or in the cache of datasets"
+                "offline, its data must be in a local file or in the cache of datasets"
             ) from error
     return names
 
 
 def _run(model: str | Path, tasks: list[str], manager: Any) -> dict[str, Any]:
-    """The harness's own results."""
+    """Return the harness's own results."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -129,8 +129,8 @@ def _run(model: str | Path, tasks: list[str], manager: Any) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness warns about what is as it should be: defaults of tasks' metrics,
-    models that are handed over."""
+    """Silence the harness's warnings about intended things: default metrics of tasks,
+    and models passed to it as objects."""
     harness = logging.getLogger("lm_eval")
     level = harness.level
     harness.setLevel(logging.ERROR)
@@ -153,8 +153,8 @@ def _results(
             metric, _, kind = key.partition(",")
             if not isinstance(value, float | int) or not kind or "_stderr" in metric:
                 continue
-            if not math.isfinite(value):  # JSON has no word for it
-                logger.warning(f"{model}: {key} of {task} is {value} and left out")
+            if not math.isfinite(value):  # JSON cannot express it
+                logger.warning(f"{model}: {key} of {task} is {value} and is left out")
                 continue
             stderr = metrics.get(f"{metric}_stderr,{kind}")
             higher = output["higher_is_better"].get(task, {}).get(metric) is not False

@@ -1,4 +1,4 @@
-"""README.md: the model card, in the format of the Hugging Face hub."""
+"""Render README.md, the model card, in the format of the Hugging Face Hub."""
 
 import re
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ Report = Mapping[str, Any]
 
 
 def render(report: Report, directory: Path) -> str:
-    """The card of a checkpoint: what it is, how to serve it, what was measured.
+    """Render a checkpoint's card: what it is, how to serve it and what was measured.
 
-    :param directory: the checkpoint's folder, whose config.json is read
+    :param directory: the checkpoint's folder, from which config.json is read
     """
     config = read_mapping(directory / CONFIG)
     template = environment().get_template("card.md")
@@ -54,8 +54,8 @@ def _front_matter(report: Report, config: Mapping[str, Any]) -> dict[str, Any]:
         front["base_model"] = base
         if quantized:
             front["base_model_relation"] = "quantized"
-    if licence := _licence(base):
-        front |= licence
+    if license_fields := _license(base):
+        front |= license_fields
     front["tags"] = ["llmc-attnmask", "llm-compressor", "pruned"]
     if any(layer["two_of_four"] for layer in report["checkpoint"]):
         front["tags"] += ["2:4", "sparse"]
@@ -65,7 +65,7 @@ def _front_matter(report: Report, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _on_hub(base: str | None) -> bool:
-    """Whether it is a name on the hub and not a folder."""
+    """Return whether a base model is a name on the Hub rather than a folder."""
     if not base or Path(base).exists():
         return False
     return base.count("/") <= 1 and not base.startswith((".", "/", "~"))
@@ -75,8 +75,8 @@ def _name(base: str | None) -> str:
     return base.rstrip("/").rpartition("/")[2] if base else "a model"
 
 
-def _licence(base: str | None) -> dict[str, str]:
-    """License fields of the base model's own card, if it is on this machine."""
+def _license(base: str | None) -> dict[str, str]:
+    """Return the license fields of the base model's card, if the card is local."""
     if not base:
         return {}
     path: Any = Path(base) / "README.md"
@@ -88,7 +88,7 @@ def _licence(base: str | None) -> dict[str, str]:
     front = re.match(r"\s*---\r?\n(.*?)\n---", text, re.DOTALL)
     try:
         data = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:  # a card that the hub would not read either
+    except yaml.YAMLError:  # the Hub could not read such a card either
         return {}
     if not isinstance(data, dict):
         return {}
@@ -97,7 +97,7 @@ def _licence(base: str | None) -> dict[str, str]:
 
 
 def _attention_rows(report: Report) -> list[tuple[str, float, float]]:
-    """Method, mean errors of the attention matrix and of what reaches the output."""
+    """List methods with their mean errors: attention matrix, attention output."""
     return [
         (
             view.METHODS[method],
@@ -109,7 +109,7 @@ def _attention_rows(report: Report) -> list[tuple[str, float, float]]:
 
 
 def _recovery(report: Report) -> tuple[float, float] | None:
-    """Mean error of the blocks' outputs before and after recovery."""
+    """Return the mean error of the blocks' outputs, before and after recovery."""
     found = [
         values
         for layer in report["layers"]

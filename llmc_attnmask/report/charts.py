@@ -1,6 +1,6 @@
-"""The figures of the page: Plotly's data and layout, and the table behind each.
+"""The charts of the page: Plotly's data and layout, and the table behind each.
 
-Colours are names of CSS variables ("--ours"), which the page fills in by its theme.
+Colors are names of CSS variables ("--ours"), which the page replaces by its theme's.
 """
 
 import math
@@ -12,14 +12,14 @@ from llmc_attnmask.report import view
 
 Report = Mapping[str, Any]
 
-# colour, marker and line of each method: not by colour alone
+# color, marker and line of each method, so that it does not depend on color alone
 _STYLES: dict[str, tuple[str, str, str]] = {
     "magnitude": ("--magnitude", "square-open", "dot"),
     "Wanda": ("--wanda", "diamond-open", "dash"),
     "SparseGPT": ("--sparsegpt", "triangle-up-open", "dashdot"),
     "ours": ("--ours", "circle", "solid"),
 }
-MANY = 24  # layers, heads: from here on single ones are not marked out
+MANY = 24  # layers or heads: from this number on, single ones are not marked
 LAYERS = {"title": {"text": "layer"}, "type": "category", "tickangle": 0, "nticks": 12}
 
 
@@ -29,7 +29,7 @@ class Chart:
 
     id: str
     title: str
-    says: str  # what one sees in it, in a sentence: caption and text alternative
+    says: str  # what it shows, as the caption and the text alternative
     data: list[dict[str, Any]]
     layout: dict[str, Any]
     header: list[str]
@@ -38,7 +38,7 @@ class Chart:
 
 
 def errors(report: Report, kind: str) -> Chart | None:
-    """Attention error by layer, this run's among the other methods'.
+    """Draw the attention error by layer, of this run and of the baselines.
 
     :param kind: "matrix" or "output"
     """
@@ -49,7 +49,7 @@ def errors(report: Report, kind: str) -> Chart | None:
     methods = view.methods(report)
     data: list[dict[str, Any]] = []
     for method in methods:
-        colour, symbol, dash = _STYLES[method]
+        color, symbol, dash = _STYLES[method]
         ours = method == "ours"
         data.append(
             {
@@ -58,22 +58,26 @@ def errors(report: Report, kind: str) -> Chart | None:
                 "name": view.METHODS[method],
                 "x": names,
                 "y": [layer["compared"][method][kind] for layer in layers],
-                "line": {"color": colour, "width": 3 if ours else 1.5, "dash": dash},
-                "marker": {"color": colour, "symbol": symbol, "size": 9},
+                "line": {"color": color, "width": 3 if ours else 1.5, "dash": dash},
+                "marker": {"color": color, "symbol": symbol, "size": 9},
                 "hovertemplate": "%{y:.5f}",
             }
         )
     means = {m: view.mean_error(report, m, kind) for m in methods}
     what = {
-        "matrix": "of the attention matrix, ‖A - Ã‖² / ‖A‖²",
-        "output": "that reaches the attention output, ‖(A - Ã) V Wₒ‖² / ‖A V Wₒ‖²",
+        "matrix": "Relative error of the attention matrix, ‖A - Ã‖² / ‖A‖²",
+        "output": "Relative effect on the attention output, "
+        "‖(A - Ã) V Wₒ‖² / ‖A V Wₒ‖²",
     }[kind]
     listed = ", ".join(f"{view.METHODS[m]} {view.error(means[m])}" for m in methods)
     return Chart(
         id=f"error-{kind}",
-        title={"matrix": "Attention matrix", "output": "What reaches the output"}[kind],
-        says=f"Relative error {what}, on held-back calibration samples; lower is "
-        f"better. Mean over layers: {listed}.",
+        title={
+            "matrix": "Attention matrix",
+            "output": "Effect on the attention output",
+        }[kind],
+        says=f"{what}, on the validation samples; lower is better. Mean over layers: "
+        f"{listed}.",
         data=data,
         layout={
             "xaxis": LAYERS,
@@ -89,13 +93,13 @@ def errors(report: Report, kind: str) -> Chart | None:
 
 
 def _relative(values: Sequence[float]) -> dict[str, Any]:
-    """An axis of relative errors: logarithmic, unless something is zero."""
+    """Make an axis of relative errors: logarithmic, unless an error is zero."""
     title = {"title": {"text": "relative error"}, "tickformat": "~g"}
     return title | _log(values)
 
 
 def _log(values: Sequence[float]) -> dict[str, Any]:
-    """A log axis with labels at 1, 2 and 5 of each decade, or at 1 if it has many."""
+    """Make a log axis with labels at 1, 2 and 5 of each decade, or at 1 if many."""
     if min(values) <= 0:
         return {"rangemode": "tozero"}
     low, high = math.log10(min(values)), math.log10(max(values))
@@ -112,7 +116,7 @@ def _log(values: Sequence[float]) -> dict[str, Any]:
 
 
 def curves(report: Report) -> Chart | None:
-    """Training loss by step, a line per layer."""
+    """Draw the training loss by step, one line per layer."""
     found = [
         (layer, what, curve)
         for layer in report["layers"]
@@ -144,8 +148,8 @@ def curves(report: Report) -> Chart | None:
     return Chart(
         id="curves",
         title="Learning curves",
-        says="Training loss per step on mini-batches, a line per layer"
-        + (" (colour runs from the first to the last)" if len(found) > 8 else "")
+        says="Training loss per step on mini-batches, one line per layer"
+        + (" (colors run from the first to the last)" if len(found) > 8 else "")
         + f". The first ends at {view.error(first[2][-1])}, the last at "
         f"{view.error(last[2][-1])}.",
         data=data,
@@ -171,7 +175,7 @@ def curves(report: Report) -> Chart | None:
 
 
 def recovery(report: Report) -> Chart | None:
-    """What is left of each block's error after recovery."""
+    """Draw each block's error before and after recovery."""
     found = [
         (view.short(layer["layer"]), values)
         for layer in report["layers"]
@@ -188,7 +192,7 @@ def recovery(report: Report) -> Chart | None:
         joined["y"] += [values[0], values[-1], None]
     share = sum(after) / sum(before)
 
-    def dots(name: str, y: list[float], colour: str, symbol: str) -> dict[str, Any]:
+    def dots(name: str, y: list[float], color: str, symbol: str) -> dict[str, Any]:
         return {
             "type": "scatter",
             "mode": "markers",
@@ -196,7 +200,7 @@ def recovery(report: Report) -> Chart | None:
             "x": names,
             "y": y,
             "marker": {
-                "color": colour,
+                "color": color,
                 "symbol": symbol,
                 "size": 10 if len(found) < MANY else 6,
             },
@@ -219,8 +223,8 @@ def recovery(report: Report) -> Chart | None:
     return Chart(
         id="recovery",
         title="Recovery of the blocks",
-        says="Relative error of each decoder block's output against the dense block's, "
-        f"before and after recovery: {share:.0%} of it is left.",
+        says="Relative error of each decoder block's output, compared with the dense "
+        f"block, before and after recovery; {share:.0%} of it remains.",
         data=data,
         layout={
             "xaxis": LAYERS,
@@ -233,7 +237,7 @@ def recovery(report: Report) -> Chart | None:
 
 
 def token_bytes(report: Report) -> Chart | None:
-    """Bytes that a token reads, by layer, from dense and from sparse kernels."""
+    """Draw the bytes that a token reads, by layer, for dense and sparse kernels."""
     by_place: dict[str, list[int]] = {}
     for layer in report["reading"]:
         where = view.place(layer["layer"])
@@ -246,22 +250,23 @@ def token_bytes(report: Report) -> Chart | None:
     names = list(by_place)
     dense, sparse = view.token_bytes(report)
 
-    def bars(label: str, index: int, colour: str) -> dict[str, Any]:
+    def bars(label: str, index: int, color: str) -> dict[str, Any]:
         return {
             "type": "bar",
             "name": label,
             "x": names,
             "y": [sums[index] / 1e6 for sums in by_place.values()],
-            "marker": {"color": colour},
+            "marker": {"color": color},
             "hovertemplate": "%{y:.3f} MB",
         }
 
     return Chart(
         id="reading",
-        title="Read per generated token",
-        says=f"Weights that one token reads: {view.size(dense)} with dense kernels, "
-        f"{view.size(sparse)} with sparse ones. Decoding one sequence is bound by that "
-        f"reading, so the predicted speed-up is {dense / sparse:.2f} x; not measured.",
+        title="Bytes read per generated token",
+        says=f"Each token reads {view.size(dense)} of weights with dense kernels and "
+        f"{view.size(sparse)} with sparse ones. Decoding one sequence is memory-bound, "
+        f"so the predicted speed-up is {dense / sparse:.2f} x. This is not a "
+        "measurement.",
         data=[
             bars("dense kernels", 0, "--magnitude"),
             bars("sparse kernels", 1, "--ours"),

@@ -1,4 +1,4 @@
-"""Packing and unpacking whole checkpoints, with what was written about them."""
+"""Pack and unpack whole checkpoints, with their report and model card."""
 
 import warnings
 from pathlib import Path
@@ -13,19 +13,19 @@ def pack(
 ) -> Conversion:
     """Store the 2:4 layers of a checkpoint as sparse-24-bitmask.
 
-    Every Linear of the decoder layers is expected to be 2:4, to the bit: a pruned entry
-    is +0.0. Layers that servers fuse (q, k and v; gate and up) are packed together or
-    stay dense together, with a warning. Report and model card are brought up to date.
+    Every Linear of the decoder layers must be exactly 2:4, with +0.0 as every pruned
+    entry. Layers that servers fuse (q, k and v; gate and up) are packed together or
+    stay dense together, with a warning. Report and model card are updated.
 
     :param directory: dense-stored checkpoint of any origin
-    :param output: folder to create; must not exist, or be empty
+    :param output: folder to create; must not exist or must be empty
     :param only_2of4: pack the layers that are 2:4 and leave the others dense
     :raises NotTwoOfFourError: for a layer that is not 2:4, unless ``only_2of4``
     :raises NothingToPackError: if no layer can be packed
-    :raises ValueError: if files cannot be read, or are packed already, or the output is
-        within the input
+    :raises ValueError: if files cannot be read or are already packed, or if the output
+        is inside the input
     :raises FileExistsError: if the output folder exists and is not empty
-    :raises OSError: if it cannot be written; nothing half-written is left
+    :raises OSError: if it cannot be written; no partial output is left
     """
     conversion = convert.to_packed(directory, output, only_2of4=only_2of4)
     _update_report(Path(output))
@@ -33,17 +33,16 @@ def pack(
 
 
 def unpack(directory: str | Path, output: str | Path) -> Conversion:
-    """Store the sparse-24-bitmask layers of a checkpoint dense, zeros in place.
+    """Store the sparse-24-bitmask layers of a checkpoint dense, with zeros in place.
 
-    The config gets the marker that names them. Report and model card are brought up to
-    date.
+    The marker in the config names these layers. Report and model card are updated.
 
     :param directory: packed checkpoint of any origin
-    :param output: folder to create; must not exist, or be empty
+    :param output: folder to create; must not exist or must be empty
     :raises ValueError: if it is not packed, its parts do not fit together, files cannot
-        be read, or the output is within the input
+        be read, or the output is inside the input
     :raises FileExistsError: if the output folder exists and is not empty
-    :raises OSError: if it cannot be written; nothing half-written is left
+    :raises OSError: if it cannot be written; no partial output is left
     """
     conversion = convert.to_dense(directory, output)
     _update_report(Path(output))
@@ -51,7 +50,7 @@ def unpack(directory: str | Path, output: str | Path) -> Conversion:
 
 
 def _update_report(output: Path) -> None:
-    """The copies tell of the other storage, and how that is loaded."""
+    """Render the copied report and card again: they describe the other storage."""
     if not (output / REPORT).is_file():
         return
     try:
@@ -59,7 +58,7 @@ def _update_report(output: Path) -> None:
 
         render(output)
     except Exception as error:
-        # a serving environment has no plotly; what is wrong is worse than nothing
+        # a serving environment has no plotly; a wrong page is worse than none
         (output / PAGE).unlink(missing_ok=True)
         card = output / CARD
         if card.is_file() and is_ours(card.read_text(encoding="utf-8")):

@@ -1,4 +1,4 @@
-"""report.json, report.html and README.md in a checkpoint's folder."""
+"""Write report.json, report.html and README.md into a checkpoint's folder."""
 
 import itertools
 import json
@@ -21,14 +21,14 @@ _KEPT = "README.previous"
 
 
 class ReportError(ValueError):
-    """A report.json that cannot be read; the message says why."""
+    """A report.json cannot be read; the message says why."""
 
 
 def save_hook(model: PreTrainedModel) -> Callable[[Path, Path], None]:
-    """Take a model's numbers; what is returned writes the files about them.
+    """Take a model's numbers and return a function that writes the files about them.
 
-    A checkpoint is worth more than its report: if that cannot be made, a warning says
-    so, and the checkpoint is saved without.
+    A checkpoint never fails to be saved because of its report: if the report cannot be
+    made, a warning says so, and the checkpoint is saved without it.
     """
     try:
         numbers = of_model(model)
@@ -50,18 +50,19 @@ def save_hook(model: PreTrainedModel) -> Callable[[Path, Path], None]:
 
 
 def _warn(error: Exception) -> None:
-    logger.warning(f"the checkpoint is saved without report and model card: {error!r}")
+    logger.warning(
+        f"the checkpoint is saved without a report and model card: {error!r}"
+    )
 
 
 def render(directory: str | Path) -> Report:
-    """Write report.html anew, from report.json and the checkpoint as it is now.
+    """Write report.html again, from report.json and the checkpoint as it is now.
 
-    So is the model card, if it is ours.
-
-    Without report.json the report tells what the files alone do.
+    The model card is written again, too, if this package wrote it. Without report.json,
+    the report contains only what the checkpoint's files tell.
 
     :return: content of report.json
-    :raises FileNotFoundError, ValueError: if the folder is no checkpoint, or its
+    :raises FileNotFoundError, ValueError: if the folder is not a checkpoint, or its
         report.json cannot be read
     :raises OSError: if the folder cannot be written to
     """
@@ -81,12 +82,12 @@ def add_evaluation(
     perplexity: Sequence[Evaluation] = (),
     tasks: Sequence[TaskResult] = (),
 ) -> None:
-    """Note what was measured in the report, its page and the model card.
+    """Add measurements to the report, its page and the model card.
 
-    What is not given stays as it was.
+    Kinds of measurements that are not given stay as they were.
 
     :param perplexity: the reference first, if there is one
-    :param tasks: likewise
+    :param tasks: the reference's first, if there is one
     """
     directory = Path(directory)
     report = read(directory) | of_folder(directory)
@@ -99,7 +100,7 @@ def add_evaluation(
 
 
 def read(directory: Path) -> Report:
-    """report.json of a checkpoint, or what stands for it where there is none."""
+    """Read a checkpoint's report.json, or make a reduced report if there is none."""
     path = directory / REPORT
     if not path.is_file():
         return reduced()
@@ -109,21 +110,22 @@ def read(directory: Path) -> Report:
         raise ReportError(f"{path} is not JSON: {error}; remove it") from None
     if not isinstance(report, dict) or report.get("version") != VERSION:
         raise ReportError(
-            f"{path} is no report of version {VERSION}: another llmc-attnmask may have "
-            "written it; remove it to see what the checkpoint itself tells"
+            f"{path} is not a report of version {VERSION}: another version of "
+            "llmc-attnmask may have written it; remove it to report from the "
+            "checkpoint's files alone"
         )
     return report
 
 
 def keep_card(destination: Path, folder: Path) -> None:
-    """Copy a model card that is not ours to where it is not overwritten."""
+    """Copy a model card that others wrote or edited, so that it is not overwritten."""
     existing = destination / CARD
     if not existing.is_file() or is_ours(existing.read_text(encoding="utf-8")):
         return
     names = itertools.chain([_KEPT], (f"{_KEPT}-{i}" for i in itertools.count(2)))
     name = next(f"{n}.md" for n in names if not (destination / f"{n}.md").exists())
     shutil.copy(existing, folder / name)
-    logger.info(f"the model card that was there is kept as {name}")
+    logger.info(f"the existing model card is kept as {name}")
 
 
 def _write(report: Report, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Attention matrices of chosen heads, dense and pruned and their difference."""
+"""Attention maps of chosen heads: dense, pruned and their difference."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from llmc_attnmask.report import view
 
 @dataclass(frozen=True)
 class Head:
-    """Three matrices side by side, for the page's script to draw."""
+    """Three maps side by side, which the page's script draws."""
 
     label: str
     says: str
     tokens: int
     largest: float  # largest entry of the difference
-    dense: str  # uint8 [tokens, tokens] in base64, as ``pictures`` scales it
+    dense: str  # uint8 [tokens, tokens] in base64, as ``AttentionMap.encode`` scales it
     pruned: str
     difference: str
 
 
 def heads(report: Mapping[str, Any]) -> list[Head]:
-    """Every head that a run has kept matrices of, the one that lost most first."""
+    """Return every head with stored attention maps, in order of decreasing error."""
     found = [
         (layer["layer"], attention_map)
         for layer in report["layers"]
@@ -37,9 +37,10 @@ def _head(name: str, stored: Mapping[str, Any]) -> Head:
     error = view.error(stored["error"])
     return Head(
         label=f"{label}: error {error}",
-        says=f"Attention of {label} among the first {stored['tokens']} tokens of a "
-        f"calibration sample, queries down and keys across. Relative error {error}; "
-        f"the largest change of an entry is {stored['largest_difference']:.3f}.",
+        says=f"Attention of {label} over the first {stored['tokens']} tokens of a "
+        "calibration sample, with queries from top to bottom and keys from left to "
+        f"right. The relative error is {error}, and the largest change of an entry is "
+        f"{stored['largest_difference']:.3f}.",
         tokens=stored["tokens"],
         largest=stored["largest_difference"],
         **{name: inflated(stored[name]) for name in ("dense", "pruned", "difference")},

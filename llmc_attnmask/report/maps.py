@@ -1,4 +1,4 @@
-"""Where the zeros are: layers down, projections or heads across."""
+"""Maps of the zeros: a row per layer, a column per projection or head."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ _MOST_CELLS_WITH_TEXT = 160
 
 
 def zeros_by_projection(report: Report) -> Chart | None:
-    """Share of zeros in the files, layers down and Linears across."""
+    """Map the share of zeros in the files, by layer and Linear."""
     sums: dict[tuple[int, str], list[float]] = {}
     for layer in report["checkpoint"]:
         where = view.place(layer["name"])
@@ -29,12 +29,12 @@ def zeros_by_projection(report: Report) -> Chart | None:
         "Zeros by projection",
         cells,
         _in_order([name for _, name in cells]),
-        "Share of zeros in each Linear of the files",
+        "Share of zeros in each Linear, as stored in the files",
     )
 
 
 def zeros_by_head(report: Report) -> Chart | None:
-    """Share of pruned entries, layers down and heads across."""
+    """Map the share of pruned entries, by layer and head."""
     cells: dict[tuple[int, str], float] = {}
     for i, layer in enumerate(report["layers"]):
         where = view.place(layer["layer"])
@@ -56,7 +56,7 @@ def zeros_by_head(report: Report) -> Chart | None:
 
 
 def _in_order(names: Sequence[str]) -> list[str]:
-    """Names of Linears, attention's first, as a decoder runs through them."""
+    """Sort names of Linears as a decoder runs through them, attention first."""
     known = ["q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down"]
     rank = {f"{name}_proj": i for i, name in enumerate(known)}
     return sorted(dict.fromkeys(names), key=lambda n: (rank.get(n, len(rank)), n))
@@ -72,7 +72,7 @@ def _map(
     numbers = sorted({number for number, _ in cells})
     values = [[cells.get((n, c)) for c in columns] for n in numbers]
     low, high = min(cells.values()), max(cells.values())
-    # a narrow span is spread out, lest all cells look alike
+    # a narrow span is stretched, so that cells do not all look alike
     shown = (low, high) if 0.005 < high - low < 0.3 else (0, 1)
     gap = 2 if max(len(numbers), len(columns)) < MANY else 0
     trace: dict[str, Any] = {

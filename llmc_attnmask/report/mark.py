@@ -1,6 +1,6 @@
-"""Names of the files about a checkpoint, and how a model card of ours is known.
+"""Names of the files about a checkpoint, and how this package's cards are recognized.
 
-Nothing heavy is imported here: whoever copies a checkpoint asks.
+This module imports nothing heavy, because every copy of a checkpoint needs it.
 """
 
 import hashlib
@@ -8,19 +8,19 @@ import re
 
 REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
 
-# with a digest of the rest, by which a card is known that was edited since
+# the digest of the rest shows whether a card has been edited since
 _MARK = "<!-- written by llmc-attnmask, {} -->"
 _FOUND = re.compile(_MARK.format("([0-9a-f]{16})"))
-UNSIGNED = _MARK.format("0" * 16)  # its place in a card that is not signed yet
+UNSIGNED = _MARK.format("0" * 16)  # placeholder in a card that is not signed yet
 
 
 def signed(text: str) -> str:
-    """A card with ``UNSIGNED`` in it, as it is written."""
+    """Replace ``UNSIGNED`` in a card by the mark with the card's digest."""
     return text.replace(UNSIGNED, _MARK.format(_digest(text)), 1)
 
 
 def is_ours(text: str) -> bool:
-    """Whether a model card is as it was written here, so that it may be overwritten."""
+    """Return whether this package wrote a card and nobody has edited it since."""
     found = _FOUND.search(text)
     return found is not None and found[1] == _digest(text)
 

@@ -1,4 +1,4 @@
-"""The numbers of one run, as ``report.json`` has them: ``schema.json`` describes it."""
+"""The numbers of one run, as in ``report.json``, which ``schema.json`` describes."""
 
 import platform
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ Report = dict[str, Any]
 
 
 def of_model(model: PreTrainedModel) -> Report:
-    """What a model in memory knows of its pruning, before it is written."""
+    """Report what a model in memory knows of its pruning, before it is saved."""
     known = run_metadata(model)
     return reduced() | {
         "base_model": model.config.name_or_path or None,
@@ -43,7 +43,7 @@ def of_model(model: PreTrainedModel) -> Report:
 
 
 def of_folder(directory: Path) -> Report:
-    """What the files of a checkpoint tell without the run that wrote them."""
+    """Report what a checkpoint's files tell without the run that wrote them."""
     layers = inspect(directory)
     two_of_four = {layer.name for layer in layers if layer.two_of_four}
     token_bytes = bytes_per_token(open_checkpoint(directory), two_of_four)
@@ -55,7 +55,7 @@ def of_folder(directory: Path) -> Report:
 
 
 def reduced() -> Report:
-    """In place of ``of_model`` where no run has left its numbers."""
+    """Stand in for ``of_model`` where no run has left its numbers."""
     return {
         "version": VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -74,12 +74,12 @@ def reduced() -> Report:
 
 
 def missing(report: Mapping[str, Any]) -> list[str]:
-    """What a report could tell and this one does not, in words."""
+    """List, in words, what a report can contain and this one does not."""
     absent = []
     if not report["modifiers"]:
         absent.append(
-            "report.json of the run: errors, learning curves, attention matrices, "
-            "masks and versions are not known"
+            "report.json of the run: errors, learning curves, attention maps, masks "
+            "and versions are unknown"
         )
     elif not any(layer.get("compared") for layer in report["layers"]):
         absent.append(
@@ -87,14 +87,14 @@ def missing(report: Mapping[str, Any]) -> list[str]:
         )
     if not report["evaluation"] and not report["tasks"]:
         absent.append(
-            "perplexity: measured by llmc-attnmask eval DIR --reference MODEL "
+            "perplexity: to measure it, run llmc-attnmask eval DIR --reference MODEL "
             "--update-report"
         )
     return absent
 
 
 def _masks(model: nn.Module) -> list[dict[str, Any]]:
-    """Pruned entries of every layer with a mask, and those that are filled in again."""
+    """Count each masked layer's pruned entries and those that are no longer zero."""
     found = []
     for name, module in model.named_modules():
         kept = get_mask(module)

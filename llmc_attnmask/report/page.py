@@ -1,4 +1,4 @@
-"""report.html: one file that needs nothing else, offline, in light and in dark."""
+"""Render report.html, one self-contained file that works offline, light or dark."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ Report = Mapping[str, Any]
 
 @cache
 def environment() -> Environment:
-    """Templates that escape whatever comes from names and recipes."""
+    """Return the templates' environment, which escapes names and recipes."""
     found = Environment(
         loader=PackageLoader("llmc_attnmask.report"),
         autoescape=lambda name: name is not None and name.endswith(".html"),
@@ -33,7 +33,7 @@ def environment() -> Environment:
 
 
 def render(report: Report) -> str:
-    """The page of a report, about as large as Plotly is (5 MB)."""
+    """Render the page of a report, which is about as large as Plotly (5 MB)."""
     sections = {
         "error": [charts.errors(report, kind) for kind in ("matrix", "output")],
         "learning": [charts.curves(report), charts.recovery(report)],
@@ -71,7 +71,7 @@ def _title(report: Report) -> str:
 
 
 def _script_json(value: Any) -> Markup:
-    """JSON that no name in it can end the script element with."""
+    """Write JSON in which no name can end the script element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c"))
 

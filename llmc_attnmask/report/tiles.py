@@ -1,4 +1,4 @@
-"""The few numbers that one looks for first."""
+"""The few numbers that readers look for first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Report = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Tile:
-    """A number, what it is, and what to hold it against."""
+    """A number, its name, and what to compare it with."""
 
     name: str
     value: str
@@ -19,7 +19,7 @@ class Tile:
 
 
 def tiles(report: Report) -> list[Tile]:
-    """Those that the report has numbers for."""
+    """Return the tiles that the report has numbers for."""
     found = [
         _attention(report),
         _perplexity(report),
@@ -55,7 +55,9 @@ def _perplexity(report: Report) -> Tile | None:
         return None
     dense, pruned = (evaluation["perplexity"] for evaluation in pair)
     return Tile(
-        "Perplexity", f"{pruned:.3f}", f"{pruned - dense:+.3f} to the reference"
+        "Perplexity",
+        f"{pruned:.3f}",
+        f"{pruned - dense:+.3f} compared with the reference",
     )
 
 
@@ -70,7 +72,7 @@ def _zeros(report: Report) -> Tile | None:
 def _disk(report: Report) -> Tile:
     size = sum(layer["bytes"] for layer in report["checkpoint"])
     packed = sum("24" in layer["format"] for layer in report["checkpoint"])
-    note = f"{packed} layers packed" if packed else "stored dense, zeros in place"
+    note = f"{packed} layers packed" if packed else "stored dense, with zeros in place"
     return Tile("Weights on disk", view.size(size), note)
 
 
@@ -78,7 +80,7 @@ def _token_bytes(report: Report) -> Tile | None:
     dense, sparse = view.token_bytes(report)
     if not dense:
         return None
-    note = "fewer bytes per token" if sparse < dense else "nothing for sparse kernels"
+    note = "fewer bytes per token" if sparse < dense else "no layer for sparse kernels"
     return Tile("Decoding, predicted", f"{dense / sparse:.2f} x", note)
 
 
@@ -86,7 +88,7 @@ def _masks(report: Report) -> Tile | None:
     layers, pruned, filled = view.masks(report)
     if not layers:
         return None
-    kept = "all kept" if not filled else f"{filled} filled in again"
+    kept = "all still zero" if not filled else f"{filled:,} no longer zero"
     return Tile("Pruned entries", f"{pruned:,}", f"{kept}, {layers} layers")
 
 
@@ -96,4 +98,6 @@ def _time(report: Report) -> Tile | None:
         return None
     peak = max(layer["peak_bytes"] for layer in report["layers"])
     value = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-    return Tile("Time", value, f"in our modifiers, peak memory {view.size(peak)}")
+    return Tile(
+        "Time", value, f"in this package's modifiers, peak memory {view.size(peak)}"
+    )

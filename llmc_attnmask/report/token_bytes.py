@@ -1,9 +1,9 @@
-"""What a server reads per generated token: the model behind a predicted speed-up.
+"""Count what a server reads per generated token, to predict a speed-up.
 
-One token of one sequence touches every weight once and computes little with it, so that
-its time is that of reading the weights. A sparse kernel reads two values of four and a
-bit per entry; a dense one reads every value. This leaves out the cache, activations and
-whatever a kernel falls short of the memory's bandwidth.
+Decoding one token of one sequence reads every weight once and computes little with it,
+so its time is the time to read the weights. A sparse kernel reads two values of every
+four and a bit per entry; a dense one reads every value. The prediction ignores the
+KV cache, activations, and any bandwidth that a kernel does not reach.
 """
 
 from collections.abc import Set
@@ -14,12 +14,12 @@ from llmc_attnmask.checkpoint.convert import packed_parts
 from llmc_attnmask.checkpoint.io.files import Checkpoint, TensorSpec
 from llmc_attnmask.checkpoint.linears import decoder_linears, mixed_groups
 
-_SPARSE_SIZES = {1, 2}  # bytes of a value that sparse kernels exist for
+_SPARSE_SIZES = {1, 2}  # bytes per value for which sparse kernels exist
 
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """Bytes of one Linear that one token reads."""
+    """Bytes that one token reads of one Linear."""
 
     layer: str
     dense: int  # by a dense kernel
@@ -27,9 +27,9 @@ class TokenBytes:
 
 
 def bytes_per_token(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[TokenBytes]:
-    """Every Linear of the decoder layers, then the output layer.
+    """Count the bytes of every Linear of the decoder layers, then of the output layer.
 
-    A 2:4 layer that servers fuse with one that is not counts as dense.
+    A 2:4 layer that servers fuse with a layer that is not 2:4 counts as dense.
 
     :param two_of_four: names of the layers that are 2:4
     """
@@ -52,7 +52,7 @@ def bytes_per_token(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[Token
 
 
 def _head(checkpoint: Checkpoint) -> list[tuple[str, TensorSpec]]:
-    """The output layer, or the embedding that is it, too."""
+    """Find the output layer, or the embedding that also serves as one."""
     for ending in ("lm_head.weight", "embed_out.weight", "embed_tokens.weight"):
         for tensor in checkpoint.tensors.values():
             if tensor.name.endswith(ending):

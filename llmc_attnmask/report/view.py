@@ -1,4 +1,4 @@
-"""What page and model card say of a report's numbers, in the terms they say it in."""
+"""A report's numbers in the terms of the page and the model card."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,10 @@ Report = Mapping[str, Any]
 
 
 def place(name: str) -> tuple[int, str] | None:
-    """Number of the decoder layer and the name within it, experts as one."""
+    """Return the number of the decoder layer and the name within it.
+
+    All experts share one name.
+    """
     match = _PLACE.search(name)
     if match is None:
         return None
@@ -24,30 +27,30 @@ def place(name: str) -> tuple[int, str] | None:
 
 
 def short(name: str) -> str:
-    """A layer's number, or its name where it has none."""
+    """Return a layer's number, or its name if it has none."""
     found = place(name)
     return name if found is None else str(found[0])
 
 
 def attention_layers(report: Report) -> list[Mapping[str, Any]]:
-    """Layers whose attention error was compared with other methods'."""
+    """Return the layers whose attention error was compared with the baselines'."""
     return [layer for layer in report["layers"] if layer.get("compared")]
 
 
 def methods(report: Report) -> list[str]:
-    """Those of ``METHODS`` that were measured on every one of these layers."""
+    """Return the ``METHODS`` that were measured on each of these layers."""
     layers = attention_layers(report)
     return [m for m in METHODS if layers and all(m in x["compared"] for x in layers)]
 
 
 def mean_error(report: Report, method: str, kind: str = "matrix") -> float:
-    """Mean over layers of the relative attention error of one of ``methods``."""
+    """Return one method's relative attention error, averaged over layers."""
     layers = attention_layers(report)
     return sum(layer["compared"][method][kind] for layer in layers) / len(layers)
 
 
 def decoder_zeros(report: Report) -> float | None:
-    """Share of zeros in the decoder's Linears, as far as the files tell."""
+    """Return the share of zeros in those decoder Linears of which the files tell it."""
     known = [
         layer
         for layer in report["checkpoint"]
@@ -62,7 +65,7 @@ def decoder_zeros(report: Report) -> float | None:
 
 
 def token_bytes(report: Report) -> tuple[int, int]:
-    """Bytes that one token reads, by dense kernels and by sparse ones."""
+    """Return the bytes that one token reads with dense and with sparse kernels."""
     return (
         sum(layer["dense"] for layer in report["reading"]),
         sum(layer["sparse"] for layer in report["reading"]),
@@ -70,7 +73,7 @@ def token_bytes(report: Report) -> tuple[int, int]:
 
 
 def masks(report: Report) -> tuple[int, int, int]:
-    """Layers with a mask, pruned entries, and those of them that are filled in."""
+    """Count masked layers, pruned entries, and those that are no longer zero."""
     found = report["masks"]
     return (
         len(found),
@@ -80,13 +83,13 @@ def masks(report: Report) -> tuple[int, int, int]:
 
 
 def perplexities(report: Report) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """The reference's evaluation and this checkpoint's, if both were measured."""
+    """Return the evaluations of the reference and this checkpoint, if both exist."""
     evaluations: Sequence[Mapping[str, Any]] = report["evaluation"]
     return (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else None
 
 
 def tasks(report: Report) -> list[tuple[str, str, float, float | None, float | None]]:
-    """Task, metric, this checkpoint's value, the reference's, recovery in percent."""
+    """List task, metric, this model's value, the reference's, recovery in percent."""
     results: Sequence[Mapping[str, Any]] = report["tasks"]
     if not results:
         return []
@@ -110,7 +113,7 @@ def tasks(report: Report) -> list[tuple[str, str, float, float | None, float | N
 
 
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """Write a number of bytes in a readable unit."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -119,7 +122,7 @@ def size(count: float) -> str:
 
 
 def error(value: float) -> str:
-    """A relative error with three digits."""
+    """Write a relative error with five decimals, or three digits if it is tiny."""
     return f"{value:.3g}" if value < 1e-4 else f"{value:.5f}"
 
 

@@ -1,4 +1,4 @@
-"""Texts of a dataset: files, the hub, what Python ships."""
+"""Read the texts of a dataset: a file, a Hub dataset or Python's own documentation."""
 
 import reprlib
 from collections.abc import Iterable, Iterator
@@ -12,18 +12,18 @@ _FILE_SUFFIXES = {".jsonl", ".json", ".txt", ".md", ".csv", ".parquet", ".gz"}
 
 
 class DatasetError(ValueError):
-    """A dataset holds no usable text; the message says what was looked for."""
+    """A dataset holds no usable text; the message says what was expected."""
 
 
 def load_texts(
     dataset: str | Path, text_column: str = "text", split: pydoc.Split = "calibration"
 ) -> Iterator[str]:
-    """The non-empty documents of a dataset, in order.
+    """Yield the non-empty documents of a dataset, in order.
 
     :param dataset: ``builtin:pydoc``, a .jsonl/.json file of objects, a text file (one
-        document), or a name on the Hugging Face hub, whose split ``train``
+        document), or a name on the Hugging Face Hub, whose split ``train``
         (calibration) or ``test`` (evaluation) is read
-    :param text_column: key of the text in objects and hub datasets
+    :param text_column: key of the text in objects and Hub datasets
     :raises DatasetError: if nothing can be read, or a row has no such column
     """
     if str(dataset) == BUILTIN:
@@ -55,7 +55,7 @@ def _parsed(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, object]]:
             row = parse(line)
         except ValueError as error:
             raise DatasetError(
-                f"{path}:{number} is not JSON ({error}); expected one object a line"
+                f"{path}:{number} is not JSON ({error}); expected one object per line"
             ) from None
         yield f"{path}:{number}", row
 
@@ -66,10 +66,10 @@ def _from_hub(name: str, text_column: str, split: pydoc.Split) -> Iterator[str]:
     hub_split = "train" if split == "calibration" else "test"
     try:
         rows = datasets.load_dataset(name, split=hub_split, streaming=True)
-    except Exception as error:  # every kind of network and format failure ends here
+    except Exception as error:  # any failure of the network or the format
         raise DatasetError(
             f"dataset {name!r} is neither a file nor readable from the Hugging Face "
-            f"hub (split {hub_split}): {type(error).__name__}: {error}"
+            f"Hub (split {hub_split}): {type(error).__name__}: {error}"
         ) from error
     yield from _texts(
         ((f"{name}[{n}]", row) for n, row in enumerate(rows)), text_column
@@ -93,11 +93,11 @@ def _texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[str
 def _encodable(place: str, text: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
-        raise DatasetError(f"{place} is no valid Unicode text: {error}") from None
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can express
+        raise DatasetError(f"{place} is not valid Unicode text: {error}") from None
     return text
 
 
 def _looks_like_path(dataset: str) -> bool:
-    # a name on the hub may have a dot too: teknium/OpenHermes-2.5
+    # names on the Hub may contain a dot, too: teknium/OpenHermes-2.5
     return dataset.startswith((".", "/", "~")) or Path(dataset).suffix in _FILE_SUFFIXES

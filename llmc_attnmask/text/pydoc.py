@@ -2,7 +2,7 @@
 
 A document is one module's docstrings, outer ones first. Whole top-level modules are
 held out for evaluation, so no document of the ``evaluation`` split shares a package
-with the ``calibration`` split, to which the help topics of ``pydoc`` belong.
+with the ``calibration`` split. The help topics of ``pydoc`` belong to ``calibration``.
 """
 
 import ast
@@ -16,8 +16,8 @@ from typing import Literal
 
 Split = Literal["calibration", "evaluation"]
 
-# Not on every installation (Linux distributions package them apart, or newer versions
-# dropped them), or tests rather than documentation.
+# Missing from some installations (Linux distributions package them separately, or newer
+# versions dropped them), or tests rather than documentation.
 _EXCLUDED = {
     "__pycache__",
     "distutils",
@@ -37,7 +37,7 @@ _HELD_OUT_ONE_IN = 8
 
 @cache
 def documents(split: Split) -> tuple[str, ...]:
-    """Documents of one split, in a fixed order (the same for one Python version).
+    """Return the documents of one split, in a fixed order for each Python version.
 
     :param split: ``"calibration"`` (about seven eighths) or ``"evaluation"``
     :return: one string per module with at least one docstring
@@ -66,7 +66,7 @@ def _sources() -> Iterator[Path]:
 
 
 def _split_of(top_level_module: str) -> Split:
-    # crc32 rather than hash(): the split must not change from process to process
+    # crc32 rather than hash(): the split must not differ between processes
     held_out = zlib.crc32(top_level_module.encode()) % _HELD_OUT_ONE_IN == 0
     return "evaluation" if held_out else "calibration"
 
@@ -74,7 +74,7 @@ def _split_of(top_level_module: str) -> Split:
 def _docstrings(source: Path) -> str:
     try:
         tree = ast.parse(source.read_bytes())
-    except (SyntaxError, ValueError):  # templates and files for other interpreters
+    except (SyntaxError, ValueError):  # templates, and files for other interpreters
         return ""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [

@@ -1,8 +1,8 @@
-"""Text in, windows of tokens out: calibration and evaluation read the same way.
+"""Cut texts into windows of tokens, for calibration and evaluation alike.
 
-The texts are tokenized into one stream, ``[bos] + tokens`` per document (no bos where
-the tokenizer has none), documents joined in order. Calibration takes windows at equal
-spacing, evaluation every non-overlapping window.
+The texts are tokenized into one stream: ``[bos] + tokens`` per document (without bos if
+the tokenizer has none), joined in order. Calibration takes equally spaced windows,
+evaluation every non-overlapping window.
 """
 
 import warnings
@@ -15,25 +15,25 @@ from transformers import PreTrainedTokenizerBase
 from llmc_attnmask.text.dataset import DatasetError
 
 DEFAULT_LENGTH = 2048  # tokens
-# Calibration looks at no more text than this many times what it takes.
+# Calibration reads at most this many times as many tokens as it takes.
 _STREAM_TO_SAMPLE = 64
 
 
 def calibration_windows(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int
 ) -> Tensor:
-    """``count`` windows at equal spacing over the token stream.
+    """Return ``count`` equally spaced windows of the token stream.
 
     :return: int64 [count, length]
-    :raises DatasetError: if the texts are empty, shorter than one window, or have not
-        so many different ones
+    :raises DatasetError: if the texts are empty, shorter than one window, or too short
+        for that many different windows
     """
     stream = token_stream(texts, tokenizer, most=count * length * _STREAM_TO_SAMPLE)
     _check_length(stream, length)
     if count > len(stream) - length + 1:
         raise DatasetError(
-            f"{len(stream)} tokens of text have no {count} different windows of "
-            f"{length}; give more text or ask for fewer"
+            f"{len(stream)} tokens of text are too few for {count} different windows "
+            f"of {length}; give more text or ask for fewer"
         )
     if len(stream) < count * length:
         warnings.warn(
@@ -48,7 +48,7 @@ def calibration_windows(
 def evaluation_windows(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Tensor:
-    """All non-overlapping windows of the token stream; a shorter rest is left out.
+    """Return all non-overlapping windows of the token stream, without a shorter rest.
 
     :return: int64 [windows, length]
     :raises DatasetError: if the texts are empty or shorter than one window
@@ -61,7 +61,10 @@ def evaluation_windows(
 def token_stream(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, most: int | None = None
 ) -> Tensor:
-    """int64 [tokens]: ``[bos] + tokens`` of each text, joined, up to ``most`` or so."""
+    """Join ``[bos] + tokens`` of each text, and stop at the text that reaches ``most``.
+
+    :return: int64 [tokens]
+    """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids: list[int] = []
     for text in texts:
@@ -76,12 +79,17 @@ def _check_length(stream: Tensor, length: int) -> None:
     if len(stream) < length:
         raise DatasetError(
             f"the dataset has {len(stream)} tokens, fewer than one window of {length}; "
-            "give more text or a shorter --max-length"
+            "give more text or a smaller --max-length"
         )
 
 
 def window_length(config: object, asked: int | None) -> int:
-    """The window to use: what was asked for, within the model's positions."""
+    """Return the window length in tokens: what was asked for, if the model has room.
+
+    :param config: of the model; its ``max_position_embeddings`` is the limit
+    :param asked: requested length; by default 2048 or, if less, the limit
+    :raises ValueError: if the request is out of range, or the limit is not usable
+    """
     most = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
     if not isinstance(most, int) or most < 2:
         raise ValueError(
@@ -91,7 +99,7 @@ def window_length(config: object, asked: int | None) -> int:
         return min(DEFAULT_LENGTH, most)
     if not 2 <= asked <= most:
         raise ValueError(
-            f"max_length is {asked}; expected between 2 and {most}, the positions this "
-            "model has"
+            f"max_length is {asked}; expected between 2 and {most}, the model's number "
+            "of positions"
         )
     return asked

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 def test_what_is_in_the_storage_already_is_refused(tmp_path):
     dense = write(tmp_path / "dense", decoder())
     to_packed(dense, tmp_path / "packed")
-    with pytest.raises(ValueError, match="packed already"):
+    with pytest.raises(ValueError, match="already packed"):
         to_packed(tmp_path / "packed", tmp_path / "again")
     with pytest.raises(ValueError, match="is not packed"):
         to_dense(dense, tmp_path / "again")

@@ -117,7 +117,7 @@ def test_minus_zero_is_a_value():
     weight = torch.tensor([[1.0, -0.0, 2.0, 0.0]])
     assert crowded_groups(weight) == 1
     with pytest.raises(
-        NotTwoOfFourError, match=r"row 0 has more than two that are not \+0.0"
+        NotTwoOfFourError, match=r"row 0 has more than two entries that are not \+0.0"
     ):
         pack(weight)
 
@@ -153,11 +153,11 @@ def test_meta_tensors_give_shapes_and_dtypes(dtype):
     ("weight", "kept", "message"),
     [
         (torch.ones(2, 6), None, "6 inputs are not divisible by 4"),
-        (torch.ones(2, 8), None, "row 0 has more than two that"),
+        (torch.ones(2, 8), None, "row 0 has more than two entries that"),
         (torch.ones(8), None, "expected two dimensions"),
         (torch.zeros(2, 8).double(), None, "8 bytes per entry"),
-        (torch.ones(1, 4), torch.eye(4)[:1].bool(), "not exactly two"),
-        (torch.ones(1, 4), torch.ones(1, 4).bool(), "not exactly two"),
+        (torch.ones(1, 4), torch.eye(4)[:1].bool(), "more or fewer than two kept"),
+        (torch.ones(1, 4), torch.ones(1, 4).bool(), "more or fewer than two kept"),
         (torch.ones(1, 4), torch.ones(1, 8).bool(), r"expected torch.bool \[1, 4\]"),
         (torch.ones(1, 4), torch.ones(1, 4), "the mask is torch.float32"),
     ],
@@ -177,7 +177,10 @@ def test_what_is_not_two_of_four_is_refused(weight, kept, message):
         ({"compressed": torch.ones(6)}, "two dimensions"),
         ({"compressed": torch.ones(2, 6).double()}, "8 bytes"),
         ({"bitmask": torch.zeros(2, 2, dtype=torch.int8)}, "expected torch.uint8"),
-        ({"bitmask": torch.zeros(2, 2, dtype=torch.uint8)}, "row 0 has not exactly"),
+        (
+            {"bitmask": torch.zeros(2, 2, dtype=torch.uint8)},
+            "row 0 has more or fewer than two bits",
+        ),
         ({"bitmask": torch.tensor([[51, 3], [51, 7]], dtype=torch.uint8)}, "row 1 has"),
         ({"bitmask": torch.tensor([[51, 3], [51, 51]], dtype=torch.uint8)}, "beyond"),
     ],

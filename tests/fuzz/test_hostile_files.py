@@ -60,7 +60,7 @@ def test_links_to_files_are_read_as_a_hub_cache_has_them(dense, tmp_path):
 def test_an_output_within_the_input_is_refused(dense, where):
     (dense / "sub").mkdir()
     for convert in (to_packed, to_dense):
-        with pytest.raises(ValueError, match=r"is within .* name a folder elsewhere"):
+        with pytest.raises(ValueError, match=r"is inside .* name a folder elsewhere"):
             convert(dense, dense / where)
     assert not list(dense.rglob("out"))
 
@@ -113,7 +113,7 @@ def test_an_entry_that_no_tensor_can_have_is_refused(dense, entry, reader):
 def test_a_tensor_that_stands_twice_in_a_header_is_refused(dense, reader):
     entry = '"a.weight":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}'
     write_header(dense, f"{{{entry},{entry}}}", bytes(8))
-    with pytest.raises(ValueError, match=r"'a\.weight' stands twice"):
+    with pytest.raises(ValueError, match=r"'a\.weight' occurs twice"):
         reader(dense)
 
 
@@ -134,7 +134,7 @@ def test_a_layer_in_both_storages_is_refused(tmp_path):
     weight = two_of_four(4, 8)
     parts = {f"{Q}.{kind}": v for kind, v in layout.pack(weight)._asdict().items()}
     folder = write(tmp_path / "dense", {f"{Q}.weight": weight, **parts})
-    with pytest.raises(ValueError, match=r"q_proj stored dense and packed at once"):
+    with pytest.raises(ValueError, match=r"q_proj stored both dense and packed"):
         to_packed(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

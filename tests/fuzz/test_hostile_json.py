@@ -48,8 +48,10 @@ def test_a_pattern_that_takes_for_ever_is_an_error():
 def test_a_quantization_config_that_is_none_is_refused(dense, quantization):
     note = {"version": 1, "sparsity": {"structure": "2:4", "targets": ["a"]}}
     config = {"quantization_config": quantization, "llmc_attnmask": note}
-    with pytest.raises(ValueError, match="quantization_config that is no mapping"):
+    with pytest.raises(
+        ValueError, match=r"quantization_config that is (no|not a) mapping"
+    ):
         annotate(dict(config))
     change_config(dense, **config)
-    with pytest.raises(ValueError, match="quantization_config that is no mapping"):
+    with pytest.raises(ValueError, match="quantization_config that is not a mapping"):
         to_packed(dense, dense.parent / "out")

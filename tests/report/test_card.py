@@ -66,7 +66,7 @@ def test_a_packed_checkpoint_says_how_it_is_loaded(copy, tmp_path, report):
 def test_measured_perplexities_come_into_page_card_and_json(copy):
     add_evaluation(copy, [evaluation("dense", 45.6), evaluation("copy", 47.25)])
     assert "| this model | 47.250 |" in (copy / "README.md").read_text()
-    assert "+1.650 to the reference" in (copy / "report.html").read_text()
+    assert "+1.650 compared with the reference" in (copy / "report.html").read_text()
     saved = json.loads((copy / "report.json").read_text())
     assert [e["perplexity"] for e in saved["evaluation"]] == [45.6, 47.25]
     assert not (copy / "README.previous.md").exists()

@@ -49,4 +49,4 @@ def test_a_checkpoint_is_saved_even_if_its_report_cannot_be(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not names & FILES and not [n for n in names if n.startswith(".")]
     assert load_file(tmp_path / "out" / "model.safetensors")
-    assert any("without report and model card" in message for message in messages)
+    assert any("without a report and model card" in message for message in messages)

@@ -34,7 +34,7 @@ def test_bytes_that_are_no_text_are_refused_by_file(name, tmp_path):
         ("not json", r"d\.jsonl:1 is not JSON"),
         ('{"text": 3}', "has no text in column"),
         ("[1]", "has no text in column"),
-        ('{"text": "\\ud800"}', "is no valid Unicode"),
+        ('{"text": "\\ud800"}', "is not valid Unicode"),
     ],
 )
 def test_a_row_without_text_is_named(content, message, tmp_path):

@@ -1,4 +1,4 @@
-"""Files and folders that appear only when everything in them is complete."""
+"""Files and folders that appear only once they are complete."""
 
 import os
 import re
@@ -11,29 +11,29 @@ from pathlib import Path
 from llmc_attnmask.checkpoint.io.files import CONFIG
 
 _SAVING = ".saving-"
-# What transformers names the weights of a model; not those of an adapter beside it.
+# How transformers names a model's weights; an adapter beside them has another name.
 _WEIGHTS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
 
 
-# Within an output folder, what an interrupted run has done so far: as long as it is
-# there the folder is no finished checkpoint.
+# What an interrupted run has done so far, within its output folder: as long as this
+# exists, the folder is not a finished checkpoint.
 PROGRESS = ".progress"
 
 
 def check_new(output: Path, resume: bool = False) -> None:
-    """Refuse, before hours of work, a folder that could not be created in the end.
+    """Refuse a folder that cannot be created in the end, before hours of work.
 
-    :param resume: whether it may hold the progress of an interrupted run
+    :param resume: whether the folder may hold the progress of an interrupted run
     :raises FileExistsError: if it exists and is not empty
     :raises PermissionError: if it, or the folder to create it in, cannot be written to
     """
     if (output / PROGRESS).is_dir():
         if not resume:
             raise FileExistsError(
-                f"output {output} holds a run that was cut off; the same command with "
-                "--resume goes on with it, or remove the folder to start anew"
+                f"output {output} holds an interrupted run; run the same command with "
+                "--resume to continue it, or remove the folder to start over"
             )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
@@ -43,16 +43,15 @@ def check_new(output: Path, resume: bool = False) -> None:
     parent = next(p for p in (output, *output.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"output {output} cannot be created: {parent} is no folder that can be "
-            "written to"
+            f"output {output} cannot be created: {parent} is not a writable folder"
         )
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes ``path`` at the end, replacing what was there.
+    """Give a temporary file that becomes ``path`` at the end, replacing what was there.
 
-    It outlives a power cut then. If anything fails it is removed.
+    From then on it survives a power cut. If anything fails, it is removed.
     """
     partial = path.with_name(f".{path.name}")
     try:
@@ -65,7 +64,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk and not in its cache."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,15 +74,15 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``output`` at the end.
+    """Give a temporary folder that becomes ``output`` at the end.
 
     If anything fails or interrupts, it is removed, and ``output`` is as it was. The
-    progress of the run within ``output`` goes when all else is there.
+    progress of the run within ``output`` is removed once everything else is there.
 
     :raises FileExistsError, PermissionError: as ``check_new``
     """
     check_new(output, resume=True)
-    for left in output.glob(f"{_SAVING}*"):  # by a run that was killed while it saved
+    for left in output.glob(f"{_SAVING}*"):  # by a run killed while saving
         shutil.rmtree(left)
     with updated_folder(output) as partial:
         yield partial
@@ -92,11 +91,11 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _drop_progress(output: Path) -> None:
-    """Remove it in one step, once the checkpoint is on disk and not in its cache."""
+    """Remove the progress in one step, once the checkpoint is on the disk."""
     for path in output.iterdir():
         if path.is_file():
             _sync(path)
-    # renamed first: a kill, or a file that NFS keeps while open, leaves no half of it
+    # renamed first: neither a kill nor a file that NFS keeps open leaves half of it
     dropped = output / f"{_SAVING}{PROGRESS}"
     (output / PROGRESS).rename(dropped)
     shutil.rmtree(dropped, ignore_errors=True)
@@ -104,22 +103,22 @@ def _drop_progress(output: Path) -> None:
 
 @contextmanager
 def updated_folder(output: Path) -> Iterator[Path]:
-    """As ``new_folder``, but what exists is replaced: at the end, file by file.
+    """Like ``new_folder``, but replace existing files one by one at the end.
 
-    Files of other names stay, except for weights that would be mixed with the new ones.
+    Files with other names stay, except weights that would mix with the new ones.
     """
-    output = output.resolve()  # "." and links to folders have no name to give
+    output = output.resolve()  # "." and a link to a folder have no name of their own
     if not output.exists():
         with _renamed(output) as partial:
             yield partial
         return
-    # within it: it may be the root of a disk
+    # inside it, because it may be the root of a disk
     partial = Path(tempfile.mkdtemp(prefix=_SAVING, dir=output))
     try:
         yield partial
         written = {path.name for path in partial.iterdir()}
         if CONFIG in written:
-            # without one, nobody takes the folder for a checkpoint meanwhile
+            # meanwhile, without a config, nothing takes the folder for a checkpoint
             (output / CONFIG).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG):
             target = output / path.name
@@ -133,7 +132,7 @@ def updated_folder(output: Path) -> Iterator[Path]:
 
 
 def _remove_other_weights(output: Path, written: set[str]) -> None:
-    """Of the same name as those written, that is: a variant's leave them alone."""
+    """Remove weights of an earlier save, unless only a variant's were written."""
     if not any(_WEIGHTS.fullmatch(name) for name in written):
         return
     for path in output.iterdir():

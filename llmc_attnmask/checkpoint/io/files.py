@@ -1,4 +1,4 @@
-"""A checkpoint folder: its config, its shards and where each tensor's bytes are."""
+"""A checkpoint folder: its config, its shards and the position of each tensor."""
 
 import json
 import struct
@@ -17,8 +17,8 @@ from llmc_attnmask.checkpoint.io.json_files import read_mapping, unique
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-BLOCK = 1 << 20  # bytes read at once: what a processor's cache holds
-# Names of files that `torch.load` and `pickle` read: opening them may run code.
+BLOCK = 1 << 20  # bytes read at a time: what fits into a processor's cache
+# Suffixes of files that `torch.load` and `pickle` read: opening them may run code.
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 _DTYPES = {
@@ -52,7 +52,10 @@ class TensorSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """:raises ValueError: for a dtype that torch has not"""
+        """The dtype as torch names it.
+
+        :raises ValueError: for a dtype that torch does not have
+        """
         if self.dtype not in _DTYPES:
             raise ValueError(
                 f"{self.name} has dtype {self.dtype}; expected one of "
@@ -63,13 +66,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredTensor(TensorSpec):
-    """A tensor's place in a safetensors file."""
+    """A tensor and its position in a safetensors file."""
 
     file: Path
     offset: int  # of its first byte in the file
 
     def read(self, source: BinaryIO, start: int, out: Tensor) -> None:
-        """Fill ``out`` with the bytes from ``start`` on.
+        """Fill ``out`` with the tensor's bytes from ``start`` on.
 
         :param source: the file, opened unbuffered
         :param out: uint8 [bytes], contiguous
@@ -83,18 +86,18 @@ class StoredTensor(TensorSpec):
             view = view[count:]
 
     def load(self) -> Tensor:
-        """The whole tensor."""
+        """Read the whole tensor."""
         content = torch.empty(self.bytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as source:
             self.read(source, 0, content)
         return content.view(self.torch_dtype).view(self.shape)
 
     def blocks(self, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """Pairs of the first byte's position and the bytes, a megabyte or so each.
+        """Yield pairs of a first byte's position and the bytes, about a megabyte each.
 
-        The bytes are overwritten by the next block.
+        The next block overwrites the bytes.
 
-        :param unit: bytes that stay together, such as a row
+        :param unit: number of bytes that stay together, such as those of a row
         """
         if not self.bytes:
             return
@@ -109,11 +112,11 @@ class StoredTensor(TensorSpec):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with safetensors files, of which only the headers have been read."""
+    """A folder of safetensors files of which only the headers have been read."""
 
     directory: Path
     shards: dict[str, list[StoredTensor]]  # by file name, in the order of their bytes
-    index: dict[str, Any] | None  # content of the index file, if there is one
+    index: dict[str, Any] | None  # content of the index file; None without one
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # by file name
 
     @cached_property
@@ -124,23 +127,23 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """Content of config.json.
 
-        :raises FileNotFoundError, ValueError: if there is none or it is no mapping
+        :raises FileNotFoundError, ValueError: if it is missing or not a mapping
         """
         return read_mapping(self.directory / CONFIG)
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether a file is, by its name, of the kind that runs code when it is opened."""
+    """Return whether opening a file may run code, judging by its name."""
     return path.suffix in _PICKLED
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Read the headers of a checkpoint's safetensors files and check them.
 
-    The files are those that the index names, or without one all of the folder.
+    The files are those that the index names or, without an index, all in the folder.
 
-    :raises FileNotFoundError: if there are none, or the index names one that is missing
-    :raises ValueError: for files that cannot be read, an index that leads outside the
+    :raises FileNotFoundError: if there are none, or if the index names a missing one
+    :raises ValueError: for files that cannot be read, an index that points outside the
         folder or contradicts the files, and a tensor that is stored twice
     """
     directory = Path(directory)
@@ -161,7 +164,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             if tensor.name in places:
                 raise ValueError(
                     f"{tensor.name} is stored twice in {directory}: in "
-                    f"{places[tensor.name]} and {name}; remove the one that is stale"
+                    f"{places[tensor.name]} and {name}; remove the stale one"
                 )
             places[tensor.name] = name
     if index is not None:
@@ -178,8 +181,9 @@ def _no_weights(directory: Path) -> str:
     pickled = sorted(path.name for path in directory.glob("*") if is_pickled(path))
     if pickled:
         return (
-            f"{directory} has no .safetensors file but {pickled[0]}, which is pickled: "
-            "opening it may run code, so it is not read; convert it to safetensors"
+            f"{directory} has no .safetensors file, only {pickled[0]}, which is "
+            "pickled: opening it may run code, so it is not read; convert it to "
+            "safetensors"
         )
     return f"{directory} has no .safetensors file, so it is not a checkpoint"
 
@@ -210,7 +214,7 @@ def _indexed_files(directory: Path, index: dict[str, Any]) -> list[str]:
 
 
 def _read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
-    if not path.is_file():  # opening a pipe would wait for ever
+    if not path.is_file():  # opening a pipe would block forever
         raise ValueError(f"{path} is not a file but a folder, a pipe or a broken link")
     try:
         with safe_open(path, framework="np"):  # checks offsets against shapes and size
@@ -235,7 +239,7 @@ def _read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
         for name, entry in header.items()
         for start, end in [entry["data_offsets"]]
     ]
-    for tensor in tensors:  # without a byte a header may claim any size
+    for tensor in tensors:  # without data, a header may claim any size
         if not tensor.bytes and prod(max(1, n) for n in tensor.shape) >= 1 << 63:
             raise ValueError(
                 f"{path} is not a readable safetensors file: {tensor.name} has the "

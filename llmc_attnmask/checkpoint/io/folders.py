@@ -1,4 +1,4 @@
-"""What of one checkpoint folder goes into another beside the weights."""
+"""Copy what a checkpoint folder holds beside its weights into another folder."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,22 +8,22 @@ from llmc_attnmask.checkpoint.io.files import CONFIG, INDEX, Checkpoint, is_pick
 
 
 def check_apart(directory: Path, output: Path) -> None:
-    """Refuse to write a checkpoint into the one it is made from.
+    """Refuse to write a checkpoint into the one that it is made from.
 
-    :raises ValueError: if the output is the folder itself or one within
+    :raises ValueError: if the output is the folder itself or inside it
     """
     if output.resolve().is_relative_to(directory.resolve()):
         raise ValueError(
-            f"output {output} is within {directory}, whose files it would be a copy of "
-            "and a part of; name a folder elsewhere"
+            f"output {output} is inside {directory}, the checkpoint that it would be "
+            "made from; name a folder elsewhere"
         )
 
 
 def copy_others(checkpoint: Checkpoint, output: Path) -> list[str]:
-    """Copy what is neither config, index nor weights, links as the files they lead to.
+    """Copy all files but config, index and weights; a link is copied as its target.
 
-    :return: what was left behind because it is pickled
-    :raises ValueError: for links to folders, pipes and devices, which have no end
+    :return: files that were not copied because they are pickled
+    :raises ValueError: for links to folders, pipes and devices, which may have no end
     """
     pickled = []
     for path in _other_files(checkpoint):
@@ -37,7 +37,7 @@ def copy_others(checkpoint: Checkpoint, output: Path) -> list[str]:
 
 
 def _other_files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Paths within the folder."""
+    """Yield paths relative to the folder."""
     directory = checkpoint.directory
     known = {directory / name for name in (CONFIG, INDEX, *checkpoint.shards)}
     folders = [directory]
@@ -51,6 +51,6 @@ def _other_files(checkpoint: Checkpoint) -> Iterator[Path]:
                 yield path.relative_to(directory)
             else:
                 raise ValueError(
-                    f"{path} is neither a file nor a folder but a link to nothing or "
+                    f"{path} is neither a file nor a folder but a broken link, a link "
                     "to a folder, a pipe or a device; remove it"
                 )

@@ -1,17 +1,17 @@
-"""JSON that somebody else wrote: what cannot be worked with is refused in one line."""
+"""Read JSON that others wrote; what cannot be used is refused with one line."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-_DEPTH = 64  # more than any config has; what handles it goes down by recursion
+_DEPTH = 64  # levels, more than any config has: code that handles JSON recurses
 
 
 def parse(text: str | bytes) -> Any:
-    """The content of a JSON text.
+    """Parse a JSON text.
 
-    :raises ValueError: if it is no JSON, is nested too deep, or has a number that is
-        longer than Python reads
+    :raises ValueError: if it is not JSON, is nested too deep, or has a number with more
+        digits than Python reads
     """
     try:
         content = json.loads(text)
@@ -26,9 +26,9 @@ def parse(text: str | bytes) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
-    :raises FileNotFoundError, ValueError: if there is no such file, or it holds
+    :raises FileNotFoundError, ValueError: if there is no such file, or if it holds
         something else
     """
     if not path.is_file():
@@ -45,14 +45,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An ``object_pairs_hook`` that refuses what JSON readers disagree about.
+    """Serve as an ``object_pairs_hook`` that refuses what JSON readers disagree about.
 
-    :raises ValueError: for a key that stands twice in one object
+    :raises ValueError: for a key that occurs twice in one object
     """
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"{key!r} stands twice in one object")
+            raise ValueError(f"{key!r} occurs twice in one object")
         content[key] = value
     return content
 

@@ -1,4 +1,4 @@
-"""Several tensors at once: what takes time releases the interpreter."""
+"""Work on several tensors at once: the slow parts release the interpreter lock."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-_WORKERS = min(4, os.cpu_count() or 1)  # more would wait for the disk
+_WORKERS = min(4, os.cpu_count() or 1)  # more would only wait for the disk
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -16,9 +16,9 @@ _Result = TypeVar("_Result")
 def in_threads(
     work: Callable[[_Item], _Result], items: Iterable[_Item]
 ) -> Iterator[_Result]:
-    """Results in the order of the items; after an error no further item is begun."""
+    """Yield results in the order of the items; after an error, no new item starts."""
     threads = torch.get_num_threads()
-    # one thread per worker: the default would be one per worker and core
+    # one thread per worker: by default, each worker would use one per core
     pool = ThreadPoolExecutor(
         _WORKERS, initializer=torch.set_num_threads, initargs=(1,)
     )
@@ -26,4 +26,4 @@ def in_threads(
         yield from pool.map(work, items)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # also what threads started later will have
+        torch.set_num_threads(threads)  # threads started later take this number, too

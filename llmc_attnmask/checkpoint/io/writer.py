@@ -1,4 +1,4 @@
-"""Writing safetensors files, one of them without its tensors in memory."""
+"""Write a safetensors file without its tensors in memory, and name disk errors."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from llmc_attnmask.checkpoint.io.files import TensorSpec
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Errors of the disk while safetensors writes, which it reports as its own.
+    """Turn the disk errors that safetensors reports as its own into OSError.
 
-    :param path: file or folder that is written
-    :raises OSError: as ``open`` would, such as a disk that is full
+    :param path: file or folder that is being written
+    :raises OSError: as ``open`` would, for example for a full disk
     """
     try:
         yield
@@ -34,7 +34,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class ShardWriter:
-    """Writes a safetensors file whose tensors are known, their bytes in any order."""
+    """Writes a safetensors file whose header is known; the bytes come in any order."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class ShardWriter:
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         self._places: dict[str, int] = {}
         end = 0
-        # the largest entries first, so that all are aligned
+        # largest entries first, so that all tensors are aligned
         for tensor in sorted(tensors, key=lambda spec: (-spec.itemsize, spec.name)):
             header[tensor.name] = {
                 "dtype": tensor.dtype,
@@ -70,10 +70,10 @@ class ShardWriter:
         self._file.close()
 
     def write(self, name: str, start: int, data: Tensor) -> None:
-        """Write a part of a tensor.
+        """Write part of a tensor.
 
-        :param start: position of its first byte within the tensor
-        :param data: contiguous, of any dtype
+        :param start: position of the part's first byte within the tensor
+        :param data: contiguous, any dtype
         """
         if data.numel():
             content = data.reshape(-1).view(torch.uint8).numpy()
@@ -88,7 +88,7 @@ class ShardWriter:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors of the disk name the file, as those of ``open`` do."""
+        """Name the file in disk errors, as ``open`` does."""
         try:
             yield
         except OSError as error:

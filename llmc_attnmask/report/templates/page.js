@@ -8,11 +8,11 @@
   const chooser = document.getElementById("head");
   const config = { displayModeBar: false, responsive: true };
 
-  const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const color = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
-  /** A colour between three, for lines in an order. */
+  /** Mixes a color from three, for lines that have an order. */
   const ramp = (share) => {
-    const stops = ["--ramp-a", "--ramp-b", "--ramp-c"].map(colour);
+    const stops = ["--ramp-a", "--ramp-b", "--ramp-c"].map(color);
     const place = share * 2;
     const left = Math.min(1, Math.floor(place));
     const channel = (hex, i) => parseInt(hex.slice(1 + 2 * i, 3 + 2 * i), 16);
@@ -23,10 +23,10 @@
     return `rgb(${mixed.join(",")})`;
   };
 
-  /** Data with the names of CSS variables replaced by the theme's colours. */
+  /** Replaces the names of CSS variables in the data by the theme's colors. */
   const themed = (value) => {
     if (typeof value === "string" && value.startsWith("--")) {
-      return value.startsWith("--ramp:") ? ramp(Number(value.slice(7))) : colour(value);
+      return value.startsWith("--ramp:") ? ramp(Number(value.slice(7))) : color(value);
     }
     if (Array.isArray(value)) return value.map(themed);
     if (value && typeof value === "object" && !ArrayBuffer.isView(value)) {
@@ -37,23 +37,23 @@
 
   const axis = (own) => ({
     automargin: true,
-    gridcolor: colour("--rule"),
-    linecolor: colour("--rule"),
-    zerolinecolor: colour("--rule"),
+    gridcolor: color("--rule"),
+    linecolor: color("--rule"),
+    zerolinecolor: color("--rule"),
     fixedrange: true,
     ...own,
-    title: { standoff: 10, font: { size: 13, color: colour("--soft") }, ...own.title },
+    title: { standoff: 10, font: { size: 13, color: color("--soft") }, ...own.title },
   });
 
   const draw = (id, data, layout) => {
-    const font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("--ink") };
+    const font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: color("--ink") };
     const whole = {
       font,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: 8, r: 8, t: 28, b: 8 },
       dragmode: false,
-      hoverlabel: { bgcolor: colour("--paper"), bordercolor: colour("--rule"), font },
+      hoverlabel: { bgcolor: color("--paper"), bordercolor: color("--rule"), font },
       ...themed(layout),
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", ...layout.legend },
       xaxis: axis(themed(layout.xaxis)),
@@ -62,7 +62,7 @@
     return Plotly.react(id, themed(data), whole, config);
   };
 
-  /** Rows of a square matrix of bytes in base64, each byte through a function. */
+  /** Decodes a square matrix of bytes in base64 into rows, each byte through a function. */
   const matrix = (text, size, value) => {
     const bytes = atob(text);
     return Array.from({ length: size }, (_, row) =>

@@ -106,7 +106,10 @@ def test_a_disk_that_is_full(shown, command):
 @pytest.mark.parametrize("command", ["pack", "unpack", "prune"])
 def test_a_disk_that_is_read_only(shown, command):
     error, files = shown[f"{command} read-only"]
-    expected = r"error: output .*out cannot be created: .*written to exit code 1"
+    expected = (
+        r"error: output .*out cannot be created: .* is not a writable folder "
+        r"exit code 1"
+    )
     assert re.fullmatch(expected, error)
     assert files == ["./before/config.json"]
 

@@ -86,7 +86,7 @@ def test_a_tensor_that_is_stored_twice_is_refused(tmp_path):
     (folder / "copy.safetensors").write_bytes(
         (folder / "model.safetensors").read_bytes()
     )
-    refused(folder, ValueError, "is stored twice .* remove the one that is stale")
+    refused(folder, ValueError, "is stored twice .* remove the stale one")
 
 
 def test_a_folder_without_config_cannot_be_packed(tmp_path):
