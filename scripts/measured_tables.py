@@ -1,11 +1,11 @@
-"""Write the measured tables of the documents from what the benchmarks left.
+"""Write the measured tables of the documents from the benchmarks' results.
 
     python -m scripts.measured_tables            # rewrites them
-    python -m scripts.measured_tables --check    # only says which differ
+    python -m scripts.measured_tables --check    # only names the documents that differ
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. The files
-in docs/measurements are what ``make bench-quality`` and ``make bench-quantization``
-wrote, as they are; docs/measurements.md says under which conditions.
+in docs/measurements are unchanged output of ``make bench-quality`` and ``make
+bench-quantization``; docs/measurements.md states the conditions.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _METHODS = {
     "ours accuracy": "**ours, `update_weights: true`**",
     "ours + recovery": "**ours with recovery**",
 }
-# recipe -> where its loss was measured; the others were not
+# recipe -> where its loss was measured; other recipes were not measured
 _LOSSES = {
     "attention_2of4": ("quality-qk", "q/k", "2:4", "ours light"),
     "attention_2of4_updated": ("quality-qk", "q/k", "2:4", "ours accuracy"),
@@ -63,7 +63,7 @@ def _mean(row: Row, field: str) -> float:
 
 
 def _short(number: float, digits: int = 3) -> str:
-    """Without the zero before the point."""
+    """Write a number without the zero before the decimal point."""
     return re.sub(r"^(-?)0\.", r"\1.", f"{number:.{digits}f}")
 
 
@@ -72,7 +72,7 @@ def _bold(text: str, label: str) -> str:
 
 
 def _gap(row: Row) -> str:
-    """Mean over seeds (range)."""
+    """Write the mean over seeds, followed by the range in parentheses."""
     gaps = row["gaps"]
     text = _short(sum(gaps) / len(gaps))
     if len(gaps) > 1:
@@ -104,11 +104,11 @@ def accuracy() -> str:
 
 
 def _find(files: tuple[str, ...], scope: str, structure: str, method: str) -> Row:
-    wanted = (scope, structure, method)
+    target = (scope, structure, method)
     for row in (row for name in files for row in read(name)):
-        if (row["scope"], row["structure"], row["method"]) == wanted:
+        if (row["scope"], row["structure"], row["method"]) == target:
             return row
-    raise KeyError(f"{files} have no row {wanted}")
+    raise KeyError(f"{files} have no row {target}")
 
 
 def cost() -> str:
@@ -123,15 +123,15 @@ def cost() -> str:
 
 
 def _as_written(module: Any, name: str) -> str:
-    """The whole table, as the benchmark wrote it."""
+    """Return the whole table as the benchmark writes it."""
     return "\n".join([module.HEADER, *(module.markdown(row) for row in read(name))])
 
 
 def loss_of(recipe: str) -> str:
-    """Gap to dense of a recipe, or that there is none."""
+    """Return a recipe's gap to the dense model, or that it was not measured."""
     if recipe in _LOSSES:
-        file, *wanted = _LOSSES[recipe]
-        row = _find((file,), *wanted)
+        file, *target = _LOSSES[recipe]
+        row = _find((file,), *target)
         return "+" + _short(sum(row["gaps"]) / len(row["gaps"]), 2)
     if recipe in _QUANTIZED_LOSSES:
         dense = _find(("quality-block",), "block", "2:4", "dense")
@@ -155,7 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def written(text: str) -> str:
-    """A document with its tables, and the losses that stand by recipes, made anew."""
+    """Return a document with its tables and the losses beside recipes written again."""
     text = _TABLE.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text)
     return re.sub(
         r"(<!-- loss (\w+) -->).*?(<!---->)",

@@ -1,7 +1,7 @@
-"""griffe extension: the fields of a Pydantic class are the parameters of its signature.
+"""griffe extension that shows a Pydantic class's fields as its signature's parameters.
 
-Pydantic makes ``__init__`` when a class is created; the API page is made from sources
-that are only read.
+Pydantic makes ``__init__`` when a class is created, but the API page is made from
+sources without running them.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ class ModifierFields(Extension):
 
 
 def _default(value: str | Expr | None) -> str | Expr | None:
-    """Of ``Field(...)``, what it is the default of; anything else is one itself."""
+    """Return the default in ``Field(...)``; any other value is the default itself."""
     if not isinstance(value, ExprCall) or str(value.function) != "Field":
         return value
     given = {x.name: x.value for x in value.arguments if isinstance(x, ExprKeyword)}

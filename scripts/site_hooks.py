@@ -1,7 +1,7 @@
-"""What the site has beyond the pages in docs/: see mkdocs.yml.
+"""Add to the site what is not a page in docs/; mkdocs.yml uses this.
 
 README.md becomes the first page. Files outside docs/ that pages link to become part of
-the site. Formulas become MathML, which browsers draw without a script or a font.
+the site. Formulas become MathML, which browsers draw without scripts or fonts.
 """
 
 import html
@@ -25,7 +25,7 @@ _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what lies outside of docs/, at its path in the repository."""
+    """Add files from outside docs/, at their paths in the repository."""
     pages = [ROOT / name for name in _PAGES]
     for page in pages + sorted(ROOT.glob("integration/gpu/*.md")):
         files.append(_file(page, config))
@@ -43,7 +43,7 @@ def _file(path: Path, config: MkDocsConfig) -> File:
 
 
 def _uri(path: Path) -> str:
-    """Where a file of the repository is in the site's sources."""
+    """Return the path of a repository file in the site's sources."""
     relative = path.relative_to(ROOT).as_posix()
     if relative == "README.md":
         return "index.md"
@@ -51,7 +51,7 @@ def _uri(path: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Links between files of the repository, as links between files of the site."""
+    """Turn links between repository files into links between files of the site."""
     uri = page.file.src_uri
     if uri == "index.md":
         folder = ROOT
@@ -72,7 +72,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def on_page_content(html_text: str, **_: object) -> str:
-    """LaTeX to MathML."""
+    """Turn LaTeX into MathML."""
     text = re.sub(
         r'<span class="arithmatex">\\\((.*?)\\\)</span>',
         lambda found: _mathml(found[1], "inline"),
@@ -89,16 +89,16 @@ def on_page_content(html_text: str, **_: object) -> str:
 
 def _mathml(escaped: str, display: str) -> str:
     mathml = convert(html.unescape(escaped), display=display)
-    # bars grow with whatever is beside them, unless told not to
+    # unless told not to, bars grow with their neighbors
     mathml = re.sub(
         "<mo>(&#x02016;|&#x0007C;)</mo>", r'<mo stretchy="false">\1</mo>', mathml
     )
-    # browsers know bold letters and digits by their code points only
+    # browsers know bold letters and digits only by their code points
     return mathml.replace('<mn mathvariant="bold">1</mn>', "<mn>\U0001d7cf</mn>")
 
 
 def commands() -> str:
-    """The page of commands, from what ``--help`` is made of."""
+    """Make the page of commands from the sources of ``--help``."""
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
     parts = ["# Commands\n\nWhat `llmc-attnmask COMMAND --help` says."]

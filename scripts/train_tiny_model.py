@@ -1,9 +1,9 @@
-"""Train the tiny model that the package ships, from the standard library's docstrings.
+"""Train the tiny model that the package ships on the standard library's docstrings.
 
     python scripts/train_tiny_model.py --output llmc_attnmask/builtin/model
 
-The held-out perplexity and a unigram model's are printed at the end; nothing of the
-evaluation split is used for training or for the tokenizer.
+At the end it prints the perplexity on held-out text and that of a unigram model.
+Nothing of the evaluation split is used for training or for the tokenizer.
 """
 
 import argparse
@@ -51,10 +51,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 def unigram_perplexity(train: Tensor, held_out: Tensor, vocabulary: int) -> float:
-    """Perplexity of token frequencies alone, add-one smoothed: what to be better than.
+    """Return the perplexity of token frequencies alone, with add-one smoothing.
 
-    :param train: int64 token ids that are counted, any shape
-    :param held_out: int64 token ids that are predicted, any shape
+    A model has to be better than this.
+
+    :param train: int64 token ids to count, any shape
+    :param held_out: int64 token ids to predict, any shape
     """
     counts = torch.bincount(train.flatten(), minlength=vocabulary).double() + 1
     log_probability = (counts / counts.sum()).log()

@@ -3,5 +3,5 @@ import pytest
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Tensors take several blocks, as large ones do."""
+    """Make small tensors take several blocks, like large ones."""
     monkeypatch.setattr("llmc_attnmask.checkpoint.io.files.BLOCK", 100)

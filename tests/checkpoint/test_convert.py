@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
     "dtype",
     [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
 )
-def test_every_tensor_has_its_sha256_back_after_a_round_trip(tmp_path, shards, dtype):
+def test_a_round_trip_restores_the_sha256_of_every_tensor(tmp_path, shards, dtype):
     dense = write(tmp_path / "dense", decoder(dtype), shards)
     packed = to_packed(dense, tmp_path / "packed")
     assert sorted(packed.layers) == sorted(NAMES)
@@ -52,7 +52,7 @@ def test_every_tensor_has_its_sha256_back_after_a_round_trip(tmp_path, shards, d
     layers=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
-def test_round_trips_of_any_shape_and_sharding(
+def test_round_trips_work_for_any_shape_and_sharding(
     tmp_path_factory, rows, groups, dtype, shards, layers, seed
 ):
     folder = tmp_path_factory.mktemp("any")
@@ -67,7 +67,7 @@ def test_round_trips_of_any_shape_and_sharding(
     assert digests(folder / "restored") == digests(dense)
 
 
-def test_packed_tensors_are_the_layouts_own(tmp_path):
+def test_packed_tensors_follow_the_layout(tmp_path):
     dense = write(tmp_path / "dense", decoder())
     to_packed(dense, tmp_path / "packed")
     tensors = read(tmp_path / "packed")
@@ -83,7 +83,7 @@ def test_packed_tensors_are_the_layouts_own(tmp_path):
     }
 
 
-def test_the_config_of_an_unquantized_packed_checkpoint(tmp_path):
+def test_an_unquantized_packed_checkpoint_has_only_a_sparsity_config(tmp_path):
     dense = write(tmp_path / "dense", decoder(), shards=2)
     to_packed(dense, tmp_path / "packed")
     config = config_of(tmp_path / "packed")
@@ -105,7 +105,7 @@ def test_the_config_of_an_unquantized_packed_checkpoint(tmp_path):
     assert "quantization_config" not in config
 
 
-def test_a_quantization_config_keeps_what_it_says(tmp_path):
+def test_a_quantization_config_keeps_its_contents(tmp_path):
     quantization = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
@@ -131,7 +131,7 @@ def test_a_quantization_config_keeps_what_it_says(tmp_path):
     assert set(marker.read(restored)) == {*NAMES, "model.layers.9.other"}
 
 
-def test_the_index_names_what_the_shards_have(tmp_path):
+def test_the_index_names_the_tensors_of_the_shards(tmp_path):
     dense = write(tmp_path / "dense", decoder(), shards=3)
     to_packed(dense, tmp_path / "packed")
     to_dense(tmp_path / "packed", tmp_path / "restored")
@@ -147,7 +147,7 @@ def test_the_index_names_what_the_shards_have(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "share"), [(torch.bfloat16, 0.5625), (torch.int8, 0.625)]
 )
-def test_size_on_disk_of_packed_weights(tmp_path, dtype, share):
+def test_packed_weights_take_the_documented_share_of_the_disk(tmp_path, dtype, share):
     tensors = {"layers.0.up_proj.weight": two_of_four(256, 512, dtype)}
     dense = write(tmp_path / "dense", tensors)
     to_packed(dense, tmp_path / "packed")
@@ -191,7 +191,7 @@ def test_an_output_that_is_empty_or_a_link_is_filled(tmp_path, monkeypatch, kind
     if kind == "here":
         monkeypatch.chdir(output)
         output = Path()
-    # a disk that is mounted there can be filled, not replaced
+    # a disk may be mounted there, which can be filled but not replaced
     monkeypatch.setattr(Path, "rmdir", lambda _: pytest.fail("removed"))
     to_packed(source, output)
     names = ["config.json", "model.safetensors", "tokenizer.json"]
@@ -199,7 +199,7 @@ def test_an_output_that_is_empty_or_a_link_is_filled(tmp_path, monkeypatch, kind
     assert len(list(tmp_path.iterdir())) == (3 if "link" in kind else 2)
 
 
-def test_a_matrix_without_entries_goes_round(tmp_path):
+def test_a_matrix_without_entries_survives_a_round_trip(tmp_path):
     empty = {f"{Q}.weight": torch.empty(0, 8).bfloat16()}
     source = write(tmp_path / "in", decoder() | empty)
     with pytest.warns(CheckpointWarning, match="stay dense"):
@@ -217,7 +217,7 @@ def test_an_output_that_is_not_empty_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["error", "interrupt"])
-def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, how):
+def test_a_failure_halfway_leaves_nothing(tmp_path, monkeypatch, how):
     dense = write(tmp_path / "dense", decoder(), shards=2)
     error = OSError(28, "No space left on device") if how == "error" else None
     calls = []

@@ -13,7 +13,7 @@ from tests.support.checkpoints import Q, config_of, decoder, read, write
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
-def test_what_is_in_the_storage_already_is_refused(tmp_path):
+def test_a_checkpoint_already_in_the_requested_storage_is_refused(tmp_path):
     dense = write(tmp_path / "dense", decoder())
     to_packed(dense, tmp_path / "packed")
     with pytest.raises(ValueError, match="already packed"):

@@ -30,7 +30,7 @@ def test_a_layer_that_is_not_2of4_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def test_inputs_that_are_no_groups_of_four_are_named(tmp_path):
+def test_a_number_of_inputs_not_divisible_by_four_is_named(tmp_path):
     tensors = {"h.0.fc.weight": torch.zeros(2, 6), "h.1.fc.weight": torch.zeros(2, 8)}
     dense = write(tmp_path / "dense", tensors)
     with pytest.raises(layout.NotTwoOfFourError, match=r"h\.0\.fc.* 6 inputs are not"):
@@ -39,7 +39,7 @@ def test_inputs_that_are_no_groups_of_four_are_named(tmp_path):
     assert conversion.layers == ["h.1.fc"]
 
 
-def test_only_what_is_2of4_is_packed_and_fused_layers_together(tmp_path):
+def test_only_2of4_layers_are_packed_and_fused_layers_only_together(tmp_path):
     tensors = decoder()
     for name in ("0.self_attn.k_proj", "0.mlp.down_proj", "1.mlp.up_proj"):
         tensors[f"model.layers.{name}.weight"].fill_(1)
@@ -66,7 +66,7 @@ def test_only_what_is_2of4_is_packed_and_fused_layers_together(tmp_path):
     assert digests(tmp_path / "restored") == digests(dense)
 
 
-def test_modules_that_are_fused_already_are_packed(tmp_path):
+def test_modules_that_are_already_fused_are_packed(tmp_path):
     tensors = {
         "layers.0.self_attn.qkv_proj.weight": two_of_four(24, 8),
         "layers.0.mlp.gate_up_proj.weight": two_of_four(16, 8),
@@ -85,7 +85,7 @@ def test_routers_and_embeddings_are_not_expected_to_be_2of4(tmp_path):
     assert sorted(to_packed(dense, tmp_path / "packed").layers) == sorted(NAMES)
 
 
-def test_minus_zero_in_a_pruned_place_is_not_2of4(tmp_path):
+def test_minus_zero_as_a_pruned_entry_is_not_2of4(tmp_path):
     weight = two_of_four(4, 8).masked_fill(torch.zeros(4, 8).bool(), 0)
     weight[weight == 0] = -0.0
     dense = write(tmp_path / "dense", {"h.0.fc.weight": weight})
@@ -93,7 +93,7 @@ def test_minus_zero_in_a_pruned_place_is_not_2of4(tmp_path):
         to_packed(dense, tmp_path / "packed")
 
 
-def test_integers_packed_in_words_cannot_be_packed(tmp_path):
+def test_integers_packed_into_words_cannot_be_packed(tmp_path):
     tensors = {"layers.0.fc.weight_packed": torch.ones(8, 2, dtype=torch.int32)}
     dense = write(tmp_path / "dense", tensors)
     with pytest.raises(NothingToPackError, match="W4A16"):

@@ -26,10 +26,12 @@ def test_a_checkpoint_is_described_layer_by_layer(tmp_path):
     assert (q.format, q.sparsity, q.two_of_four, q.bytes) == ("bfloat16", 0.5, True, 16)
     assert (k.format, k.sparsity, k.two_of_four) == ("float8_e4m3fn", 0.625, False)
     assert (v.format, v.sparsity, v.two_of_four) == ("packed", None, None)
-    assert found["a.odd"].two_of_four is False  # three columns are no groups of four
+    assert (
+        found["a.odd"].two_of_four is False
+    )  # three columns do not form a group of four
 
 
-def test_a_packed_layer_is_described_as_what_it_holds(tmp_path):
+def test_a_packed_layer_is_described_by_its_contents(tmp_path):
     weight = torch.tensor([[1.0, 0, 0, 2, 3, 0, 0, 0]], dtype=torch.bfloat16)
     tensors = {f"a.q_proj.{k}": v for k, v in pack(weight)._asdict().items()}
     save_file(tensors, tmp_path / "model.safetensors")

@@ -48,13 +48,13 @@ def weights(draw):
 
 
 def where(kept: Tensor, weight: Tensor) -> Tensor:
-    """masked_fill by +0.0 on bits: float8 lacks it."""
+    """Fill with +0.0 by way of bits: float8 has no masked_fill."""
     bits = weight.view(layout._BITS[weight.element_size()])
     return bits.masked_fill(~kept, 0).view(weight.dtype)
 
 
 def kept_entries(weight: torch.Tensor) -> torch.Tensor:
-    """The mask that ``pack`` takes by default, bool [rows, columns]."""
+    """Return the mask that ``pack`` uses by default, bool [rows, columns]."""
     packed = pack(weight)
     ones = torch.ones(packed.compressed.shape, dtype=torch.uint8)
     return unpack(ones, packed.bitmask, packed.shape).bool()
@@ -67,7 +67,7 @@ def test_every_bit_survives_a_round_trip(weight):
 
 
 @given(weights())
-def test_the_encoding_is_the_documented_one(weight):
+def test_the_encoding_matches_its_documentation(weight):
     rows, columns = weight.shape
     kept = kept_entries(weight)
     assert kept.view(-1, 4).sum(-1).eq(2).all()
@@ -92,7 +92,7 @@ def test_an_explicit_mask_decides_and_may_keep_zeros(weight, seed):
     assert (flags[:, : weight.shape[1]].astype(bool) == kept.numpy()).all()
 
 
-def test_a_group_with_more_zeros_keeps_what_topk_would():
+def test_a_group_with_more_zeros_keeps_the_entries_that_topk_would():
     weight = torch.zeros(5, 4)
     weight[1:] = torch.eye(4)
     kept = kept_entries(weight)
@@ -106,7 +106,7 @@ def test_a_group_with_more_zeros_keeps_what_topk_would():
     assert torch.equal(unpack(*pack(weight)), weight)
 
 
-def test_values_that_arithmetic_would_lose():
+def test_values_that_arithmetic_would_lose_survive():
     int8 = torch.tensor([[-128, 0, 0, 127]], dtype=torch.int8)
     assert torch.equal(unpack(*pack(int8)), int8)
     nan = torch.tensor([[0x7FC00001, 0, -0x80000000, 0]], dtype=torch.int32)
@@ -122,7 +122,7 @@ def test_minus_zero_is_a_value():
         pack(weight)
 
 
-def test_rows_beyond_one_block_are_done_too(monkeypatch):
+def test_rows_beyond_the_first_block_are_encoded_too(monkeypatch):
     monkeypatch.setattr(layout, "_BLOCK", 24)
     weight = where(torch.arange(8).expand(11, 8) % 4 < 2, torch.randn(11, 8))
     assert raw(unpack(*pack(weight))) == raw(weight)
@@ -131,7 +131,7 @@ def test_rows_beyond_one_block_are_done_too(monkeypatch):
         pack(weight)
 
 
-def test_a_view_with_strides_is_packed_as_its_copy():
+def test_a_strided_view_is_packed_like_its_copy():
     kept = torch.rand(4, 8, 4).argsort(-1) < 2
     weight = where(kept.view(4, 32), torch.randn(4, 32))
     assert raw(unpack(*pack(weight.T.contiguous().T))) == raw(weight)
@@ -162,7 +162,7 @@ def test_meta_tensors_give_shapes_and_dtypes(dtype):
         (torch.ones(1, 4), torch.ones(1, 4), "the mask is torch.float32"),
     ],
 )
-def test_what_is_not_two_of_four_is_refused(weight, kept, message):
+def test_a_weight_or_mask_that_is_not_two_of_four_is_refused(weight, kept, message):
     with pytest.raises(ValueError, match=message):
         pack(weight, kept)
 
@@ -196,7 +196,7 @@ def test_parts_that_do_not_fit_together_are_refused(change, message):
         unpack(**(packed | change))
 
 
-def test_the_module_needs_torch_alone():
+def test_the_module_imports_only_torch():
     tree = ast.parse(Path(layout.__file__).read_text())
     imported = {
         getattr(node, "module", None) or node.names[0].name

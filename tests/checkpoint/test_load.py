@@ -24,7 +24,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-def test_a_packed_model_is_the_dense_one(folders):
+def test_a_packed_model_equals_the_dense_one(folders):
     dense = AutoModelForCausalLM.from_pretrained(folders / "dense")
     packed = load(folders / "packed")
     for (name, a), (_, b) in zip(
@@ -37,7 +37,7 @@ def test_a_packed_model_is_the_dense_one(folders):
     assert torch.equal(dense(ids).logits, packed(ids).logits)
 
 
-def test_a_dense_model_is_what_transformers_loads(folders):
+def test_a_dense_model_equals_what_transformers_loads(folders):
     expected = AutoModelForCausalLM.from_pretrained(folders / "dense")
     for a, b in zip(
         expected.parameters(), load(folders / "dense").parameters(), strict=True
@@ -52,8 +52,8 @@ def test_arguments_reach_transformers(folders):
 
 
 @pytest.mark.parametrize("storage", ["dense", "packed"])
-def test_a_revision_of_the_hub_is_that_one(folders, tmp_path, storage):
-    """From a cache that is laid out as huggingface_hub lays it out."""
+def test_the_requested_revision_of_a_hub_model_is_loaded(folders, tmp_path, storage):
+    """From a cache with the layout of huggingface_hub's."""
     cache = tmp_path / "models--someone--model"
     for name, source in (("main", MODEL_DIR), ("pruned", folders / storage)):
         commit = name[0] * 40
@@ -66,14 +66,14 @@ def test_a_revision_of_the_hub_is_that_one(folders, tmp_path, storage):
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, expected)
 
 
-def test_perplexity_of_a_packed_checkpoint_is_the_dense_ones(folders, tmp_path):
+def test_a_packed_checkpoint_has_the_dense_ones_perplexity(folders, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Return the sum of a list of numbers. " * 100)
     a, b = evaluate([folders / "dense", folders / "packed"], str(text), 64)
     assert a.perplexity == b.perplexity
 
 
-def test_a_missing_tensor_is_an_error_and_not_random_weights(folders, tmp_path):
+def test_a_missing_tensor_is_an_error_instead_of_random_weights(folders, tmp_path):
     prune_2of4(MODEL_DIR, tmp_path / "dense")
     to_packed(tmp_path / "dense", tmp_path / "packed")
     tensors = read(tmp_path / "packed")
@@ -94,13 +94,13 @@ def test_a_corrupt_bitmask_is_an_error(folders, tmp_path):
 
 
 def resident(kind: str) -> int:
-    """This process' memory in bytes now (VmRSS) or at most (VmHWM)."""
+    """Return this process's memory in bytes: current (VmRSS) or peak (VmHWM)."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{kind}:\s+(\d+) kB", status)[1]) * 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_the_peak_is_the_dense_model_and_one_shard(tmp_path):
+def test_peak_memory_is_the_dense_model_and_one_shard(tmp_path):
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=512,
@@ -115,12 +115,12 @@ def test_the_peak_is_the_dense_model_and_one_shard(tmp_path):
     del model
     prune_2of4(tmp_path / "model", tmp_path / "dense")
     to_packed(tmp_path / "dense", tmp_path / "packed")
-    load(tmp_path / "packed")  # what the first call imports and caches is no matter
+    load(tmp_path / "packed")  # imports and caches of the first call do not count
     gc.collect()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     model = load(tmp_path / "packed")
     peak = resident("VmHWM") - before
-    spare = 16e6  # pages that the allocator keeps: much less than a second copy
+    spare = 16e6  # pages that the allocator keeps, much less than a second copy
     assert peak < size + shard + spare, f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB"
     assert model.dtype == torch.bfloat16

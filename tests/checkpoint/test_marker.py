@@ -11,7 +11,7 @@ from llmc_attnmask.oneshot.shipped import MODEL_DIR
 TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
 
 
-def test_what_is_written_is_read():
+def test_a_written_marker_is_read_back():
     config = {"model_type": "llama"}
     marker.write(config, TARGETS)
     assert marker.read(json.loads(json.dumps(config))) == TARGETS

@@ -1,4 +1,4 @@
-"""Against the last compressed-tensors that wrote the layout and that vLLM's read."""
+"""Compare with the last compressed-tensors that wrote the layout that vLLM reads."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 RELEASE = "0.13.0"
 DTYPES = [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
 
-# `tensors` are compressed, the `packed` folder is decompressed, its config is parsed
+# compresses `tensors`, decompresses the `packed` folder and parses its config
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -51,7 +51,7 @@ save_file(shown, folder / "decompressed.safetensors")
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    """The release alone, installed beside everything else."""
+    """Install the release on its own, apart from everything else."""
     target = tmp_path_factory.mktemp("release")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     command += ["--target", str(target), f"compressed-tensors=={RELEASE}"]
@@ -76,7 +76,7 @@ def run(release: Path, folder: Path) -> None:
 
 def test_the_layout_is_byte_equal_and_read_back(release, tmp_path):
     dense = prune_2of4(MODEL_DIR, tmp_path / "dense")
-    # -128 is to them the least magnitude: their own compression may lose it
+    # upstream takes -128 for the smallest magnitude: its own compression may lose it
     extreme = torch.tensor([[-128, 0, 1, 0, 0, 0, 2, -128]], dtype=torch.int8)
     named = read(dense) | {"model.layers.0.extreme_proj.weight": extreme}
     save_file(named, dense / "model.safetensors")

@@ -6,7 +6,7 @@ from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 
 @torch.no_grad()
-def test_attention_error_of_equal_weights_is_zero_and_of_others_is_each_layers_own(
+def test_attention_error_is_zero_for_equal_weights_and_each_layers_own_for_others(
     evaluation,
 ):
     dense, other = load_model(MODEL_DIR), load_model(MODEL_DIR)
@@ -15,4 +15,4 @@ def test_attention_error_of_equal_weights_is_zero_and_of_others_is_each_layers_o
     other.model.layers[1].self_attn.q_proj.weight.mul_(0.5)
     errors = list(attention_errors(dense, other, windows).values())
     assert errors[1] > 0.001
-    assert errors[0] == errors[2] == errors[3] == 0.0  # the same inputs for both
+    assert errors[0] == errors[2] == errors[3] == 0.0  # both models get the same inputs

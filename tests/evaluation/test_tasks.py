@@ -19,14 +19,14 @@ from tests.support.checkpoints import prune_2of4
 def harness():
     pytest.importorskip(
         "lm_eval",
-        reason="the extra `eval` is 370 MB and takes a minute to set up, so that the "
-        "tests' environment goes without: pip install -c constraints.txt lm_eval",
+        reason="the extra `eval` has 370 MB and takes a minute to set up, so the "
+        "tests' environment leaves it out: pip install -c constraints.txt lm_eval",
     )
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A task of eight questions that a model of Python's docstrings can answer."""
+    """A task of eight questions that a model trained on docstrings can answer."""
     rows = [
         {"q": "Return the", "choices": [" zebra banana", " sum of a list"], "label": 1},
         {"q": "If the argument is", "choices": [" None", " zebra"], "label": 0},
@@ -101,7 +101,7 @@ def test_without_the_harness_the_extra_is_named(monkeypatch):
         (0.4, 0.0, True, None),
     ],
 )
-def test_recovery_is_below_100_for_what_is_worse(value, dense, higher, percent):
+def test_recovery_is_below_100_for_worse_values(value, dense, higher, percent):
     found = _recovery(value, dense, higher)
     assert found == (None if percent is None else pytest.approx(percent))
 

@@ -1,10 +1,10 @@
-"""Fuzz for a given time, print executions and findings, keep the inputs that fail.
+"""Fuzz for a given time, print executions and findings, and keep failing inputs.
 
     python -m tests.fuzz.run --minutes 10
 
-Each target runs in a process of its own that may take two gigabytes more than it
-starts with, and 20 seconds for an input. A finding is stored with its traceback under
-``--out``; ``--replay FILE`` runs it again.
+Each target runs in its own process, which may use two gigabytes more than it starts
+with, and 20 seconds per input. A finding is stored with its traceback under ``--out``;
+``--replay FILE`` runs it again.
 """
 
 import argparse
@@ -22,13 +22,13 @@ import hypothesis
 from hypothesis import HealthCheck, Phase
 
 _SPARE = 2 << 30  # bytes
-_SECONDS = 20  # for one input
-_START = 60  # seconds that imports may take
-_ROUND = 200  # executions between two looks at the clock
+_SECONDS = 20  # per input
+_START = 60  # seconds for imports
+_ROUND = 200  # executions between looks at the clock
 
 
 class Hang(BaseException):
-    """An input that takes too long; no Exception, which readers may turn into theirs"""
+    """An input takes too long. Readers may convert an Exception, but not this."""
 
 
 def main() -> None:
@@ -36,12 +36,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--target", nargs="+", help="by default all, in turn")
+    parser.add_argument("--target", nargs="+", help="by default all, one after another")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/fuzz"))
     parser.add_argument("--replay", type=Path, help="a stored input")
     args = parser.parse_args()
-    # words of a command line may be taken for names of models: none is looked up
+    # a word of a command line may be taken for a model's name: do not look it up
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.replay:
         replay(args.replay)
@@ -59,7 +59,7 @@ def main() -> None:
             try:
                 done, found = result.get(seconds + 2 * _SECONDS + _START)
             except multiprocessing.TimeoutError:
-                print(f"FINDING {current(args.out, name)}: hangs outside of Python")
+                print(f"FINDING {current(args.out, name)}: hangs outside Python")
                 done, found = 0, 1
         print(f"{name}: {done} executions in {seconds:.0f} s, {found} findings")
         executions, findings = executions + done, findings + found
@@ -68,7 +68,10 @@ def main() -> None:
 
 
 def fuzz(name: str, seconds: float, seed: int, out: Path) -> tuple[int, int]:
-    """Run one target for a time; executions and different findings."""
+    """Run one target for a time.
+
+    :return: number of executions and of different findings
+    """
     from tests.fuzz.targets import TARGETS
 
     strategy, target = TARGETS[name]
@@ -84,7 +87,7 @@ def fuzz(name: str, seconds: float, seed: int, out: Path) -> tuple[int, int]:
         try:
             target(case)
         except (Exception, Hang) as error:
-            failed = case, error  # the last one is the smallest
+            failed = case, error  # the last failing case is the smallest
             raise
         finally:
             signal.alarm(0)
@@ -120,7 +123,7 @@ def fuzz(name: str, seconds: float, seed: int, out: Path) -> tuple[int, int]:
 
 
 def current(out: Path, name: str) -> Path:
-    """Where the input is that runs now, for what no traceback comes back from."""
+    """Return the file of the running input, for failures that leave no traceback."""
     return out / f"{name}-0.json"
 
 
@@ -130,7 +133,7 @@ def write(case: Any, file: Path) -> None:
 
 
 def limit_memory() -> None:
-    """From here on this process may take so much more than it has."""
+    """Limit the memory that this process may take from now on."""
     status = Path("/proc/self/statm").read_text().split()
     size = int(status[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + _SPARE, size + _SPARE))
@@ -148,7 +151,7 @@ def _hang(*_: object) -> None:
 
 
 def _place(error: BaseException) -> str:
-    """What a finding is known by: the error and the last line of ours."""
+    """Identify a finding by its error and the last of this package's lines."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "llmc_attnmask" in f.filename] or list(frames)
     where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"

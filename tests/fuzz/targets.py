@@ -1,7 +1,7 @@
-"""What is done with hostile input, and what must hold whatever it is.
+"""What is done with hostile input, and what must hold for any input.
 
-Every target raises ``AssertionError`` for a finding: an error that no message for users
-goes with, or a file that was touched outside the output folder.
+Every target raises ``AssertionError`` for a finding: an error without a message for
+users, or a file that was touched outside the output folder.
 """
 
 import contextlib
@@ -35,16 +35,16 @@ from tests.fuzz.inputs.folders import Folder, folders
 from tests.fuzz.inputs.lines import arguments, datasets
 from tests.fuzz.inputs.recipes import recipes
 
-# what the command line shows as one line; anything else is a defect of ours
+# the command line shows these as one line; any other error is a bug in this package
 EXPECTED = (OSError, ValueError, ImportError)
-# ValueErrors of the standard library's that say nothing of the file
+# ValueErrors of the standard library that do not name the file
 RAW = {"JSONDecodeError", "UnicodeDecodeError", "UnicodeEncodeError"}
 
 
 def attempt(call: Callable[[], Any], *mentions: str) -> Any:
-    """What the call returns, or its expected error.
+    """Return the call's result or its expected error.
 
-    :param mentions: words of which the message must have one
+    :param mentions: words of which the message must contain one
     """
     try:
         with warnings.catch_warnings():
@@ -83,7 +83,7 @@ def checkpoint(folder: Folder) -> None:
 
 
 def write(base: Path, folder: Folder) -> Path:
-    """The folder, as ``base/in``, beside one that is no part of it."""
+    """Write the folder as ``base/in``, beside one that does not belong to it."""
     source = base / "in"
     source.mkdir()
     (base / "outside").mkdir()
@@ -102,7 +102,7 @@ def write(base: Path, folder: Folder) -> Path:
 
 
 def snapshot(base: Path) -> dict[str, str]:
-    """Every path below, without following links, and a digest of every file."""
+    """Map every path below to a digest of its content, without following links."""
     found = {}
     for root, subfolders, files in os.walk(base):
         for name in (*subfolders, *files):
@@ -114,7 +114,7 @@ def snapshot(base: Path) -> dict[str, str]:
 
 
 def quantization(config: Any) -> None:
-    """What a server asks of a config.json, whatever JSON it is."""
+    """Read what a server reads of a config.json."""
     if not isinstance(config, dict):
         return  # vLLM never gets that far
     attempt(lambda: marker.read(config), "config.json")
@@ -142,7 +142,7 @@ def recipe(content: bytes) -> None:
 
 
 def dataset(content: bytes) -> None:
-    """Read texts, from objects by line and as one document."""
+    """Read texts, as one object per line and as one document."""
     with tempfile.TemporaryDirectory() as base:
         for name in ("d.jsonl", "d.json", "d.txt"):
             path = Path(base) / name
@@ -152,9 +152,9 @@ def dataset(content: bytes) -> None:
 
 
 def command(words: list[str]) -> None:
-    """The command line, on a folder that is good: exit code 0, 1 or 2 and no more.
+    """Run the command line on a good folder; it may only exit with code 0, 1 or 2.
 
-    ``prune`` and ``eval`` load models, which is slow: nothing valid is left of theirs.
+    ``prune`` and ``eval`` load models, which is slow, so they get no valid arguments.
     """
     with tempfile.TemporaryDirectory() as base:
         source = write(Path(base), {"files": {}, "links": {}, "pipes": []})
@@ -184,7 +184,7 @@ def command(words: list[str]) -> None:
 
 
 def attention_config(text: str) -> None:
-    """``load`` and its config, on weights that would do."""
+    """Call ``load`` with a config and usable weights."""
     from llmc_attnmask.checkpoint.load import load
 
     with tempfile.TemporaryDirectory() as base:

@@ -1,4 +1,4 @@
-"""Every target of the fuzzer for a moment; ``python -m tests.fuzz.run`` goes on."""
+"""Run every fuzz target for a moment; ``python -m tests.fuzz.run`` runs longer."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings

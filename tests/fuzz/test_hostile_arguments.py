@@ -13,7 +13,7 @@ from llmc_attnmask.text.windows import calibration_windows
 from tests.support.checkpoints import two_of_four, write
 
 
-def test_markup_and_control_codes_of_others_are_shown_and_not_obeyed(tmp_path):
+def test_markup_and_control_codes_in_names_are_shown_but_not_obeyed(tmp_path):
     name = "layers.0.[/x]\x1b[2J[red].weight"
     write(tmp_path / "[bold]dense", {name: two_of_four(4, 8)})
     done = CliRunner().invoke(app, ["inspect", str(tmp_path / "[bold]dense")])
@@ -38,7 +38,7 @@ def test_numbers_out_of_range_are_refused(tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_as_many_windows_as_there_are_is_the_most(tokenizer):
+def test_no_more_windows_than_exist_can_be_requested(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         windows = calibration_windows(["some words " * 20], tokenizer, 8, 16)

@@ -30,7 +30,7 @@ READERS = [inspect, lambda folder: to_packed(folder, folder.parent / "out")]
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_pipe_in_place_of_weights_is_refused_and_not_waited_for(dense, reader):
+def test_a_pipe_in_place_of_weights_is_refused_without_waiting(dense, reader):
     os.mkfifo(dense / "more.safetensors")
     with pytest.raises(ValueError, match=r"more\.safetensors is not a file but"):
         reader(dense)
@@ -44,7 +44,7 @@ def test_links_without_an_end_are_refused_and_nothing_is_left(dense, target):
     assert [path.name for path in dense.parent.iterdir()] == ["dense"]
 
 
-def test_links_to_files_are_read_as_a_hub_cache_has_them(dense, tmp_path):
+def test_links_to_files_are_followed_as_in_a_hub_cache(dense, tmp_path):
     blobs = Path(shutil.move(dense, tmp_path / "blobs"))
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
@@ -57,7 +57,7 @@ def test_links_to_files_are_read_as_a_hub_cache_has_them(dense, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["out", "sub/out"])
-def test_an_output_within_the_input_is_refused(dense, where):
+def test_an_output_inside_the_input_is_refused(dense, where):
     (dense / "sub").mkdir()
     for convert in (to_packed, to_dense):
         with pytest.raises(ValueError, match=r"is inside .* name a folder elsewhere"):
@@ -110,14 +110,14 @@ def test_an_entry_that_no_tensor_can_have_is_refused(dense, entry, reader):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_tensor_that_stands_twice_in_a_header_is_refused(dense, reader):
+def test_a_tensor_that_occurs_twice_in_a_header_is_refused(dense, reader):
     entry = '"a.weight":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}'
     write_header(dense, f"{{{entry},{entry}}}", bytes(8))
     with pytest.raises(ValueError, match=r"'a\.weight' occurs twice"):
         reader(dense)
 
 
-def test_parts_without_a_byte_are_compared_as_others_are(tmp_path):
+def test_empty_parts_are_compared_like_any_others(tmp_path):
     folder = write(tmp_path / "dense", {"norm.weight": torch.ones(1)})
     empty = {"data_offsets": [0, 0]}
     entries = {
@@ -139,7 +139,7 @@ def test_a_layer_in_both_storages_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_are_counted_as_they_are_packed_and_minus_zero_is_named(tmp_path):
+def test_minus_zero_is_counted_as_a_zero_but_named_as_an_obstacle_to_packing(tmp_path):
     weight = torch.tensor([[1.0, -0.0, -0.0, 2.0]], dtype=torch.bfloat16)
     folder = write(tmp_path / "dense", {f"{Q}.weight": weight})
     (layer,) = inspect(folder)
@@ -148,15 +148,15 @@ def test_weights_are_counted_as_they_are_packed_and_minus_zero_is_named(tmp_path
         to_packed(folder, tmp_path / "out")
 
 
-def test_what_is_pickled_is_not_copied(dense, tmp_path):
+def test_pickled_files_are_not_copied(dense, tmp_path):
     torch.save({}, dense / "training_args.bin")
     with pytest.warns(CheckpointWarning, match=r"left out: training_args\.bin"):
         to_packed(dense, tmp_path / "out")
     assert not (tmp_path / "out" / "training_args.bin").exists()
 
 
-def test_no_file_takes_memory_that_it_does_not_hold(tmp_path):
-    """In a process that may not have a gigabyte more than what it imports takes."""
+def test_no_file_makes_a_reader_take_more_memory_than_its_contents(tmp_path):
+    """In a process that may take at most a gigabyte more than its imports."""
     weights = write(tmp_path / "weights", {"norm.weight": torch.ones(1)})
     shape = [1 << 14, 20_000]
     size = 2 * shape[0] * shape[1]  # a hole of 655 MB, all in one layer

@@ -1,4 +1,4 @@
-"""Models that do not fit together, or that bring code: each once."""
+"""Models that are inconsistent, or that come with code: each once."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_a_config_that_its_weights_contradict_is_refused(model, fields, message)
         load(model)
 
 
-def test_weights_that_are_missing_are_an_error_and_not_random(model):
+def test_missing_weights_are_an_error_instead_of_random(model):
     tensors = load_file(model / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
@@ -48,15 +48,15 @@ def test_weights_that_are_missing_are_an_error_and_not_random(model):
         load(model)
 
 
-def test_a_tokenizer_that_cannot_be_read_names_the_model(model):
+def test_an_unreadable_tokenizer_is_an_error_that_names_the_model(model):
     (model / "tokenizer.json").write_text('{"model": {"type": "Nonsense"}}')
     with pytest.raises(ValueError, match="model cannot be read: KeyError"):
         read_tokenizer(model)
 
 
 @pytest.mark.parametrize("kind", ["config", "tokenizer"])
-def test_code_of_a_model_is_never_run(model, tmp_path, kind, monkeypatch):
-    """Nor is it asked about: somebody may answer yes."""
+def test_a_models_own_code_is_never_run(model, tmp_path, kind, monkeypatch):
+    """Nor does anything ask whether to run it: someone may answer yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     sign = tmp_path / "has run"
     (model / "code.py").write_text(CODE.format(sign=str(sign)))
@@ -82,7 +82,7 @@ def test_code_of_a_model_is_never_run(model, tmp_path, kind, monkeypatch):
     assert not sign.exists() and not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_pickled_are_not_read(model, tmp_path):
+def test_pickled_weights_are_not_read(model, tmp_path):
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     for reader in (*READERS, load):
@@ -90,7 +90,7 @@ def test_weights_that_are_pickled_are_not_read(model, tmp_path):
             reader(model)
 
 
-def test_nothing_of_ours_opens_pickles_or_trusts_code():
+def test_the_package_neither_opens_pickles_nor_trusts_code():
     forbidden = ("import pickle", "torch.load(", "weights_only", "joblib", "marshal")
     for path in [*ROOT.glob("llmc_attnmask/**/*.py"), *ROOT.glob("scripts/*.py")]:
         text = path.read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ def billion_laughs(kind: str) -> str:
         ("# " + "x" * (1 << 20), "has 1048578 bytes; expected at most"),
     ],
 )
-def test_recipes_that_take_more_than_they_hold_are_refused(tmp_path, content, message):
+def test_recipes_that_expand_or_do_not_parse_are_refused(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(RecipeError, match=message):
@@ -44,7 +44,7 @@ def test_many_keys_are_compared_in_one_pass(tmp_path):
         load_recipe(path)
 
 
-def test_anchors_may_be_used_within_reason(tmp_path):
+def test_moderate_use_of_anchors_is_allowed(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "a_stage:\n  b_modifiers:\n"

@@ -1,4 +1,4 @@
-"""One short run whose report the tests read: prune, recover, quantize."""
+"""One short run, which prunes, recovers and quantizes; the tests read its report."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ quant_stage:
 
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory) -> Path:
-    """A checkpoint; to be read only."""
+    """A checkpoint that tests only read."""
     folder = tmp_path_factory.mktemp("pruned")
     (folder / "recipe.yaml").write_text(RECIPE)
     text = folder / "calibration.txt"

@@ -1,4 +1,4 @@
-"""README.md: a card that the hub reads, with numbers of this run only."""
+"""README.md: a card that the Hub can read, with numbers of this run only."""
 
 import json
 import shutil
@@ -26,12 +26,12 @@ def evaluation(model: str, perplexity: float) -> Evaluation:
     return Evaluation(model, perplexity, 10, 256, 2550, "none", "held_out.jsonl")
 
 
-def test_the_hub_reads_the_front_matter(pruned):
+def test_the_hub_can_read_the_front_matter(pruned):
     found = ModelCard.load(pruned / "README.md")
     assert found.data.library_name == "transformers"
     assert found.data.pipeline_tag == "text-generation"
     assert {"2:4", "compressed-tensors", "llmc-attnmask"} <= set(found.data.tags)
-    # a folder is no model of the hub, and has said nothing of a license
+    # a folder is not a model on the Hub, and this one names no license
     assert found.data.base_model is None and found.data.license is None
 
 
@@ -45,7 +45,7 @@ def test_the_card_has_the_runs_numbers_and_no_others(pruned, report):
     assert "QuantizationModifier" in text and "vllm serve" in text
 
 
-def test_a_base_model_of_the_hub_is_named_and_a_license_taken_over(report, copy):
+def test_a_base_model_on_the_hub_is_named_and_its_license_adopted(report, copy):
     report["base_model"] = "org/model"
     data = ModelCard(card.render(report, copy)).data
     assert data.base_model == "org/model"
@@ -57,13 +57,13 @@ def test_a_base_model_of_the_hub_is_named_and_a_license_taken_over(report, copy)
     assert data.license == "apache-2.0" and data.base_model is None
 
 
-def test_a_packed_checkpoint_says_how_it_is_loaded(copy, tmp_path, report):
+def test_the_card_of_a_packed_checkpoint_says_how_to_load_it(copy, tmp_path, report):
     packed = Path(to_packed(copy, tmp_path / "packed", only_2of4=True).output)
     text = card.render(report, packed)
     assert "llmc_attnmask.load" in text and "AutoModelForCausalLM" not in text
 
 
-def test_measured_perplexities_come_into_page_card_and_json(copy):
+def test_measured_perplexities_are_added_to_page_card_and_json(copy):
     add_evaluation(copy, [evaluation("dense", 45.6), evaluation("copy", 47.25)])
     assert "| this model | 47.250 |" in (copy / "README.md").read_text()
     assert "+1.650 compared with the reference" in (copy / "report.html").read_text()
@@ -74,7 +74,7 @@ def test_measured_perplexities_come_into_page_card_and_json(copy):
     assert (copy / weights).exists()
 
 
-def test_tasks_come_beside_what_was_measured_before(copy):
+def test_tasks_are_added_to_earlier_measurements(copy):
     add_evaluation(copy, [evaluation("dense", 45.6), evaluation("copy", 47.25)])
     results = [
         TaskResult(model, "arc", "acc", value, 0.01, 100, True, recovery)
@@ -105,7 +105,7 @@ def test_a_card_that_was_edited_is_kept(copy):
     assert (copy / "README.previous.md").read_text() == edited
 
 
-def test_packing_brings_report_and_card_up_to_date(copy, tmp_path):
+def test_packing_updates_report_and_card(copy, tmp_path):
     packed = tmp_path / "packed"
     conversion.pack(copy, packed, only_2of4=True)
     assert "llmc_attnmask.load" in (packed / "README.md").read_text()
@@ -118,7 +118,7 @@ def test_packing_brings_report_and_card_up_to_date(copy, tmp_path):
     assert "llmc_attnmask.load" not in (tmp_path / "again" / "README.md").read_text()
 
 
-def test_without_plotly_packing_leaves_out_what_would_be_wrong(
+def test_without_plotly_packing_leaves_out_files_that_would_be_wrong(
     copy, tmp_path, monkeypatch
 ):
     def missing(_: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every way of saving writes the report; none is lost over it."""
+"""Every way of saving writes the report, and none fails because of it."""
 
 import pytest
 from loguru import logger
@@ -27,7 +27,7 @@ def model(tokenizer, calibration):
     return loaded
 
 
-def test_save_pretrained_writes_them_and_keeps_a_card_that_was_there(model, tmp_path):
+def test_save_pretrained_writes_the_report_and_keeps_an_existing_card(model, tmp_path):
     (tmp_path / "README.md").write_text("# Mine")
     model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}

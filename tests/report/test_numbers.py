@@ -1,4 +1,4 @@
-"""report.json: what it says is what happened, and what the schema says it may say."""
+"""report.json says what happened, and only what its schema allows."""
 
 import json
 from importlib.resources import files
@@ -45,7 +45,7 @@ def test_a_run_fills_the_schema(report):
         assert len(errors) == 3 and errors[-1] <= errors[0]
 
 
-def test_what_is_needed_to_run_it_again_is_there(report):
+def test_the_report_has_everything_needed_to_repeat_the_run(report):
     assert report["options"]["num_samples"] == 9
     assert report["options"]["dataset"].endswith("calibration.txt")
     seeds = {m["name"]: m["fields"].get("seed") for m in report["modifiers"]}
@@ -72,7 +72,7 @@ def test_masks_are_counted_after_quantization(report):
         assert on_disk["sparsity"] >= 0.5  # survivors may round to zero
 
 
-def test_a_token_reads_of_8_bit_sparse_layers_five_eighths(report):
+def test_a_token_reads_five_eighths_of_8_bit_sparse_layers(report):
     layers = {x["layer"]: x for x in report["reading"]}
     up = layers["model.layers.0.mlp.up_proj"]
     assert up["sparse"] / up["dense"] == 0.625
@@ -97,6 +97,6 @@ def test_a_checkpoint_of_another_origin_has_a_reduced_report():
         {"layers": [{"modifier": "M"}]},
     ],
 )
-def test_the_schema_refuses_what_it_does_not_know(report, change):
+def test_the_schema_refuses_unknown_and_incomplete_content(report, change):
     with pytest.raises(jsonschema.ValidationError):
         check(report | change)

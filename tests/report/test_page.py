@@ -1,4 +1,4 @@
-"""report.html: nothing from outside, nothing unescaped, and it draws."""
+"""report.html loads nothing, leaves nothing unescaped, and draws its charts."""
 
 import base64
 import itertools
@@ -21,7 +21,7 @@ EVIL = "<script>alert(1)</script>\"'&"
 
 
 class Outline(HTMLParser):
-    """Elements of a page with their attributes, and where it reads from."""
+    """Elements of a page with their attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,13 +44,13 @@ def test_the_page_needs_nothing_from_outside(report):
     found = outline(report)
     assert not [s for s in found.all("script") if "src" in s]
     links = [link["href"] for link in found.all("link")]
-    assert links == ["data:,"]  # no icon is asked for either
+    assert links == ["data:,"]  # not even an icon is requested
     assert not found.all("img") and not found.all("iframe")
     styles = page.render(report).split("<style>")[1].split("</style>")[0]
     assert "url(" not in styles and "@import" not in styles
 
 
-def test_basics_for_keyboard_and_screen_reader(report):
+def test_the_page_has_the_basics_for_keyboards_and_screen_readers(report):
     found = outline(report)
     assert found.all("html")[0]["lang"] == "en"
     assert found.all("main") and found.all("header") and len(found.all("h1")) == 1
@@ -81,7 +81,7 @@ def test_names_and_recipes_cannot_break_out(report):
     assert len(outline(report).all("script")) == 5  # its own
 
 
-def test_figures_are_what_plotly_knows(report):
+def test_plotly_accepts_the_charts(report):
     drawn = [
         charts.errors(report, "matrix"),
         charts.errors(report, "output"),
@@ -96,10 +96,10 @@ def test_figures_are_what_plotly_knows(report):
         assert all(len(row) == len(chart.header) for row in chart.rows)
         text = json.dumps([chart.data, chart.layout])
         data, layout = json.loads(re.sub(r'"--[a-z0-9:.-]+"', '"#123456"', text))
-        plotly.graph_objects.Figure(data, layout)  # raises for what it does not know
+        plotly.graph_objects.Figure(data, layout)  # raises for anything unknown
 
 
-def test_the_tables_have_the_reports_numbers(report):
+def test_the_tables_show_the_reports_numbers(report):
     chart = charts.errors(report, "matrix")
     assert chart is not None
     compared = report["layers"][0]["compared"]
@@ -108,7 +108,7 @@ def test_the_tables_have_the_reports_numbers(report):
     assert row["SparseGPT"] == f"{compared['SparseGPT']['matrix']:.5f}"
 
 
-def test_heads_come_as_bytes_worst_first(report):
+def test_heads_are_stored_as_bytes_in_order_of_decreasing_error(report):
     found = heads(report)
     errors = [float(head.label.rpartition(" ")[2]) for head in found]
     assert len(found) == 8 and errors == sorted(errors, reverse=True)
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_origin_has_a_page_that_says_what_is_missing():
     assert "Zeros by projection" in html and "Attention error by layer" not in html
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to render the page")
 @pytest.mark.parametrize("kind", ["full", "reduced"])
 def test_chromium_draws_every_chart_without_a_complaint(kind, report, tmp_path):
     report = report if kind == "full" else reduced() | of_folder(MODEL_DIR)

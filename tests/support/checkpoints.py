@@ -30,13 +30,15 @@ Q = "model.layers.0.self_attn.q_proj"
 def two_of_four(
     rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> Tensor:
-    """Random values, exactly two of every four columns zero."""
+    """Make random values with exactly two zeros in every four columns."""
     random = torch.Generator().manual_seed(seed)
     values = torch.randint(1, 100, (rows, columns), generator=random)
     values *= torch.randint(0, 2, values.shape, generator=random) * 2 - 1
     order = torch.rand(rows * columns // 4, 4, generator=random).argsort(1)
     values = values.masked_fill((order > 1).view(rows, columns), 0)
-    return values.float().to(dtype)  # by way of float: int64 has no way to float8
+    return values.float().to(
+        dtype
+    )  # by way of float, as int64 does not convert to float8
 
 
 def write(
@@ -45,7 +47,7 @@ def write(
     shards: int = 1,
     config: dict | None = None,
 ) -> Path:
-    """A checkpoint folder, sharded with an index if there is more than one shard."""
+    """Write a checkpoint folder, with an index if there is more than one shard."""
     directory.mkdir()
     content = {"model_type": "llama"} if config is None else config
     (directory / "config.json").write_text(json.dumps(content))
@@ -68,7 +70,7 @@ def write(
 
 
 def decoder(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> dict[str, Tensor]:
-    """Tensors of a decoder whose every Linear is 2:4."""
+    """Make the tensors of a decoder in which every Linear is 2:4."""
     tensors = {
         f"model.layers.{i}.{name}.weight": two_of_four(*shape, dtype, seed=7 * i + j)
         for i in range(layers)
@@ -82,7 +84,7 @@ def decoder(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> dict[str, T
 
 
 def prune_2of4(source: Path, target: Path) -> Path:
-    """A copy of a checkpoint with the Linears of its decoder at 2:4, by magnitude."""
+    """Copy a checkpoint and prune its decoder's Linears to 2:4 by magnitude."""
     shutil.copytree(source, target)
     for path in target.glob("*.safetensors"):
         tensors = load_file(path)
@@ -95,7 +97,7 @@ def prune_2of4(source: Path, target: Path) -> Path:
 
 
 def read(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a folder."""
+    """Read all tensors of a folder."""
     tensors = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -104,7 +106,7 @@ def read(directory: Path) -> dict[str, Tensor]:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """sha256, dtype and shape of every tensor."""
+    """Return the sha256, dtype and shape of every tensor."""
     return {
         name: f"{hashlib.sha256(raw(tensor)).hexdigest()} {tensor.dtype} {tensor.shape}"
         for name, tensor in read(directory).items()
@@ -126,7 +128,7 @@ def change_config(directory: Path, **fields: object) -> None:
 def write_header(
     directory: Path, text: str, data: bytes = b"", length: int | None = None
 ) -> None:
-    """A safetensors file with any text for its header.
+    """Write a safetensors file with any text as its header.
 
     :param length: what the file says of the header's length; by default the truth
     """

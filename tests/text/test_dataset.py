@@ -5,7 +5,7 @@ import pytest
 from llmc_attnmask.text.dataset import DatasetError, load_texts
 
 
-def test_a_jsonl_file_gives_the_column_asked_for(tmp_path):
+def test_a_jsonl_file_gives_the_requested_column(tmp_path):
     path = tmp_path / "d.jsonl"
     rows = [{"text": "a", "other": "x"}, {"text": " ", "other": "y"}]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
@@ -20,7 +20,7 @@ def test_a_text_file_is_one_document(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["d.txt", "d.jsonl"])
-def test_bytes_that_are_no_text_are_refused_by_file(name, tmp_path):
+def test_bytes_that_are_not_text_are_refused_naming_the_file(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DatasetError, match=f"{name} is not UTF-8"):

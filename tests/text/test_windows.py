@@ -11,19 +11,19 @@ from llmc_attnmask.text.windows import (
 )
 
 
-def test_windows_that_overlap_are_warned_about(tokenizer):
+def test_overlapping_windows_cause_a_warning(tokenizer):
     with pytest.warns(UserWarning, match="they overlap; give more text"):
         calibration_windows(["some words " * 20], tokenizer, 8, 16)
 
 
-def test_too_little_text_is_refused_with_its_length(tokenizer):
+def test_too_little_text_is_refused_naming_its_length(tokenizer):
     with pytest.raises(DatasetError, match="0 tokens, fewer than one window of 16"):
         calibration_windows([], tokenizer, 2, 16)
     with pytest.raises(DatasetError, match="fewer than one window of 64"):
         evaluation_windows(["short"], tokenizer, 64)
 
 
-def test_windows_follow_the_protocol(tokenizer):
+def test_windows_follow_the_documented_protocol(tokenizer):
     texts = ["first document here", "a second one, longer than the first"] * 9
     stream = []
     for text in texts:
@@ -38,7 +38,7 @@ def test_windows_follow_the_protocol(tokenizer):
     assert calibration[2].tolist() == stream[-16:]
 
 
-def test_a_window_longer_than_the_models_positions_is_refused():
+def test_a_window_longer_than_the_models_number_of_positions_is_refused():
     config = load_model(MODEL_DIR).config
     assert window_length(config, None) == 1024
     with pytest.raises(ValueError, match="between 2 and 1024"):

@@ -1,4 +1,4 @@
-"""Folders are complete or not there; what was in them stays or goes as a whole."""
+"""Folders are complete or absent; their earlier contents stay or go as a whole."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-def test_files_are_replaced_and_weights_of_other_shards_go(checkpoint):
+def test_files_are_replaced_and_weights_of_other_shards_are_removed(checkpoint):
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     with updated_folder(checkpoint) as partial:
         write(partial, *shards, "config.json")
@@ -43,7 +43,7 @@ def test_weights_of_a_variant_leave_the_others_alone(checkpoint):
     assert contents(checkpoint)[WEIGHTS] == "old"
 
 
-def test_new_weights_never_lie_under_the_old_config(checkpoint, monkeypatch):
+def test_new_weights_never_lie_beside_the_old_config(checkpoint, monkeypatch):
     seen: list[dict[str, str]] = []
     replace = Path.replace
 
@@ -61,7 +61,7 @@ def test_new_weights_never_lie_under_the_old_config(checkpoint, monkeypatch):
     assert all("config.json" not in files for files in seen)
 
 
-def test_a_folder_in_it_is_replaced_by_the_new_one(checkpoint):
+def test_a_subfolder_is_replaced_by_the_new_one(checkpoint):
     (checkpoint / "templates").mkdir()
     write(checkpoint / "templates", "gone")
     with updated_folder(checkpoint) as partial:
@@ -70,7 +70,7 @@ def test_a_folder_in_it_is_replaced_by_the_new_one(checkpoint):
     assert list(contents(checkpoint / "templates")) == ["here"]
 
 
-def test_a_failure_leaves_what_was_there(checkpoint):
+def test_a_failure_leaves_the_folder_as_it_was(checkpoint):
     before = contents(checkpoint)
     with pytest.raises(KeyError), updated_folder(checkpoint) as partial:
         write(partial, WEIGHTS)
@@ -78,7 +78,7 @@ def test_a_failure_leaves_what_was_there(checkpoint):
     assert contents(checkpoint) == before
 
 
-def test_progress_goes_when_the_folder_is_complete(tmp_path):
+def test_progress_is_removed_when_the_folder_is_complete(tmp_path):
     output = tmp_path / "out"
     (output / PROGRESS).mkdir(parents=True)
     write(output / PROGRESS, "step")

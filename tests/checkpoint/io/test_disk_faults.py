@@ -1,7 +1,6 @@
-"""Disks that are full or read-only and files that cannot be read: one error, and what
-was there before stays as it was.
+"""Full or read-only disks and unreadable files cause one error; existing files stay.
 
-The disks are real ones, mounted where nobody else sees them.
+The disks are real ones, mounted where no other process sees them.
 """
 
 import os
@@ -32,7 +31,7 @@ needs_mounts = pytest.mark.skipif(
 )
 
 
-# every command in one process: what it imports takes longer than what it does
+# all commands in one process: imports take longer than the work
 COMMANDS = """
 import contextlib, io, os, sys
 from llmc_attnmask.cli import main
@@ -54,7 +53,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
-    """What each command says on a disk of its own, and the disk's files afterwards."""
+    """Return what each command prints on its own disk, and the files left there."""
     base = tmp_path_factory.mktemp("disks")
     prune_2of4(MODEL_DIR, base / "dense")  # 3.7 MB
     to_packed(base / "dense", base / "packed")
@@ -91,12 +90,12 @@ def shown(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
 
 @needs_mounts
 @pytest.mark.parametrize("command", ["pack", "unpack", "prune"])
-def test_a_disk_that_is_full(shown, command):
+def test_a_full_disk_is_one_error(shown, command):
     error, files = shown[f"{command} full"]
     assert error.startswith("error: [Errno 28] No space left on device: '"), error
     assert error.endswith("exit code 1")
     files.remove("./before/config.json")
-    # of `prune` the finished layers, which --resume goes on from
+    # `prune` keeps the finished layers, from which --resume continues
     kept = [Path(name) for name in files if name.startswith("./out/.progress/")]
     assert len(kept) == len(files) and bool(kept) == (command == "prune"), files
     assert not [path for path in kept if path.name.startswith(".")], "half a file"
@@ -104,7 +103,7 @@ def test_a_disk_that_is_full(shown, command):
 
 @needs_mounts
 @pytest.mark.parametrize("command", ["pack", "unpack", "prune"])
-def test_a_disk_that_is_read_only(shown, command):
+def test_a_read_only_disk_is_one_error(shown, command):
     error, files = shown[f"{command} read-only"]
     expected = (
         r"error: output .*out cannot be created: .* is not a writable folder "
@@ -114,9 +113,9 @@ def test_a_disk_that_is_read_only(shown, command):
     assert files == ["./before/config.json"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become somebody else")
-def test_a_folder_of_somebody_elses_is_refused(tmp_path):
-    """Root may write anywhere, so this is tried as nobody."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_a_folder_that_belongs_to_another_user_is_refused(tmp_path):
+    """Root may write anywhere, so this runs as the user nobody."""
     dense = write(tmp_path / "dense", decoder(layers=1))
     theirs = tmp_path / "theirs"
     theirs.mkdir(mode=0o755)
@@ -142,8 +141,8 @@ def test_a_folder_of_somebody_elses_is_refused(tmp_path):
     assert not list(theirs.iterdir())
 
 
-def test_a_shard_that_ends_while_it_is_read_is_one_error(tmp_path, monkeypatch):
-    """Cut off after its header was found to be good, as by another process."""
+def test_a_shard_that_is_truncated_while_it_is_read_is_one_error(tmp_path, monkeypatch):
+    """As if another process truncated it after its header was checked."""
     dense = write(tmp_path / "dense", decoder(layers=1))
     file = dense / "model.safetensors"
 

@@ -25,7 +25,7 @@ def reindex(folder, changes):
 
 
 def refused(folder, error, message):
-    """Every reader says the same, and nothing is written."""
+    """Check that every reader raises the same error and writes nothing."""
     for reader in (inspect, lambda f: to_packed(f, f.parent / "out")):
         with pytest.raises(error, match=message):
             reader(folder)
@@ -35,7 +35,7 @@ def refused(folder, error, message):
 @pytest.mark.parametrize(
     "name", ["../x.safetensors", "/etc/passwd", "a/../../x", "..\\x"]
 )
-def test_an_index_that_leads_outside_the_folder_is_refused(sharded, name):
+def test_an_index_that_points_outside_the_folder_is_refused(sharded, name):
     (sharded.parent / "dense" / "inside.safetensors").touch()
     reindex(sharded, {"lm_head.weight": name})
     refused(sharded, ValueError, "outside the checkpoint's folder")
@@ -96,7 +96,7 @@ def test_a_folder_without_config_cannot_be_packed(tmp_path):
         to_packed(folder, tmp_path / "out")
 
 
-def test_what_is_written_is_read_by_safetensors(tmp_path):
+def test_safetensors_reads_the_written_file(tmp_path):
     values = {
         "b": torch.arange(6, dtype=torch.int64).view(2, 3),
         "a": torch.tensor([1, 2, 3], dtype=torch.uint8),
@@ -120,8 +120,8 @@ def test_what_is_written_is_read_by_safetensors(tmp_path):
     assert torch.equal(stored.tensors["b"].load(), values["b"])
 
 
-def test_a_disk_that_is_full_is_one_error_and_leaves_nothing(tmp_path):
-    """A limit on the size of files stands for the disk: the writes fail as there."""
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
+    """A limit on file sizes stands in for a full disk: writes fail the same way."""
     folder = write(tmp_path / "dense", decoder())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))

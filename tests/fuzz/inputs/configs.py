@@ -70,7 +70,7 @@ _CODE = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
 
 @st.composite
 def models(draw: st.DrawFn) -> str:
-    """The config of a tiny Llama with a field or two that are odd."""
+    """Draw the config of a tiny Llama with up to two odd fields."""
     kind = draw(st.sampled_from(["llama", "llama", "llama", "gpt2", "nonsense", None]))
     config: dict[str, Any] = {"model_type": kind, **LLAMA}
     odd = st.sampled_from([*ODD_NUMBERS, 10**7, 10**9, [], {}, "x"]) | values

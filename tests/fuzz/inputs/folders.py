@@ -16,7 +16,7 @@ from tests.fuzz.inputs.tensors import (
 
 Files = dict[str, bytes]
 
-Folder = dict[str, Any]  # see ``folders``; JSON once its bytes are spelled as latin-1
+Folder = dict[str, Any]  # see ``folders``; JSON when its bytes are written as latin-1
 
 _FILES = ["model.safetensors", "a.safetensors", "sub/b.safetensors"]
 
@@ -44,9 +44,9 @@ _LINKS = ["../outside", "../outside/secret", ".", "/dev/zero", "/", "nowhere", "
 
 @st.composite
 def folders(draw: st.DrawFn) -> Folder:
-    """A checkpoint folder: ``files`` by path, ``links`` and ``pipes`` beside them.
+    """Draw a checkpoint folder: ``files`` by path, ``links`` and ``pipes`` beside them.
 
-    Half of them are good but for a thing or two.
+    Half of them are good except for one or two things.
     """
     if draw(st.booleans()):
         packed = draw(st.booleans())

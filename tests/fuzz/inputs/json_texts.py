@@ -29,7 +29,7 @@ values = st.recursive(
 
 
 def json_text(content: st.SearchStrategy) -> st.SearchStrategy[str]:
-    """JSON of the content, most of the time."""
+    """Draw JSON of the content, most of the time."""
     return st.one_of(
         content.map(json.dumps),
         content.map(json.dumps),
@@ -40,7 +40,7 @@ def json_text(content: st.SearchStrategy) -> st.SearchStrategy[str]:
 
 
 def mutated(content: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-    """The content, or with an end that is missing, more at its end or other bytes."""
+    """Draw the content, unchanged, cut off, extended or with some bytes replaced."""
 
     @st.composite
     def changed(draw: st.DrawFn) -> bytes:

@@ -49,7 +49,7 @@ _GOOD_FIELDS = {
 
 @st.composite
 def recipes(draw: st.DrawFn) -> bytes:
-    """A recipe: of the right shape with odd values, aliases or tags, or no recipe."""
+    """Draw a recipe with odd values, aliases or tags, or something else entirely."""
     kind = draw(st.sampled_from(["fields", "fields", "values", "aliases", "text"]))
     if kind == "values":
         return draw(

@@ -28,7 +28,7 @@ _dims = st.integers(0, 9) | st.sampled_from([4, 8, 8, 16])
 
 @st.composite
 def _entry(draw: st.DrawFn) -> tuple[str, dict[str, Any], bytes]:
-    """A tensor as its header should say, and its bytes."""
+    """Draw a tensor: a correct header entry and its bytes."""
     name = draw(tensor_names)
     dtype = draw(st.sampled_from(sorted(_SIZES)))
     shape = draw(st.lists(_dims, max_size=3) | st.tuples(_dims, _dims).map(list))
@@ -41,7 +41,7 @@ def _entry(draw: st.DrawFn) -> tuple[str, dict[str, Any], bytes]:
 
 @st.composite
 def _packed(draw: st.DrawFn) -> list[tuple[str, dict[str, Any], bytes]]:
-    """The three tensors of a packed layer, more or less."""
+    """Draw the three tensors of a packed layer, some of them wrong or missing."""
     module = draw(st.sampled_from(MODULES))
     rows, groups = draw(st.integers(0, 4)), draw(st.integers(0, 5))
     dtype = draw(st.sampled_from(["BF16", "I8", "F32", "F64"]))
@@ -58,7 +58,7 @@ def _packed(draw: st.DrawFn) -> list[tuple[str, dict[str, Any], bytes]]:
         ),
         ("shape", {"dtype": "I64", "shape": [2, 1]}, struct.pack("<2q", *shape)),
     ]
-    for entry in entries:  # a header that lies where no byte stands against it
+    for entry in entries:  # without data, nothing contradicts a header that lies
         if not entry[2]:
             entry[1]["shape"] = draw(
                 st.sampled_from([entry[1]["shape"], [0, 2**63], [2**62, 0], [0]])
@@ -73,7 +73,7 @@ def _packed(draw: st.DrawFn) -> list[tuple[str, dict[str, Any], bytes]]:
 
 @st.composite
 def good_tensors(draw: st.DrawFn, packed: bool) -> list[Entry]:
-    """The tensors of a checkpoint that can be packed, or that is."""
+    """Draw the tensors of a checkpoint that is packed or can be packed."""
     dtype = draw(st.sampled_from(["BF16", "I8", "F32"]))
     size, rows, groups = _SIZES[dtype], draw(st.integers(1, 4)), draw(st.integers(1, 5))
     entries: list[Entry] = [("norm.weight", {"dtype": "F32", "shape": [1]}, bytes(4))]
@@ -102,7 +102,7 @@ def _header(dtype: str, *shape: int) -> dict[str, Any]:
 
 @st.composite
 def wild_tensors(draw: st.DrawFn) -> list[Entry]:
-    """Tensors of any kind, some of the same name."""
+    """Draw tensors of any kind, some with the same name."""
     packed = draw(st.lists(_packed(), max_size=2))
     entries = [entry for part in packed for entry in part]
     return entries + draw(st.lists(_entry(), max_size=4))
@@ -110,14 +110,14 @@ def wild_tensors(draw: st.DrawFn) -> list[Entry]:
 
 @st.composite
 def safetensors(draw: st.DrawFn, content: st.SearchStrategy[list[Entry]]) -> bytes:
-    """A safetensors file: often good, else with a header that lies."""
+    """Draw a safetensors file, often a good one, otherwise with a header that lies."""
     pairs: list[tuple[str, Any]] = []
     data = b""
     for name, header, values in sorted(
         draw(content), key=lambda entry: -_SIZES[entry[1]["dtype"]]
     ):
         if name in dict(pairs) and draw(st.integers(0, 3)):
-            continue  # else the header has it twice
+            continue  # otherwise, the header has it twice
         places = [len(data), len(data) + len(values)]
         pairs.append((name, header | {"data_offsets": places}))
         data += values
