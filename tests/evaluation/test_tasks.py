@@ -4,6 +4,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from llmc_attnmask.checkpoint.convert import to_packed
 from llmc_attnmask.cli import app, tables
 from llmc_attnmask.evaluation.tasks import (
     TaskResult,

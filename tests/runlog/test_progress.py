@@ -151,7 +151,7 @@ def interrupted(recipe, cut, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resume": False}, "--resume"),
+        ({"resume": False}, "--resume to continue it"),
         ({"seed": 1}, "differs in seed .was '0', is '1'"),
         ({"num_samples": 5}, "differs in calibration data"),
         ({"recipe": "attention_2of4"}, "differs in recipe"),
