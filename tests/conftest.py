@@ -11,6 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU in tests
 import hypothesis
 import pytest
 import torch
+from loguru import logger
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -58,3 +59,12 @@ def calibration(tokenizer) -> Tensor:
 def evaluation(tokenizer) -> Tensor:
     texts = load_texts("builtin:pydoc", split="evaluation")
     return evaluation_windows(texts, tokenizer, 256)
+
+
+@pytest.fixture
+def warnings():
+    """Warnings that the log has had during a test."""
+    found: list[str] = []
+    sink = logger.add(lambda m: found.append(m.record["message"]), level="WARNING")
+    yield found
+    logger.remove(sink)

@@ -8,7 +8,7 @@ from llmc_attnmask import AttentionMatrixPruningModifier, MaskedRecoveryModifier
 from llmc_attnmask.calibration import micro_batches
 from llmc_attnmask.modifiers import attention_pruning
 from llmc_attnmask.recovery import refit
-from llmc_attnmask.solvers import gptq, least_squares, solver
+from llmc_attnmask.solvers import gptq, least_squares, modes, solver
 from tests.support.documents import ROOT
 
 WORDS = {4: "four", 8: "eight"}
@@ -18,11 +18,11 @@ PHRASES = [
     f"from {least_squares._FIRST_PENALTY} to {least_squares._LAST_PENALTY:g} in",
     f"{least_squares._SOLVE_ITERATIONS} steps of conjugate gradients",
     rf"$\delta = {least_squares._DAMPENING}$ of its mean diagonal",
-    rf"$T = {solver._COLD}^{{\min(1, p / {solver._ANNEALED})}}$",
-    f"from {solver._HOT:g} down to {solver._COLD}",
+    rf"$T = {modes._COLD}^{{\min(1, p / {modes._ANNEALED})}}$",
+    f"from {modes._HOT:g} down to {modes._COLD}",
     f"{WORDS[solver._CHECKS].capitalize()} times in a run",
     f"{WORDS[solver._PATIENCE]} checks without a better one",
-    f"steps of {solver._SURVIVOR_STEP} standard deviations",
+    f"steps of {modes._SURVIVOR_STEP} standard deviations",
     f"One micro-batch in {WORDS[micro_batches._VALIDATION_ONE_IN]} is held out",
     f"{attention_pruning._STEPS[True]} steps of Adam move the survivors on",
     f"the default of {FIELDS['output_weight'].default}",

@@ -33,6 +33,7 @@ from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_log import LayerLog
 from llmc_attnmask.runlog.layer_work import layer_work
 from llmc_attnmask.runlog.wording import listed
+from llmc_attnmask.solvers.settings import SolverSettings
 from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
 from llmc_attnmask.upstream.baselines import baselines
 
@@ -250,9 +251,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
             layer.inputs,
             layer.projections,
             self.projections,
-            self._structure,
-            layer.sparsity,
-            self._settings(),
+            self._settings(layer.sparsity),
             baselines(self._structure, layer.sparsity),
         )
         masks: dict[Role, Tensor] = {}
@@ -314,8 +313,10 @@ class AttentionMatrixPruningModifier(StoredModifier):
             changed.append(linear)
         return changed
 
-    def _settings(self) -> SolverSettings:
+    def _settings(self, sparsity: float) -> SolverSettings:
         return SolverSettings(
+            structure=self._structure,
+            sparsity=sparsity,
             steps=_STEPS[self.update_weights] if self.steps is None else self.steps,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,

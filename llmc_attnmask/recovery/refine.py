@@ -8,15 +8,14 @@ block's on the dense model's X, so the block also makes up for what its predeces
 lost; A and A~ are the attention matrices within.
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from llmc_attnmask.attention.capture import AttentionReplica
@@ -27,22 +26,18 @@ from llmc_attnmask.calibration.micro_batches import (
     Sums,
     count,
     micro_batches_of,
-    minibatches,
 )
 from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.recovery.block import Block, block_error
-from llmc_attnmask.solvers.numerics import non_finite
+from llmc_attnmask.solvers.descent import Derivative, DescentSettings, descend
 
 
 @dataclass(frozen=True)
-class RefineSettings:
+class RefineSettings(DescentSettings):
     """How survivors move; see the modifier for the meaning."""
 
-    steps: int
     learning_rate: float
-    batch_size: int
     attention_weight: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -71,31 +66,15 @@ def refine(
     """
     linears = {name: pruned.linears()[name] for name in kept}
     before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-    groups = []
-    for name, linear in linears.items():
-        linear.weight.requires_grad_(True)
-        spread = dense.linears()[name].weight.std().item()
-        peak = settings.learning_rate * spread
-        groups.append({"params": [linear.weight], "peak": peak})
-    optimizer = torch.optim.Adam(groups)
-    generator = torch.Generator().manual_seed(settings.seed)
+    spread = {name: dense.linears()[name].weight.std().item() for name in kept}
+    learned = [
+        (linear.weight, settings.learning_rate * spread[name])
+        for name, linear in linears.items()
+    ]
     micro_batches = micro_batches_of(pruned.inputs, settings.batch_size)
-    objective = _Objective(
-        dense, pruned, targets, count(micro_batches) / norm, settings
-    )
-    fallback: str | None = None
-    batches = minibatches(micro_batches, settings.batch_size, generator)
-    for step, batch in enumerate(itertools.islice(batches, settings.steps)):
-        for group in optimizer.param_groups:
-            share = step / settings.steps
-            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * share))
-        loss, gradients = objective.gradient(batch, linears)
-        if fault := non_finite(loss, gradients.values()):
-            fallback = f"step {step}: {fault}"
-            break
-        for name, linear in linears.items():
-            linear.weight.grad = gradients[name].masked_fill_(~kept[name], 0.0)
-        optimizer.step()
+    per_norm = count(micro_batches) / norm
+    objective = _Objective(dense, pruned, targets, kept, per_norm, settings)
+    fallback = descend(learned, micro_batches, objective.differentiate, settings)
     error = math.nan if fallback else block_error(pruned, targets)
     if not fallback and not math.isfinite(error):
         fallback = f"the error after the descent is {error}"
@@ -111,7 +90,7 @@ def refine(
 
 
 class _Objective:
-    """The loss above as a function of the weights that the pruned block has.
+    """The loss above as a function of the survivors that the pruned block has.
 
     :param per_norm: samples over ||Y - X||_F^2
     """
@@ -121,30 +100,24 @@ class _Objective:
         dense: Block,
         pruned: Block,
         targets: Sequence[Tensor],
+        kept: dict[str, Tensor],
         per_norm: float,
         settings: RefineSettings,
     ):
         self.pruned, self.targets, self.per_norm = pruned, targets, per_norm
+        self.kept = kept
         self.attention_weight = settings.attention_weight
         weighed = bool(self.attention_weight)
         self.attention = _AttentionTerm(dense, pruned) if weighed else None
 
-    def gradient(
-        self, micro_batches: Sequence[MicroBatch], linears: Mapping[str, nn.Linear]
-    ) -> tuple[float, dict[str, Tensor]]:
-        """Mean over the units' samples, those of all ranks, and gradient by Linear."""
-        weights = {name: linear.weight for name, linear in linears.items()}
+    def differentiate(self, batch: list[MicroBatch], progress: float) -> Derivative:
+        """Mean over a mini-batch's samples, those of all ranks."""
+        linears = self.pruned.linears()
+        weights = {name: linears[name].weight for name in self.kept}
 
         def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
-            target = torch.cat([self.targets[i] for i in samples]).to(
-                self.pruned.device
-            )
             with torch.enable_grad():
-                lost = (self.pruned(samples) - target).square().sum()
-                loss = lost * self.per_norm
-                if self.attention is not None:
-                    relative = self.attention(samples) * len(samples)
-                    loss = loss + self.attention_weight * relative
+                loss = self._loss(samples)
             # experts that no token reaches have none
             gradients = torch.autograd.grad(
                 loss, list(weights.values()), materialize_grads=True
@@ -152,12 +125,25 @@ class _Objective:
             return loss.item(), gradients
 
         total, sums = 0.0, Sums(like=weights)
-        for _, (loss, gradients) in self.pruned.runner(micro_batches, run):
+        for _, (loss, gradients) in self.pruned.runner(batch, run):
             total += loss
             for name, gradient in zip(weights, gradients, strict=True):
                 sums.add(name, gradient)
-        mean = all_sum_numbers(total)[0] / count(micro_batches)
-        return mean, {n: g.div_(count(micro_batches)) for n, g in sums.totals().items()}
+        mean = all_sum_numbers(total)[0] / count(batch)
+        means = [sum_.div_(count(batch)) for sum_ in sums.totals().values()]
+        with torch.enable_grad():  # what is pruned stays where it is
+            survivors = [w.masked_fill(~self.kept[n], 0.0) for n, w in weights.items()]
+        return Derivative(mean, survivors, means)
+
+    def _loss(self, samples: list[int]) -> Tensor:
+        """Sum over some samples."""
+        target = torch.cat([self.targets[i] for i in samples]).to(self.pruned.device)
+        lost = (self.pruned(samples) - target).square().sum()
+        loss = lost * self.per_norm
+        if self.attention is not None:
+            relative = self.attention(samples) * len(samples)
+            loss = loss + self.attention_weight * relative
+        return loss
 
 
 class _AttentionTerm:

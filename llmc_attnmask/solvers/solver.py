@@ -14,7 +14,6 @@ Accuracy mode solves for mask and survivors on the error's second-order expansio
 (``least_squares.py``), then moves the survivors by gradient descent on the error.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,41 +26,23 @@ from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import AttentionNorms
 from llmc_attnmask.attention.projections import Projection, Role
 from llmc_attnmask.calibration.inputs import ModuleInputs
-from llmc_attnmask.calibration.micro_batches import minibatches
 from llmc_attnmask.distributed import owner, rank, send_from
-from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.solvers.descent import descend
 from llmc_attnmask.solvers.least_squares import choose_mask, solve
-from llmc_attnmask.solvers.numerics import non_finite
+from llmc_attnmask.solvers.modes import AccuracyMode, LightMode, Mode, Tensors, pruned
 from llmc_attnmask.solvers.objectives import (
     Curvature,
     MatrixObjective,
     Objective,
     OutputObjective,
 )
-from llmc_attnmask.solvers.relaxation import soft_top_k
+from llmc_attnmask.solvers.settings import SolverSettings
 
 _CHECKS = 8  # how often the result is measured on the held-back samples
 _PATIENCE = 4  # checks without a better result, masks being hard, that end the descent
-_ANNEALED = 0.8  # share of the steps in which the temperature falls
-_HOT, _COLD = 1.0, 0.05  # temperatures, in units of the mean score
-_SURVIVOR_STEP = 0.01  # Adam's step of surviving weights, in standard deviations of W
 
-Tensors = dict[Role, Tensor]
 # dense weight [rows, columns], X^T X [columns, columns] -> pruned weight
 Baseline = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class SolverSettings:
-    """How the masks of a layer are learned; see the modifier for the meaning."""
-
-    steps: int
-    learning_rate: float
-    batch_size: int
-    l2_penalty: float
-    output_weight: float
-    seed: int
-    update_weights: bool = False  # accuracy mode
 
 
 @dataclass
@@ -84,8 +65,6 @@ def learn_masks(
     inputs: ModuleInputs,
     projections: Mapping[Role, Projection],
     prune: Sequence[Role],
-    structure: MaskStructure,
-    sparsity: float,
     settings: SolverSettings,
     baselines: Mapping[str, Baseline] | None = None,
 ) -> list[MaskSolution]:
@@ -96,28 +75,26 @@ def learn_masks(
     :param replica: the attention module, with its dense weights
     :param inputs: calibration inputs of the module, at least one sample
     :param projections: all of q, k, v, o (o weighs the output error)
-    :param sparsity: share of each projection's entries that is pruned
     :param baselines: other methods, by name, to compare the solution for q and k with
     :return: of q and k, on the attention matrix, and of v and o, on the attention
         output; those of them that ``prune`` names
     """
     layer = (replica, inputs, projections)
-    problem = (structure, sparsity, settings)
     solutions: list[MaskSolution] = []
-    pruned: Tensors = {}
+    weights: Tensors = {}
     if roles := [role for role in prune if role in ("q", "k")]:
         matrix = MatrixObjective(
             *layer, roles, settings.output_weight, settings.batch_size
         )
         curvature = matrix.curvature()
-        found = _learn(matrix, curvature, *problem)
+        found = _learn(matrix, curvature, settings)
         if baselines:
             found.compared = _compare(matrix, curvature, found.weights, baselines)
         solutions.append(found)
-        pruned = found.weights
+        weights = found.weights
     if rest := [role for role in prune if role in ("v", "o")]:
-        output = OutputObjective(*layer, rest, pruned, settings.batch_size)
-        solutions.append(_learn(output, output.curvature(), *problem))
+        output = OutputObjective(*layer, rest, weights, settings.batch_size)
+        solutions.append(_learn(output, output.curvature(), settings))
     return solutions
 
 
@@ -143,99 +120,88 @@ def _compare(
 
 
 def _learn(
-    objective: Objective,
-    curvature: Curvature,
-    structure: MaskStructure,
-    sparsity: float,
-    settings: SolverSettings,
+    objective: Objective, curvature: Curvature, settings: SolverSettings
 ) -> MaskSolution:
-    dense = {role: objective.dense(role) for role in objective.roles}
-    scores, masks, values = _start(objective, curvature, structure, sparsity, settings)
-    weights = _pruned(masks, values)
-    error = objective.validation_error(weights)
-    fallback: str | None = None
-    if settings.update_weights and not math.isfinite(error):
-        fallback = f"the error of the second-order solution is {error}"
-        logger.warning(f"{fallback}; Wanda's mask instead")
-        masks = {r: structure.mask(score, sparsity) for r, score in scores.items()}
-        values = {role: weight.clone() for role, weight in dense.items()}
-        weights = _pruned(masks, values)
-        error = objective.validation_error(weights)
-    if not math.isfinite(error):
-        raise ValueError(
-            f"the attention error is {error} before any step: the calibration inputs "
-            "or the weights overflow or are no numbers"
-        )
-    best = MaskSolution(masks, weights, error, error, fallback=fallback)
-    kept = {role: structure.kept(w, sparsity) for role, w in dense.items()}
-    entries = {role: structure.groups(w).shape[-1] for role, w in dense.items()}
-    if all(kept[role] in (0, entries[role]) for role in dense):
-        return best  # nothing to choose
-
+    scores = {
+        role: _wanda_scores(objective.dense(role), hessian)
+        for role, (hessian, _) in curvature.items()
+    }
+    solution, values = _start(objective, curvature, scores, settings)
+    structure, sparsity = settings.structure, settings.sparsity
+    if all(
+        structure.kept(score, sparsity) in (0, structure.groups(score).shape[-1])
+        for score in scores.values()
+    ):
+        return solution  # nothing to choose
+    mode: Mode
     if settings.update_weights:
-        hard = {role: mask.to(dense[role].dtype) for role, mask in masks.items()}
-        spread = {role: w.std().item() for role, w in dense.items()}
-        _optimize(
-            objective,
-            settings,
-            [(values[role], _SURVIVOR_STEP * spread[role]) for role in values],
-            lambda _: hard,
-            lambda: masks,
-            values,
-            best,
-            settled=0.0,
-        )
-        return best
-
-    def relaxed(progress: float) -> Tensors:
-        temperature = _HOT * (_COLD / _HOT) ** min(1.0, progress / _ANNEALED)
-        return {
-            role: soft_top_k(structure.groups(score), kept[role], temperature).view(
-                score.shape
-            )
-            for role, score in scores.items()
-        }
-
-    def found() -> Tensors:
-        return {r: structure.mask(s.detach(), sparsity) for r, s in scores.items()}
-
-    learned = [(score, settings.learning_rate) for score in scores.values()]
-    _optimize(
-        objective, settings, learned, relaxed, found, values, best, settled=_ANNEALED
-    )
-    return best
+        mode = AccuracyMode(objective, solution.masks, values)
+    else:
+        mode = LightMode(objective, settings, scores)
+    _improve(solution, objective, mode, settings)
+    return solution
 
 
 def _start(
     objective: Objective,
     curvature: Curvature,
-    structure: MaskStructure,
-    sparsity: float,
+    scores: Tensors,
     settings: SolverSettings,
-) -> tuple[Tensors, Tensors, Tensors]:
-    """Scores, masks and values [rows, columns] to start from."""
-    scores: Tensors = {}
+) -> tuple[MaskSolution, Tensors]:
+    """What to start from, measured, and its values before they are masked.
+
+    :raises ValueError: if its error is not finite
+    """
+    fallback: str | None = None
+    if settings.update_weights:
+        masks, values = _second_order(objective, curvature, settings)
+        weights = pruned(masks, values)
+        error = objective.validation_error(weights)
+        if math.isfinite(error):
+            return MaskSolution(masks, weights, error, error), values
+        fallback = f"the error of the second-order solution is {error}"
+        logger.warning(f"{fallback}; Wanda's mask instead")
+    masks = {role: settings.mask(score) for role, score in scores.items()}
+    values = {role: objective.dense(role).clone() for role in scores}
+    weights = pruned(masks, values)
+    error = objective.validation_error(weights)
+    if not math.isfinite(error):
+        raise ValueError(
+            f"the attention error is {error} before any step: the calibration inputs "
+            "or the weights overflow or are no numbers"
+        )
+    return MaskSolution(masks, weights, error, error, fallback=fallback), values
+
+
+def _second_order(
+    objective: Objective, curvature: Curvature, settings: SolverSettings
+) -> tuple[Tensors, Tensors]:
+    """Masks and values [rows, columns] that are best to second order.
+
+    Every rank solves for some of the projections. Values are NaN where that fails.
+    """
     masks: Tensors = {}
     values: Tensors = {}
     for position, (role, (hessian, sensitivity)) in enumerate(curvature.items()):
         weight = objective.dense(role)
-        scores[role] = _wanda_scores(weight, hessian)
-        masks[role] = structure.mask(scores[role], sparsity)
-        values[role] = weight
-        if not settings.update_weights:
-            continue
+        masks[role], values[role] = torch.ones_like(weight, dtype=torch.bool), weight
         if owner(position) == rank():
             target = weight @ hessian
             try:
                 masks[role], first = choose_mask(
-                    hessian, target, weight, structure, sparsity, sensitivity
+                    hessian,
+                    target,
+                    weight,
+                    settings.structure,
+                    settings.sparsity,
+                    sensitivity,
                 )
                 values[role] = solve(hessian, target, first, masks[role], sensitivity)
             except torch.linalg.LinAlgError:
                 values[role] = torch.full_like(weight, math.nan)
         masks[role] = send_from(owner(position), masks[role])
         values[role] = send_from(owner(position), values[role])
-    return scores, masks, values
+    return masks, values
 
 
 def _wanda_scores(weight: Tensor, hessian: Tensor) -> Tensor:
@@ -244,69 +210,33 @@ def _wanda_scores(weight: Tensor, hessian: Tensor) -> Tensor:
     return score / score.mean(-1, keepdim=True).clamp_min(1e-30)
 
 
-def _pruned(masks: Tensors, values: Tensors) -> Tensors:
-    return {r: values[r].detach().masked_fill(~m, 0.0) for r, m in masks.items()}
-
-
-def _optimize(
-    objective: Objective,
-    settings: SolverSettings,
-    learned: list[tuple[Tensor, float]],
-    relaxed: Callable[[float], Tensors],
-    found: Callable[[], Tensors],
-    values: Tensors,
-    best: MaskSolution,
-    settled: float,
+def _improve(
+    solution: MaskSolution, objective: Objective, mode: Mode, settings: SolverSettings
 ) -> None:
-    """Follow Adam and leave in ``best`` what is best on the held-back samples.
+    """Descend, and leave in ``solution`` what is best on the held-back samples.
 
     Ends early if that stalls.
-
-    :param learned: tensors to move, each with Adam's first step size
-    :param relaxed: progress in [0, 1) -> masks to take the error of
-    :param found: the hard masks of the moment
-    :param values: what the masks are laid on
-    :param settled: progress from which on the masks are hard
     """
     stalled = 0
-    optimizer = torch.optim.Adam(
-        {"params": [tensor.requires_grad_()], "peak": peak} for tensor, peak in learned
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    batches = minibatches(objective.train, settings.batch_size, generator)
     check_every = max(1, settings.steps // _CHECKS)
-    for step, batch in enumerate(itertools.islice(batches, settings.steps)):
-        progress = step / settings.steps
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * progress))
-        with torch.enable_grad():
-            masks = relaxed(progress)
-            weights = {role: mask * values[role] for role, mask in masks.items()}
-            loss, gradients = objective.gradient(batch, weights)
-            graph = [w for w in weights.values() if w.requires_grad]
-            upstream = [gradients[r] for r, w in weights.items() if w.requires_grad]
-            if settings.l2_penalty:
-                squares = torch.stack([m.square().mean() for m in masks.values()])
-                penalty = settings.l2_penalty / 2 * squares.sum()
-                loss += penalty.item()
-                graph.append(penalty)
-                upstream.append(torch.ones_like(penalty))
-        if fault := non_finite(loss, upstream):
-            best.fallback = f"step {step}: {fault}"
-            logger.warning(f"{best.fallback}; the best mask so far stays")
-            break
-        optimizer.zero_grad()
-        torch.autograd.backward(graph, upstream)
-        optimizer.step()
-        best.curve.append(loss)
-        if (step + 1) % check_every == 0 or step + 1 == settings.steps:
-            hard = found()
-            weights = _pruned(hard, values)
-            error = objective.validation_error(weights)
-            if error < best.error:
-                best.masks, best.weights, best.error = hard, weights, error
-                stalled = 0
-            elif progress >= settled:
-                stalled += 1
-            if stalled == _PATIENCE:
-                break
+
+    def validate(step: int, loss: float) -> bool:
+        nonlocal stalled
+        solution.curve.append(loss)
+        if (step + 1) % check_every and step + 1 < settings.steps:
+            return False
+        masks, weights = mode.hard()
+        error = objective.validation_error(weights)
+        if error < solution.error:
+            solution.masks, solution.weights, solution.error = masks, weights, error
+            stalled = 0
+        elif step / settings.steps >= mode.settled:
+            stalled += 1
+        return stalled == _PATIENCE
+
+    fault = descend(
+        mode.learned, objective.train, mode.differentiate, settings, validate
+    )
+    if fault:
+        solution.fallback = fault
+        logger.warning(f"{solution.fallback}; the best mask so far stays")

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -99,3 +100,16 @@ def test_arithmetic_in_bfloat16_goes_the_same_way(calibration):
         errors.append(run(case, attention_weight=0.1))
         assert case.pruned.linears()["mlp.up_proj"].weight.dtype == torch.float32
     assert errors[1] < 1.1 * errors[0]
+
+
+def test_a_step_to_infinity_leaves_a_block_as_it_was(calibration, warnings):
+    case = case_of(load_model(MODEL_DIR), calibration[:16, :64])
+    before = {n: x.weight.clone() for n, x in case.pruned.linears().items()}
+    start = block_error(case.pruned, case.targets)
+    settings = replace(SETTINGS, steps=3, learning_rate=math.inf, batch_size=8)
+    found = refine(
+        case.dense, case.pruned, case.targets, start, case.norm, case.kept, settings
+    )
+    assert found.error == start and found.fallback and warnings
+    for name, linear in case.pruned.linears().items():
+        assert torch.equal(linear.weight, before[name])

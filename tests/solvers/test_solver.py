@@ -12,11 +12,14 @@ from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.solvers.objectives import MatrixObjective, OutputObjective
-from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
+from llmc_attnmask.solvers.settings import SolverSettings
+from llmc_attnmask.solvers.solver import learn_masks
 from tests.support.sparsegpt import sparsegpt_weight
 
 TWO_OF_FOUR = MaskStructure.parse("2:4")
 SETTINGS = SolverSettings(
+    structure=TWO_OF_FOUR,
+    sparsity=0.5,
     steps=60,
     learning_rate=0.1,
     batch_size=4,
@@ -35,8 +38,8 @@ def layer(calibration):
 
 
 def solve(layer, structure=TWO_OF_FOUR, sparsity=0.5, prune=("q", "k"), **changes):
-    settings = replace(SETTINGS, **changes)
-    (solution,) = learn_masks(*layer, prune, structure, sparsity, settings)
+    settings = replace(SETTINGS, structure=structure, sparsity=sparsity, **changes)
+    (solution,) = learn_masks(*layer, prune, settings)
     return solution
 
 
@@ -81,7 +84,7 @@ def test_learned_masks_have_the_structure_and_a_much_lower_error(layer, structur
 def test_the_comparison_takes_the_errors_apart_that_the_objective_weighs(layer):
     settings = replace(SETTINGS, steps=4, output_weight=0.75)
     baselines = {"dense": lambda weight, _: weight, "broken": lambda w, _: w * math.nan}
-    (solution,) = learn_masks(*layer, ("q", "k"), TWO_OF_FOUR, 0.5, settings, baselines)
+    (solution,) = learn_masks(*layer, ("q", "k"), settings, baselines)
     ours = solution.compared["ours"]
     weighed = 0.25 * ours.matrix + 0.75 * ours.output
     assert weighed == pytest.approx(solution.error, rel=1e-4)
@@ -96,7 +99,7 @@ def test_the_result_is_never_worse_than_the_start(layer):
 
 
 def test_a_descent_that_stalls_ends_early(layer, monkeypatch):
-    monkeypatch.setattr("llmc_attnmask.solvers.solver._SURVIVOR_STEP", 1e3)
+    monkeypatch.setattr("llmc_attnmask.solvers.modes._SURVIVOR_STEP", 1e3)
     solution = solve(layer, steps=80, update_weights=True)
     assert solution.error == solution.start_error
     assert len(solution.curve) == 40  # half of its eight checks
@@ -146,9 +149,7 @@ def test_updated_survivors_beat_sparsegpts(layer, structure, prune):
 
 
 def test_v_and_o_follow_the_pruned_attention_matrix(layer):
-    by_stage = learn_masks(
-        *layer, ("v", "k", "o", "q"), TWO_OF_FOUR, 0.5, replace(SETTINGS, steps=8)
-    )
+    by_stage = learn_masks(*layer, ("v", "k", "o", "q"), replace(SETTINGS, steps=8))
     assert [sorted(solution.masks) for solution in by_stage] == [["k", "q"], ["o", "v"]]
     objective = OutputObjective(*layer, ("v", "o"), by_stage[0].weights)
     weights = by_stage[1].weights
@@ -191,3 +192,52 @@ def test_the_l2_penalty_is_part_of_the_loss(layer):
     plain, penalised = (solve(layer, steps=1, l2_penalty=p) for p in (0.0, 2.0))
     # at the start the relaxed masks are even, near 1/2: lambda/2 * (1/4 + 1/4)
     assert penalised.curve[0] - plain.curve[0] == pytest.approx(0.5, rel=0.4)
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_gradient_that_is_no_number_keeps_the_best_mask(layer, update, warnings):
+    replica, *_ = layer
+    calls = 0
+
+    def overflow(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> None:
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return gradient * math.inf if calls > 20 else gradient
+
+        if output.requires_grad:
+            output.register_hook(spoil)
+
+    handle = replica.module.q_proj.register_forward_hook(overflow)
+    try:
+        solution = solve(layer, steps=40, output_weight=0.9, update_weights=update)
+    finally:
+        handle.remove()
+    assert "gradient" in solution.fallback
+    assert any(solution.fallback in warning for warning in warnings)
+    assert solution.error <= solution.start_error and math.isfinite(solution.error)
+    for role, mask in solution.masks.items():
+        assert ((~mask).view(-1, 4).sum(-1) == 2).all()
+        assert solution.weights[role].isfinite().all()
+
+
+def overflow(_hessian, _target, weight, *_):
+    return weight * math.nan
+
+
+def fail(*_):
+    raise torch.linalg.LinAlgError("did not converge")
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
+)
+def test_a_second_order_solution_that_is_no_number_gives_way_to_wandas_mask(
+    layer, monkeypatch, warnings, function, fault
+):
+    monkeypatch.setattr(f"llmc_attnmask.solvers.solver.{function}", fault)
+    solution = solve(layer, steps=0, output_weight=0.9, update_weights=True)
+    assert "second-order" in solution.fallback and warnings
+    dense = layer[0].module.q_proj.weight
+    mask = solution.masks["q"]
+    assert torch.equal(solution.weights["q"], dense.masked_fill(~mask, 0.0))

@@ -1,0 +1,77 @@
+"""Gradient descent with Adam on mini-batches of calibration samples."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmc_attnmask.calibration.micro_batches import MicroBatch, minibatches
+
+
+@dataclass(frozen=True)
+class DescentSettings:
+    """How many steps a descent takes, and on which samples."""
+
+    steps: int
+    batch_size: int  # calibration samples per step
+    seed: int  # order of the samples
+
+
+class Derivative(NamedTuple):
+    """A loss and its gradients at some tensors, which depend on those that move."""
+
+    loss: float
+    at: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+
+
+def descend(
+    learned: Iterable[tuple[Tensor, float]],
+    micro_batches: Sequence[MicroBatch],
+    differentiate: Callable[[list[MicroBatch], float], Derivative],
+    settings: DescentSettings,
+    after_step: Callable[[int, float], bool] | None = None,
+) -> str | None:
+    """Move tensors downhill, in place, with step sizes that follow half a cosine.
+
+    :param learned: tensors to move, each with Adam's first step size
+    :param micro_batches: those of all ranks to draw the mini-batches from
+    :param differentiate: (mini-batch, progress in [0, 1)) -> the mini-batch's loss
+    :param after_step: (step, its loss) -> whether to end here
+    :return: which step had a loss or gradient that is not finite, and ended the descent
+        without moving anything; None if all were finite
+    """
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [tensor.requires_grad_()], "peak": peak}
+            for tensor, peak in learned
+        ]
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    batches = minibatches(micro_batches, settings.batch_size, generator)
+    for step, batch in enumerate(itertools.islice(batches, settings.steps)):
+        progress = step / settings.steps
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * progress))
+        loss, at, gradients = differentiate(batch, progress)
+        if fault := non_finite(loss, gradients):
+            return f"step {step}: {fault}"
+        optimizer.zero_grad()
+        torch.autograd.backward(at, gradients)
+        optimizer.step()
+        if after_step is not None and after_step(step, loss):
+            break
+    return None
+
+
+def non_finite(loss: float, gradients: Iterable[Tensor]) -> str | None:
+    """Says what of a loss and its gradient is no finite number; None if all is."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if bad := sum(int((~gradient.isfinite()).sum()) for gradient in gradients):
+        return f"{bad} entries of the gradient are no finite numbers"
+    return None

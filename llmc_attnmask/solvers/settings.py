@@ -1,0 +1,24 @@
+"""What is asked of the solver."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.solvers.descent import DescentSettings
+
+
+@dataclass(frozen=True)
+class SolverSettings(DescentSettings):
+    """How the masks of a layer are learned; see the modifier for the meaning."""
+
+    structure: MaskStructure
+    sparsity: float  # share of each projection's entries that is pruned
+    learning_rate: float
+    l2_penalty: float
+    output_weight: float
+    update_weights: bool = False  # accuracy mode
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Keep the entries of the highest scores, bool [rows, columns]."""
+        return self.structure.mask(scores, self.sparsity)
