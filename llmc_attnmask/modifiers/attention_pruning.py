@@ -33,6 +33,7 @@ from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_log import LayerLog
 from llmc_attnmask.runlog.layer_work import layer_work
 from llmc_attnmask.runlog.wording import listed
+from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.settings import SolverSettings
 from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
 from llmc_attnmask.upstream.baselines import baselines
@@ -247,9 +248,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
         )
         self._check_output_path(name, layer, replica)
         solutions = learn_masks(
-            replica,
-            layer.inputs,
-            layer.projections,
+            AttentionLayer(replica, layer.inputs, layer.projections),
             self.projections,
             self._settings(layer.sparsity),
             baselines(self._structure, layer.sparsity),

@@ -23,8 +23,9 @@ from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.calibration.micro_batches import MAX_MICRO_BATCH, Sums
 from llmc_attnmask.distributed import gathered, owner, rank, send_from
 from llmc_attnmask.recovery.block import Block
+from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.least_squares import solve
-from llmc_attnmask.solvers.objectives import MatrixObjective
+from llmc_attnmask.solvers.matrix_objective import MatrixObjective
 
 _OUTPUT_WEIGHT = 0.9  # as the attention modifier's default
 _HESSIAN = ""  # beside names of Linears
@@ -79,9 +80,8 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
         for _ in dense.runner(dense.micro_batches, dense):
             inputs.append(**latest)  # of what came through, not of what was too large
         handle.remove()
-        objective = MatrixObjective(
-            AttentionReplica(attention), inputs, projections, roles, _OUTPUT_WEIGHT
-        )
+        layer = AttentionLayer(AttentionReplica(attention), inputs, projections)
+        objective = MatrixObjective(layer, roles, _OUTPUT_WEIGHT)
         for role, (_, sensitivity) in objective.curvature().items():
             name = f"{prefix}.{projections[role].child}".removeprefix(".")
             assert sensitivity is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmc_attnmask.attention.projections import Role
 from llmc_attnmask.calibration.micro_batches import MicroBatch
 from llmc_attnmask.solvers.descent import Derivative
-from llmc_attnmask.solvers.objectives import Objective
+from llmc_attnmask.solvers.objective import Objective
 from llmc_attnmask.solvers.relaxation import soft_top_k
 from llmc_attnmask.solvers.settings import SolverSettings
 
@@ -50,7 +50,7 @@ class LightMode(Mode):
 
     def __init__(self, objective: Objective, settings: SolverSettings, scores: Tensors):
         self.objective, self.settings, self.scores = objective, settings, scores
-        self.dense = {role: objective.dense(role) for role in scores}
+        self.dense = {role: objective.layer.dense(role) for role in scores}
         self.learned = [(score, settings.learning_rate) for score in scores.values()]
 
     def differentiate(self, batch: list[MicroBatch], progress: float) -> Derivative:
@@ -95,7 +95,7 @@ class AccuracyMode(Mode):
     def __init__(self, objective: Objective, masks: Tensors, values: Tensors):
         self.objective, self.masks, self.values = objective, masks, values
         self.learned = [
-            (value, _SURVIVOR_STEP * objective.dense(role).std().item())
+            (value, _SURVIVOR_STEP * objective.layer.dense(role).std().item())
             for role, value in values.items()
         ]
 

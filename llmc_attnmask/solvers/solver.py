@@ -1,6 +1,6 @@
 """Prune the projections of one attention layer on what its attention loses.
 
-Two modes, both on an error of the attention matrix or output (``objectives.py``), for q
+Two modes, both on an error of the attention matrix or output (``objective.py``), for q
 and k first, then for v and o.
 
 Light mode leaves the survivors as they are and learns the masks M by gradient descent:
@@ -22,20 +22,16 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import AttentionNorms
-from llmc_attnmask.attention.projections import Projection, Role
-from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.attention.projections import Role
 from llmc_attnmask.distributed import owner, rank, send_from
+from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.descent import descend
 from llmc_attnmask.solvers.least_squares import choose_mask, solve
+from llmc_attnmask.solvers.matrix_objective import MatrixObjective
 from llmc_attnmask.solvers.modes import AccuracyMode, LightMode, Mode, Tensors, pruned
-from llmc_attnmask.solvers.objectives import (
-    Curvature,
-    MatrixObjective,
-    Objective,
-    OutputObjective,
-)
+from llmc_attnmask.solvers.objective import Curvature, Objective
+from llmc_attnmask.solvers.output_objective import OutputObjective
 from llmc_attnmask.solvers.settings import SolverSettings
 
 _CHECKS = 8  # how often the result is measured on the held-back samples
@@ -61,9 +57,7 @@ class MaskSolution:
 
 
 def learn_masks(
-    replica: AttentionReplica,
-    inputs: ModuleInputs,
-    projections: Mapping[Role, Projection],
+    layer: AttentionLayer,
     prune: Sequence[Role],
     settings: SolverSettings,
     baselines: Mapping[str, Baseline] | None = None,
@@ -72,19 +66,15 @@ def learn_masks(
 
     The start is Wanda's mask, or the second-order solution if survivors are updated.
 
-    :param replica: the attention module, with its dense weights
-    :param inputs: calibration inputs of the module, at least one sample
-    :param projections: all of q, k, v, o (o weighs the output error)
     :param baselines: other methods, by name, to compare the solution for q and k with
     :return: of q and k, on the attention matrix, and of v and o, on the attention
         output; those of them that ``prune`` names
     """
-    layer = (replica, inputs, projections)
     solutions: list[MaskSolution] = []
     weights: Tensors = {}
     if roles := [role for role in prune if role in ("q", "k")]:
         matrix = MatrixObjective(
-            *layer, roles, settings.output_weight, settings.batch_size
+            layer, roles, settings.output_weight, settings.batch_size
         )
         curvature = matrix.curvature()
         found = _learn(matrix, curvature, settings)
@@ -93,7 +83,7 @@ def learn_masks(
         solutions.append(found)
         weights = found.weights
     if rest := [role for role in prune if role in ("v", "o")]:
-        output = OutputObjective(*layer, rest, weights, settings.batch_size)
+        output = OutputObjective(layer, rest, weights, settings.batch_size)
         solutions.append(_learn(output, output.curvature(), settings))
     return solutions
 
@@ -108,7 +98,7 @@ def _compare(
     candidates = {"ours": ours}
     for name, baseline in baselines.items():
         candidates[name] = {
-            role: baseline(objective.dense(role), hessian)
+            role: baseline(objective.layer.dense(role), hessian)
             for role, (hessian, _) in curvature.items()
         }
     errors = objective.validation_errors(list(candidates.values()))
@@ -123,7 +113,7 @@ def _learn(
     objective: Objective, curvature: Curvature, settings: SolverSettings
 ) -> MaskSolution:
     scores = {
-        role: _wanda_scores(objective.dense(role), hessian)
+        role: _wanda_scores(objective.layer.dense(role), hessian)
         for role, (hessian, _) in curvature.items()
     }
     solution, values = _start(objective, curvature, scores, settings)
@@ -162,7 +152,7 @@ def _start(
         fallback = f"the error of the second-order solution is {error}"
         logger.warning(f"{fallback}; Wanda's mask instead")
     masks = {role: settings.mask(score) for role, score in scores.items()}
-    values = {role: objective.dense(role).clone() for role in scores}
+    values = {role: objective.layer.dense(role).clone() for role in scores}
     weights = pruned(masks, values)
     error = objective.validation_error(weights)
     if not math.isfinite(error):
@@ -183,7 +173,7 @@ def _second_order(
     masks: Tensors = {}
     values: Tensors = {}
     for position, (role, (hessian, sensitivity)) in enumerate(curvature.items()):
-        weight = objective.dense(role)
+        weight = objective.layer.dense(role)
         masks[role], values[role] = torch.ones_like(weight, dtype=torch.bool), weight
         if owner(position) == rank():
             target = weight @ hessian

@@ -17,7 +17,8 @@ from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.recovery.block import block_error
 from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.runlog.journal import entries
-from llmc_attnmask.solvers.objectives import MatrixObjective
+from llmc_attnmask.solvers.attention_layer import AttentionLayer
+from llmc_attnmask.solvers.matrix_objective import MatrixObjective
 from tests.support.blocks import case_of
 
 
@@ -26,7 +27,7 @@ def layer(calibration):
     model = load_model(MODEL_DIR)
     name, inputs = next(iter(attention_inputs(model, calibration[:, :64]).items()))
     replica = AttentionReplica(model.get_submodule(name))
-    return replica, inputs, find_projections(replica.module)
+    return AttentionLayer(replica, inputs, find_projections(replica.module))
 
 
 def limit_memory(module: torch.nn.Module, samples: int) -> None:
@@ -40,11 +41,11 @@ def limit_memory(module: torch.nn.Module, samples: int) -> None:
 
 
 def test_short_memory_halves_the_batch_and_the_step_is_the_same(layer, warnings):
-    objective = MatrixObjective(*layer, ["q", "k"], output_weight=0.5)
+    objective = MatrixObjective(layer, ["q", "k"], output_weight=0.5)
     micro_batch = MicroBatch(0, 8, tuple(range(8)))
-    weights = {role: objective.dense(role) * 0.9 for role in ("q", "k")}
+    weights = {role: objective.layer.dense(role) * 0.9 for role in ("q", "k")}
     error, gradients = objective.gradient([micro_batch], weights)
-    limit_memory(layer[0].module.q_proj, 3)
+    limit_memory(layer.replica.module.q_proj, 3)
     for _ in range(2):
         short_error, short_gradients = objective.gradient([micro_batch], weights)
         assert short_error == pytest.approx(error, rel=1e-6)

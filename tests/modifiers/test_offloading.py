@@ -123,7 +123,7 @@ def test_activations_are_off_memory_and_off_disk_when_a_run_fails(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(
         "llmc_attnmask.modifiers.attention_pruning.learn_masks",
-        lambda _, inputs, *__: (_ for _ in ()).throw(KeyboardInterrupt(open_files())),
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt(open_files())),
     )
     before = open_files()
     with pytest.raises(KeyboardInterrupt) as interrupt:

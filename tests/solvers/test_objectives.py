@@ -4,7 +4,9 @@ import torch
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.projections import find_projections
 from llmc_attnmask.evaluation.attention_error import attention_inputs
-from llmc_attnmask.solvers.objectives import MatrixObjective, OutputObjective
+from llmc_attnmask.solvers.attention_layer import AttentionLayer
+from llmc_attnmask.solvers.matrix_objective import MatrixObjective
+from llmc_attnmask.solvers.output_objective import OutputObjective
 
 
 @pytest.fixture
@@ -12,22 +14,22 @@ def layer(random_llama):
     tokens = torch.randint(64, (16, 20), generator=torch.Generator().manual_seed(1))
     name, inputs = list(attention_inputs(random_llama, tokens).items())[1]
     replica = AttentionReplica(random_llama.get_submodule(name))
-    return replica, inputs, find_projections(replica.module)
+    return AttentionLayer(replica, inputs, find_projections(replica.module))
 
 
 def objectives(layer):
     return {
-        "q": MatrixObjective(*layer, ["q"], output_weight=0.5),
-        "k": MatrixObjective(*layer, ["k"], output_weight=0.5),
-        "v": OutputObjective(*layer, ["v"], {}),
-        "o": OutputObjective(*layer, ["o"], {}),
+        "q": MatrixObjective(layer, ["q"], output_weight=0.5),
+        "k": MatrixObjective(layer, ["k"], output_weight=0.5),
+        "v": OutputObjective(layer, ["v"], {}),
+        "o": OutputObjective(layer, ["o"], {}),
     }
 
 
 @pytest.mark.parametrize("role", ["q", "k", "v", "o"])
 def test_the_dense_weights_have_no_error_and_others_have(layer, role):
     objective = objectives(layer)[role]
-    dense = objective.dense(role)
+    dense = objective.layer.dense(role)
     assert objective.validation_error({role: dense}) < 1e-10
     assert objective.validation_error({role: dense * 0}) > 0.05
 
@@ -37,8 +39,8 @@ def test_the_curvature_predicts_the_error_of_small_changes(layer, role):
     objective = objectives(layer)[role]
     objective.validation = objective.micro_batches
     hessian, sensitivity = objective.curvature()[role]
-    dense = objective.dense(role)
-    samples = len(objective.inputs)
+    dense = objective.layer.dense(role)
+    samples = len(objective.layer.inputs)
     if role in "qk":  # H and G are sums over the same tokens; the form is their product
         factor = 1 / (samples * 20)
     else:  # v's H is a sum over its heads
@@ -59,16 +61,15 @@ def test_the_curvature_predicts_the_error_of_small_changes(layer, role):
 
 
 def test_the_output_objective_is_the_modules_own_output(layer, random_llama):
-    replica, inputs, _ = layer
-    objective = OutputObjective(*layer, ["v", "o"], {})
+    objective = OutputObjective(layer, ["v", "o"], {})
     attention = random_llama.model.layers[1].self_attn
     validation = [
         i for micro_batch in objective.validation for i in micro_batch.samples
     ]
-    args, kwargs = inputs.batch(validation, replica.device, replica.dtype)
+    args, kwargs = layer.inputs.batch(validation, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         dense = attention(*args, **kwargs)[0]
-        changed = {role: objective.dense(role) * 0.9 for role in ("v", "o")}
+        changed = {role: objective.layer.dense(role) * 0.9 for role in ("v", "o")}
         for role in changed:
             attention.get_parameter(f"{role}_proj.weight").mul_(0.9)
         now = attention(*args, **kwargs)[0]

@@ -11,7 +11,9 @@ from llmc_attnmask.evaluation.attention_error import attention_inputs
 from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
-from llmc_attnmask.solvers.objectives import MatrixObjective, OutputObjective
+from llmc_attnmask.solvers.attention_layer import AttentionLayer
+from llmc_attnmask.solvers.matrix_objective import MatrixObjective
+from llmc_attnmask.solvers.output_objective import OutputObjective
 from llmc_attnmask.solvers.settings import SolverSettings
 from llmc_attnmask.solvers.solver import learn_masks
 from tests.support.sparsegpt import sparsegpt_weight
@@ -34,28 +36,21 @@ def layer(calibration):
     model = load_model(MODEL_DIR)
     name, inputs = list(attention_inputs(model, calibration).items())[-1]
     replica = AttentionReplica(model.get_submodule(name))
-    return replica, inputs, find_projections(replica.module)
+    return AttentionLayer(replica, inputs, find_projections(replica.module))
 
 
 def solve(layer, structure=TWO_OF_FOUR, sparsity=0.5, prune=("q", "k"), **changes):
     settings = replace(SETTINGS, structure=structure, sparsity=sparsity, **changes)
-    (solution,) = learn_masks(*layer, prune, settings)
+    (solution,) = learn_masks(layer, prune, settings)
     return solution
 
 
 def output_error(layer, masks) -> float:
     """||(A - A~) V W_o||^2 over all calibration samples, relative."""
-    replica, inputs, projections = layer
-    output_projection = replica.module.get_parameter("o_proj.weight")
-    args, kwargs = inputs.batch(range(len(inputs)), replica.device, replica.dtype)
-    weights = {
-        projections[role].parameter: replica.module.get_parameter(
-            projections[role].parameter
-        )
-        * mask
-        for role, mask in masks.items()
-    }
-    reference, pruned = replica(args, kwargs), replica(args, kwargs, weights)
+    output_projection = layer.replica.module.get_parameter("o_proj.weight")
+    samples = range(len(layer.inputs))
+    weights = {role: layer.dense(role) * mask for role, mask in masks.items()}
+    reference, pruned = layer.call(samples), layer.call(samples, weights)
     error = attention_error(
         reference,
         pruned.query,
@@ -84,7 +79,7 @@ def test_learned_masks_have_the_structure_and_a_much_lower_error(layer, structur
 def test_the_comparison_takes_the_errors_apart_that_the_objective_weighs(layer):
     settings = replace(SETTINGS, steps=4, output_weight=0.75)
     baselines = {"dense": lambda weight, _: weight, "broken": lambda w, _: w * math.nan}
-    (solution,) = learn_masks(*layer, ("q", "k"), settings, baselines)
+    (solution,) = learn_masks(layer, ("q", "k"), settings, baselines)
     ours = solution.compared["ours"]
     weighed = 0.25 * ours.matrix + 0.75 * ours.output
     assert weighed == pytest.approx(solution.error, rel=1e-4)
@@ -108,9 +103,8 @@ def test_a_descent_that_stalls_ends_early(layer, monkeypatch):
 def test_no_steps_give_the_start_wandas_mask(layer):
     solution = solve(layer, steps=0)
     assert solution.error == solution.start_error
-    replica, inputs, _ = layer
-    weight = replica.module.get_parameter("q_proj.weight").detach()
-    x = torch.cat(list(inputs.hidden), dim=1)[0]
+    weight = layer.replica.module.get_parameter("q_proj.weight").detach()
+    x = torch.cat(list(layer.inputs.hidden), dim=1)[0]
     expected = TWO_OF_FOUR.mask(weight.abs() * x.norm(dim=0), 0.5)
     # but for the rounding of norms: nearly every entry
     assert (solution.masks["q"] == expected).float().mean() > 0.999
@@ -136,12 +130,12 @@ def test_updated_survivors_beat_sparsegpts(layer, structure, prune):
         weight = solution.weights[role]
         assert not weight[~mask].any() and weight[mask].all()
     objective = (
-        MatrixObjective(*layer, prune, output_weight=0.0)
+        MatrixObjective(layer, prune, output_weight=0.0)
         if prune == ("q", "k")
-        else OutputObjective(*layer, prune, {})
+        else OutputObjective(layer, prune, {})
     )
     theirs = {
-        role: sparsegpt_weight(objective.dense(role), hessian, parsed, 0.5)
+        role: sparsegpt_weight(objective.layer.dense(role), hessian, parsed, 0.5)
         for role, (hessian, _) in objective.curvature().items()
     }
     assert solution.error <= solution.start_error
@@ -149,9 +143,9 @@ def test_updated_survivors_beat_sparsegpts(layer, structure, prune):
 
 
 def test_v_and_o_follow_the_pruned_attention_matrix(layer):
-    by_stage = learn_masks(*layer, ("v", "k", "o", "q"), replace(SETTINGS, steps=8))
+    by_stage = learn_masks(layer, ("v", "k", "o", "q"), replace(SETTINGS, steps=8))
     assert [sorted(solution.masks) for solution in by_stage] == [["k", "q"], ["o", "v"]]
-    objective = OutputObjective(*layer, ("v", "o"), by_stage[0].weights)
+    objective = OutputObjective(layer, ("v", "o"), by_stage[0].weights)
     weights = by_stage[1].weights
     assert by_stage[1].error == pytest.approx(objective.validation_error(weights))
 
@@ -162,10 +156,9 @@ def test_one_projection_alone_can_be_pruned(layer):
 
 
 def test_a_single_sample_teaches_and_judges(layer):
-    replica, _, projections = layer
     alone = attention_inputs(load_model(MODEL_DIR), torch.randint(0, 2048, (1, 32)))
     single = list(alone.values())[-1]
-    solution = solve((replica, single, projections), steps=20)
+    solution = solve(replace(layer, inputs=single), steps=20)
     assert solution.error < solution.start_error
 
 
@@ -196,7 +189,6 @@ def test_the_l2_penalty_is_part_of_the_loss(layer):
 
 @pytest.mark.parametrize("update", [False, True])
 def test_a_gradient_that_is_no_number_keeps_the_best_mask(layer, update, warnings):
-    replica, *_ = layer
     calls = 0
 
     def overflow(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> None:
@@ -208,7 +200,7 @@ def test_a_gradient_that_is_no_number_keeps_the_best_mask(layer, update, warning
         if output.requires_grad:
             output.register_hook(spoil)
 
-    handle = replica.module.q_proj.register_forward_hook(overflow)
+    handle = layer.replica.module.q_proj.register_forward_hook(overflow)
     try:
         solution = solve(layer, steps=40, output_weight=0.9, update_weights=update)
     finally:
@@ -238,6 +230,6 @@ def test_a_second_order_solution_that_is_no_number_gives_way_to_wandas_mask(
     monkeypatch.setattr(f"llmc_attnmask.solvers.solver.{function}", fault)
     solution = solve(layer, steps=0, output_weight=0.9, update_weights=True)
     assert "second-order" in solution.fallback and warnings
-    dense = layer[0].module.q_proj.weight
+    dense = layer.replica.module.q_proj.weight
     mask = solution.masks["q"]
     assert torch.equal(solution.weights["q"], dense.masked_fill(~mask, 0.0))

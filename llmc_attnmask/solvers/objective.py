@@ -1,0 +1,134 @@
+"""What masks of an attention layer are learned on, as a function of its weights.
+
+q and k, ``matrix_objective.py``, with A~ from the pruned q and k:
+
+    (1 - w) * ||A - A~||_F^2 / ||A||_F^2 + w * ||(A - A~) V W_o||_F^2 / ||A V W_o||_F^2
+
+v and o, ``output_objective.py``, with A~ as the pruned q and k leave it:
+
+    ||A V W_o - A~ V~ W~_o||_F^2 / ||A V W_o||_F^2
+
+To second order, each is a quadratic form G x H in the change of a projection's weight
+(``least_squares.py``): H from the projection's inputs, G from how much its outputs
+matter, one block per head (Kronecker-factored as in K-FAC, arXiv 1503.05671).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from llmc_attnmask.attention.capture import AttentionCall
+from llmc_attnmask.attention.projections import Role
+from llmc_attnmask.calibration.memory import MicroBatchRunner
+from llmc_attnmask.calibration.micro_batches import (
+    MAX_MICRO_BATCH,
+    MicroBatch,
+    Sums,
+    count,
+    micro_batches_of,
+    train_validation_split,
+)
+from llmc_attnmask.distributed import all_sum_numbers
+from llmc_attnmask.solvers.attention_layer import AttentionLayer, Weights
+
+Curvature = dict[Role, tuple[Tensor, Tensor | None]]  # H and G, see ``curvature``
+
+
+class Objective(ABC):
+    """Error of one attention layer as a function of some projections' weights.
+
+    :param roles: the projections whose weights are sought
+    :param batch_size: samples per step of a descent
+    """
+
+    def __init__(
+        self,
+        layer: AttentionLayer,
+        roles: Sequence[Role],
+        batch_size: int = MAX_MICRO_BATCH,
+    ):
+        self.layer, self.roles = layer, list(roles)
+        self.micro_batches = micro_batches_of(layer.inputs, batch_size)
+        self.train, self.validation = train_validation_split(self.micro_batches)
+        self.runner = MicroBatchRunner()
+
+    @abstractmethod
+    def error(self, samples: list[int], weights: Weights) -> Tensor:
+        """Sum of some samples' relative errors, differentiable in the weights."""
+
+    @torch.no_grad()
+    def validation_error(self, weights: Weights) -> float:
+        """Mean relative error of the held-back samples of all ranks."""
+
+        def run(samples: list[int]) -> float:
+            return self.error(samples, weights).item()
+
+        total = sum(error for _, error in self.runner(self.validation, run))
+        return all_sum_numbers(total)[0] / count(self.validation)
+
+    def gradient(
+        self, micro_batches: Iterable[MicroBatch], weights: Weights
+    ) -> tuple[float, dict[Role, Tensor]]:
+        """Mean relative error of some units' samples and its gradient, [rows, columns].
+
+        It is that of all ranks, each of which evaluates the units that it has.
+        """
+        micro_batches = list(micro_batches)
+        leaves = {r: w.detach().requires_grad_() for r, w in weights.items()}
+
+        def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
+            with torch.enable_grad():
+                error = self.error(samples, leaves)
+            return error.item(), torch.autograd.grad(error, list(leaves.values()))
+
+        total, sums = 0.0, Sums(like=leaves)
+        for _, (error, gradients) in self.runner(micro_batches, run):
+            total += error
+            for role, gradient in zip(leaves, gradients, strict=True):
+                sums.add(role, gradient)
+        mean = all_sum_numbers(total)[0] / count(micro_batches)
+        return mean, {r: g.div_(count(micro_batches)) for r, g in sums.totals().items()}
+
+    @abstractmethod
+    def curvature(self) -> Curvature:
+        """H and G of each projection at the dense weights, up to a common factor.
+
+        :return: [columns, columns] and [heads, rows / heads, rows / heads]; None where
+            the outputs are what the error is about, so that G = 1
+        """
+
+    def _recorded_call(
+        self, samples: list[int]
+    ) -> tuple[AttentionCall, dict[str, tuple[Tensor, Tensor]]]:
+        """The call and, of every Linear before the softmax, (input, output).
+
+        The call is differentiable in the outputs.
+        """
+        linears: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def hook(child: str) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+            def record(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
+                leaf = output.detach().requires_grad_()
+                linears[child] = (args[0].detach(), leaf)
+                return leaf
+
+            return record
+
+        projections, module = self.layer.projections, self.layer.replica.module
+        children = {projections[r].child for r in self.roles if r != "o"}
+        handles = [
+            module.get_submodule(child).register_forward_hook(hook(child))
+            for child in sorted(children)
+        ]
+        try:
+            with torch.enable_grad():
+                return self.call(samples), linears
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def call(self, samples: list[int], weights: Weights | None = None) -> AttentionCall:
+        """The softmax's inputs with some projections' weights replaced."""
+        return self.layer.call(samples, weights)
