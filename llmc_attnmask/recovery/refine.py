@@ -23,13 +23,16 @@ from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.calibration.micro_batches import (
     MicroBatch,
-    Sums,
     count,
     micro_batches_of,
 )
-from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.recovery.block import Block, block_error
-from llmc_attnmask.solvers.descent import Derivative, DescentSettings, descend
+from llmc_attnmask.solvers.descent import (
+    Derivative,
+    DescentSettings,
+    descend,
+    mean_gradient,
+)
 
 
 @dataclass(frozen=True)
@@ -114,26 +117,10 @@ class _Objective:
         """Mean over a mini-batch's samples, those of all ranks."""
         linears = self.pruned.linears()
         weights = {name: linears[name].weight for name in self.kept}
-
-        def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
-            with torch.enable_grad():
-                loss = self._loss(samples)
-            # experts that no token reaches have none
-            gradients = torch.autograd.grad(
-                loss, list(weights.values()), materialize_grads=True
-            )
-            return loss.item(), gradients
-
-        total, sums = 0.0, Sums(like=weights)
-        for _, (loss, gradients) in self.pruned.runner(batch, run):
-            total += loss
-            for name, gradient in zip(weights, gradients, strict=True):
-                sums.add(name, gradient)
-        mean = all_sum_numbers(total)[0] / count(batch)
-        means = [sum_.div_(count(batch)) for sum_ in sums.totals().values()]
+        loss, gradients = mean_gradient(self._loss, weights, batch, self.pruned.runner)
         with torch.enable_grad():  # what is pruned stays where it is
             survivors = [w.masked_fill(~self.kept[n], 0.0) for n, w in weights.items()]
-        return Derivative(mean, survivors, means)
+        return Derivative(loss, survivors, list(gradients.values()))
 
     def _loss(self, samples: list[int]) -> Tensor:
         """Sum over some samples."""

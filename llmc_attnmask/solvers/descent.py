@@ -2,14 +2,23 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from llmc_attnmask.calibration.micro_batches import MicroBatch, minibatches
+from llmc_attnmask.calibration.memory import MicroBatchRunner
+from llmc_attnmask.calibration.micro_batches import (
+    MicroBatch,
+    Sums,
+    count,
+    minibatches,
+)
+from llmc_attnmask.distributed import all_sum_numbers
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,37 @@ def descend(
         if after_step is not None and after_step(step, loss):
             break
     return None
+
+
+def mean_gradient(
+    loss_of: Callable[[list[int]], Tensor],
+    weights: Mapping[Key, Tensor],
+    micro_batches: Sequence[MicroBatch],
+    runner: MicroBatchRunner,
+) -> tuple[float, dict[Key, Tensor]]:
+    """Mean loss of the samples of all ranks, and its gradient at each weight.
+
+    Every rank evaluates the micro-batches that it has.
+
+    :param loss_of: sum of some samples' losses
+    :param weights: leaves; those that no loss depends on, as of experts without
+        tokens, get zeros
+    """
+    leaves = list(weights.values())
+
+    def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
+        with torch.enable_grad():
+            loss = loss_of(samples)
+        return loss.item(), torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+    total, sums = 0.0, Sums(like=weights)
+    for _, (loss, gradients) in runner(micro_batches, run):
+        total += loss
+        for key, gradient in zip(weights, gradients, strict=True):
+            sums.add(key, gradient)
+    samples = count(micro_batches)
+    mean = all_sum_numbers(total)[0] / samples
+    return mean, {key: sum_.div_(samples) for key, sum_ in sums.totals().items()}
 
 
 def non_finite(loss: float, gradients: Iterable[Tensor]) -> str | None:

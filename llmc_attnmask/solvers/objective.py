@@ -14,7 +14,7 @@ matter, one block per head (Kronecker-factored as in K-FAC, arXiv 1503.05671).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,13 @@ from llmc_attnmask.calibration.memory import MicroBatchRunner
 from llmc_attnmask.calibration.micro_batches import (
     MAX_MICRO_BATCH,
     MicroBatch,
-    Sums,
     count,
     micro_batches_of,
     train_validation_split,
 )
 from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.solvers.attention_layer import AttentionLayer, Weights
+from llmc_attnmask.solvers.descent import mean_gradient
 
 Curvature = dict[Role, tuple[Tensor, Tensor | None]]  # H and G, see ``curvature``
 
@@ -69,27 +69,19 @@ class Objective(ABC):
         return all_sum_numbers(total)[0] / count(self.validation)
 
     def gradient(
-        self, micro_batches: Iterable[MicroBatch], weights: Weights
+        self, micro_batches: Sequence[MicroBatch], weights: Weights
     ) -> tuple[float, dict[Role, Tensor]]:
         """Mean relative error of some units' samples and its gradient, [rows, columns].
 
         It is that of all ranks, each of which evaluates the units that it has.
         """
-        micro_batches = list(micro_batches)
         leaves = {r: w.detach().requires_grad_() for r, w in weights.items()}
-
-        def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
-            with torch.enable_grad():
-                error = self.error(samples, leaves)
-            return error.item(), torch.autograd.grad(error, list(leaves.values()))
-
-        total, sums = 0.0, Sums(like=leaves)
-        for _, (error, gradients) in self.runner(micro_batches, run):
-            total += error
-            for role, gradient in zip(leaves, gradients, strict=True):
-                sums.add(role, gradient)
-        mean = all_sum_numbers(total)[0] / count(micro_batches)
-        return mean, {r: g.div_(count(micro_batches)) for r, g in sums.totals().items()}
+        return mean_gradient(
+            lambda samples: self.error(samples, leaves),
+            leaves,
+            micro_batches,
+            self.runner,
+        )
 
     @abstractmethod
     def curvature(self) -> Curvature:
