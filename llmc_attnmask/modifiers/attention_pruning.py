@@ -34,6 +34,7 @@ from llmc_attnmask.runlog.layer_log import LayerLog
 from llmc_attnmask.runlog.layer_work import layer_work
 from llmc_attnmask.runlog.wording import listed
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
+from llmc_attnmask.solvers.matrix_objective import OUTPUT_WEIGHT
 from llmc_attnmask.solvers.settings import SolverSettings
 from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
 from llmc_attnmask.upstream.baselines import baselines
@@ -104,7 +105,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
     mask_structure: MaskStructureField = "0:0"
     projections: list[Role] = Field(default=["q", "k"])
     update_weights: bool = False
-    output_weight: float = Field(default=0.9, ge=0, le=1)
+    output_weight: float = Field(default=OUTPUT_WEIGHT, ge=0, le=1)
     targets: Names | None = None
     ignore: Names = Field(default_factory=list)
     l2_penalty: float = Field(default=0.0, ge=0)

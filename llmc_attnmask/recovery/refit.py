@@ -25,9 +25,8 @@ from llmc_attnmask.distributed import gathered, owner, rank, send_from
 from llmc_attnmask.recovery.block import Block
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.least_squares import solve
-from llmc_attnmask.solvers.matrix_objective import MatrixObjective
+from llmc_attnmask.solvers.matrix_objective import OUTPUT_WEIGHT, MatrixObjective
 
-_OUTPUT_WEIGHT = 0.9  # as the attention modifier's default
 _HESSIAN = ""  # beside names of Linears
 
 
@@ -81,7 +80,7 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
             inputs.append(**latest)  # of what came through, not of what was too large
         handle.remove()
         layer = AttentionLayer(AttentionReplica(attention), inputs, projections)
-        objective = MatrixObjective(layer, roles, _OUTPUT_WEIGHT)
+        objective = MatrixObjective(layer, roles, OUTPUT_WEIGHT)
         for role, (_, sensitivity) in objective.curvature().items():
             name = f"{prefix}.{projections[role].child}".removeprefix(".")
             assert sensitivity is not None

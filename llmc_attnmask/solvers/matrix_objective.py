@@ -19,11 +19,13 @@ from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.solvers.attention_layer import AttentionLayer, Weights
 from llmc_attnmask.solvers.objective import Curvature, Objective
 
+OUTPUT_WEIGHT = 0.9  # w of the formula where none is asked for
+
 
 class MatrixObjective(Objective):
     """Of q and k.
 
-    :param output_weight: w of the formula above
+    :param output_weight: w of the formula
     """
 
     def __init__(
