@@ -1,24 +1,17 @@
 """``ALPSPruningModifier``: layer-wise pruning whose masks come from ADMM."""
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.offload import get_execution_device
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from llmc_attnmask.calibration.micro_batches import Sums
 from llmc_attnmask.distributed import (
     check_shares,
     gathered,
-    owner,
-    rank,
-    send_from,
     world_size,
     write_parameter,
 )
@@ -34,9 +27,7 @@ from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_log import LayerLog
 from llmc_attnmask.runlog.layer_work import layer_work, restorable
 from llmc_attnmask.runlog.wording import listed
-from llmc_attnmask.solvers.least_squares import choose_mask, solve
-
-_HESSIAN = "X^T X"
+from llmc_attnmask.solvers.alps import LinearProblem, LinearSolution, prune_linears
 
 
 class ALPSPruningModifier(StoredModifier):
@@ -60,7 +51,7 @@ class ALPSPruningModifier(StoredModifier):
     - on_calibration_start
         - register_hook(linear, accumulate X^T X, "forward_pre")
     - on_sequential_epoch_end
-        - choose_mask, solve, write the pruned weights
+        - prune_linears, write the pruned weights
     - on_calibration_end
         - remove_hooks()
 
@@ -82,7 +73,7 @@ class ALPSPruningModifier(StoredModifier):
 
     _structure: MaskStructure = PrivateAttr()
     _linears: dict[str, nn.Linear] = PrivateAttr(default_factory=dict)
-    _hessians: dict[str, Sums[str]] = PrivateAttr(default_factory=dict)
+    _problems: dict[str, LinearProblem] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_fields(self) -> "ALPSPruningModifier":
@@ -116,10 +107,14 @@ class ALPSPruningModifier(StoredModifier):
 
     def _accumulate(self, name: str) -> Any:
         def hook(linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).float()
-            self._hessians.setdefault(name, Sums()).add(_HESSIAN, x.T @ x)
+            self._problem(name).add(args[0])
 
         return hook
+
+    def _problem(self, name: str) -> LinearProblem:
+        if name not in self._problems:
+            self._problems[name] = LinearProblem(name, self._linears[name])
+        return self._problems[name]
 
     def on_sequential_epoch_end(
         self,
@@ -132,23 +127,26 @@ class ALPSPruningModifier(StoredModifier):
             self._prune_reached(state.model)
         except BaseException:
             self.remove_hooks()  # the model outlives a run that failed
-            self._hessians = {}
+            self._problems = {}
             raise
 
     def _prune_reached(self, model: nn.Module) -> None:
-        if self._hessians and not self.done:
-            sums = next(iter(self._hessians.values()))
-            check_shares([sums.own(_HESSIAN).diagonal()])
+        if self._problems and not self.done:
+            first = next(iter(self._problems.values()))
+            check_shares([first.own_diagonal()])
         # experts may have had tokens on some ranks only
-        reached = set().union(*gathered(set(self._hessians)))
+        reached = set().union(*gathered(set(self._problems)))
         names = [name for name in self._linears if name in reached]
         at_once = world_size()
         for start in range(0, len(names), at_once):
             few = names[start : start + at_once]
             layers = {name: LayerLog(model, self, name) for name in few}
-            solutions = self._solve([n for n in few if not restorable(self, n)])
+            wanted = [name for name in few if not restorable(self, name)]
+            problems = [self._problem(name) for name in wanted]
+            found = prune_linears(problems, self._structure, self.sparsity)
+            solutions = dict(zip(wanted, found, strict=True))
             for name in few:
-                self._hessians.pop(name, None)
+                self._problems.pop(name, None)
                 linear = self._linears[name]
                 with layer_work(model, self, name) as work:
                     if not work.restored:
@@ -156,54 +154,9 @@ class ALPSPruningModifier(StoredModifier):
                         work.changed = [linear]
 
     @torch.no_grad()
-    def _solve(self, names: list[str]) -> dict[str, "_Solution"]:
-        """Prune Linears, every rank one of them."""
-        solutions: dict[str, _Solution] = {}
-        hessians = {name: self._hessian(name) for name in names}
-        for position, (name, hessian) in enumerate(hessians.items()):
-            linear = self._linears[name]
-            weight = linear.weight.detach().to(hessian.device, torch.float32)
-            solutions[name] = _Solution(weight, weight.isfinite())
-            if owner(position) == rank():
-                target = weight @ hessian
-                try:
-                    kept, start = choose_mask(
-                        hessian, target, weight, self._structure, self.sparsity
-                    )
-                    values = solve(hessian, target, start, kept)
-                except torch.linalg.LinAlgError:
-                    kept, values = weight.isfinite(), torch.full_like(weight, math.nan)
-                solutions[name] = _Solution(values, kept)
-        for position, (name, hessian) in enumerate(hessians.items()):
-            weight = self._linears[name].weight.detach().to(hessian)
-            found = solutions[name].sent_from(owner(position))
-            if not found.weight.isfinite().all():
-                scores = weight.abs() * hessian.diagonal().sqrt()
-                kept = self._structure.mask(scores, self.sparsity)
-                fault = "the solved weights are no finite numbers"
-                found = _Solution(weight, kept, fallback=fault)
-                logger.warning(f"{name}: {found.fallback}; Wanda's mask instead")
-            solutions[name] = found
-            change = found.weight.masked_fill(~found.kept, 0.0) - weight
-            found.error = _output(change, hessian) / _output(weight, hessian)
-        return solutions
-
-    def _hessian(self, name: str) -> Tensor:
-        """X^T X over the samples of all ranks, float32."""
-        columns = self._linears[name].in_features
-        device = get_execution_device(self._linears[name])
-        sums = self._hessians.get(name, Sums())
-        sums.add(_HESSIAN, torch.zeros(columns, columns, device=device))
-        hessian = sums.totals()[_HESSIAN]
-        if not hessian.isfinite().all():
-            raise ValueError(
-                f"the inputs of {name} overflow or are no numbers on the calibration "
-                "data; repair the checkpoint or the data first"
-            )
-        return hessian
-
-    @torch.no_grad()
-    def _write(self, layer: LayerLog, linear: nn.Linear, solution: "_Solution") -> None:
+    def _write(
+        self, layer: LayerLog, linear: nn.Linear, solution: LinearSolution
+    ) -> None:
         pruned = solution.weight.to(linear.weight.dtype)
         write_parameter(linear, "weight", pruned.masked_fill(~solution.kept, 0.0))
         set_mask(linear, solution.kept)
@@ -222,19 +175,3 @@ class ALPSPruningModifier(StoredModifier):
                 f"no calibration sample reached {listed(missed)}, which stay dense; "
                 "put them under `ignore` or calibrate with data that uses them"
             )
-
-
-def _output(weight: Tensor, hessian: Tensor) -> float:
-    """||X W^T||_F^2"""
-    return float(((weight @ hessian) * weight).sum().clamp_min(1e-30))
-
-
-@dataclass
-class _Solution:
-    weight: Tensor  # float32 [rows, columns]
-    kept: Tensor  # bool [rows, columns]
-    error: float = math.nan  # relative, of the output
-    fallback: str | None = None  # what came out as no number, if anything did
-
-    def sent_from(self, source: int) -> "_Solution":
-        return _Solution(send_from(source, self.weight), send_from(source, self.kept))

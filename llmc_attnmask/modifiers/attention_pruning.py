@@ -36,7 +36,7 @@ from llmc_attnmask.runlog.wording import listed
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.matrix_objective import OUTPUT_WEIGHT
 from llmc_attnmask.solvers.settings import SolverSettings
-from llmc_attnmask.solvers.solver import SolverSettings, learn_masks
+from llmc_attnmask.solvers.solver import learn_masks
 from llmc_attnmask.upstream.baselines import baselines
 
 _STEPS = {False: 200, True: 25}  # by update_weights, which starts from more

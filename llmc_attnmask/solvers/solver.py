@@ -33,6 +33,7 @@ from llmc_attnmask.solvers.modes import AccuracyMode, LightMode, Mode, Tensors, 
 from llmc_attnmask.solvers.objective import Curvature, Objective
 from llmc_attnmask.solvers.output_objective import OutputObjective
 from llmc_attnmask.solvers.settings import SolverSettings
+from llmc_attnmask.solvers.wanda import wanda_scores
 
 _CHECKS = 8  # how often the result is measured on the held-back samples
 _PATIENCE = 4  # checks without a better result, masks being hard, that end the descent
@@ -113,7 +114,7 @@ def _learn(
     objective: Objective, curvature: Curvature, settings: SolverSettings
 ) -> MaskSolution:
     scores = {
-        role: _wanda_scores(objective.layer.dense(role), hessian)
+        role: _even_scores(objective.layer.dense(role), hessian)
         for role, (hessian, _) in curvature.items()
     }
     solution, values = _start(objective, curvature, scores, settings)
@@ -194,9 +195,9 @@ def _second_order(
     return masks, values
 
 
-def _wanda_scores(weight: Tensor, hessian: Tensor) -> Tensor:
-    """|W| * ||x|| (arXiv 2306.11695), each row's mean brought to 1: [rows, columns]."""
-    score = weight.abs() * hessian.diagonal().sqrt()
+def _even_scores(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Wanda's, each row's mean brought to 1: [rows, columns]."""
+    score = wanda_scores(weight, hessian)
     return score / score.mean(-1, keepdim=True).clamp_min(1e-30)
 
 

@@ -1,22 +1,17 @@
 """Faults are injected where they would come from: in modules and their inputs."""
 
-import math
-
 import pytest
 import torch
 
-from llmc_attnmask import ALPSPruningModifier, MaskedRecoveryModifier
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.projections import find_projections
 from llmc_attnmask.calibration.memory import MicroBatchRunner
 from llmc_attnmask.calibration.micro_batches import MicroBatch
 from llmc_attnmask.evaluation.attention_error import attention_inputs
 from llmc_attnmask.evaluation.perplexity import load_model
-from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.recovery.block import block_error
 from llmc_attnmask.recovery.refine import RefineSettings, refine
-from llmc_attnmask.runlog.journal import entries
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.matrix_objective import MatrixObjective
 from tests.support.blocks import case_of
@@ -86,30 +81,3 @@ def test_too_little_memory_for_one_sample_says_what_to_do():
 
     with pytest.raises(MemoryError, match=r"one calibration sample.*--max-length"):
         list(MicroBatchRunner()([MicroBatch(0, 4, (0, 1, 2, 3))], run))
-
-
-def overflow(_hessian, _target, weight, *_):
-    return weight * math.nan
-
-
-def fail(*_):
-    raise torch.linalg.LinAlgError("did not converge")
-
-
-@pytest.mark.parametrize(
-    ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
-)
-def test_solvers_that_fail_leave_numbers_and_a_note_in_the_journal(
-    tokenizer, calibration, monkeypatch, warnings, function, fault
-):
-    monkeypatch.setattr(f"llmc_attnmask.modifiers.alps_pruning.{function}", fault)
-    monkeypatch.setattr("llmc_attnmask.recovery.refit.solve", overflow)
-    model = load_model(MODEL_DIR)
-    fields = {"sparsity": 0.5, "mask_structure": "2:4", "targets": "re:.*up_proj$"}
-    recipe = [ALPSPruningModifier(**fields), MaskedRecoveryModifier(steps=2)]
-    compress(model, tokenizer, recipe, calibration[:8, :64])
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    for layer in model.model.layers:
-        assert ((layer.mlp.up_proj.weight == 0).view(-1, 4).sum(-1) >= 2).all()
-    fallbacks = [e.measurements.get("fallback") for e in entries(model)]
-    assert len(fallbacks) == 8 and all(fallbacks)
