@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from llmc_attnmask.attention.capture import UnsupportedAttentionError
 from llmc_attnmask.calibration.samples import Offload, SampleTensors
+
+
+class UnbatchableArgumentError(ValueError):
+    """An argument differs from sample to sample and has no batch dimension."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,12 @@ class ModuleInputs:
         self.hidden = SampleTensors(self.offload)  # the hidden states, [1, L, D]
         self._others = SampleTensors(self.offload)
         # of each sample the arguments' leaves, tensors as _Stored, and their structure
-        self._samples: list[tuple[list[Any], Any]] = []
+        self._arguments: list[tuple[list[Any], Any]] = []
         # (leaf position, shape, dtype) -> the last such tensor seen there
         self._recent: dict[tuple[int, torch.Size, torch.dtype], _Stored] = {}
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._arguments)
 
     def append(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add every sample of one forward call; a batch of B gives B samples."""
@@ -61,7 +64,7 @@ class ModuleInputs:
                 self._once(i, _sample_of(leaf, b, batch))
                 for i, leaf in enumerate(leaves)
             ]
-            self._samples.append((sample, structure))
+            self._arguments.append((sample, structure))
             self.hidden.append(hidden[b : b + 1].detach().to("cpu", copy=True))
 
     def _once(self, position: int, leaf: Any) -> Any:
@@ -76,25 +79,26 @@ class ModuleInputs:
 
     def batch(
         self,
-        indices: Sequence[int],
+        samples: Sequence[int],
         device: torch.device,
         dtype: torch.dtype,
         hidden: Sequence[Tensor] | None = None,
     ) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments for the named samples at once.
 
-        :param indices: samples of one length
+        :param samples: indices of samples of one length
         :param hidden: hidden states of every sample, instead of the collected ones
+        :raises UnbatchableArgumentError: if an argument cannot be joined over them
         :return: (args, kwargs), floating-point tensors in ``dtype`` on ``device``; the
             attention mask, which is [L, L], stays in its own
         """
-        samples = [self._samples[i] for i in indices]
-        states = torch.cat([(hidden or self.hidden)[i] for i in indices])
+        arguments = [self._arguments[sample] for sample in samples]
+        states = torch.cat([(hidden or self.hidden)[sample] for sample in samples])
         leaves = [
             self._joined(column)
-            for column in zip(*(leaves for leaves, _ in samples), strict=True)
+            for column in zip(*(leaves for leaves, _ in arguments), strict=True)
         ]
-        args, kwargs = tree_unflatten(leaves, samples[0][1])
+        args, kwargs = tree_unflatten(leaves, arguments[0][1])
 
         masks = {k: kwargs.pop(k) for k in ("attention_mask",) if k in kwargs}
 
@@ -106,13 +110,13 @@ class ModuleInputs:
         on_device = tree_map_only(Tensor, lambda mask: mask.to(device), masks)
         return args, kwargs | on_device
 
-    def batches(self, indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    def batches(self, samples: Sequence[int], size: int) -> Iterator[list[int]]:
         """The given samples once, in batches of at most ``size`` of equal length."""
         pending: dict[torch.Size, list[int]] = {}
-        for i in indices:
-            shape = self.hidden.shape(i)
+        for sample in samples:
+            shape = self.hidden.shape(sample)
             group = pending.setdefault(shape, [])
-            group.append(i)
+            group.append(sample)
             if len(group) == size:
                 yield group
                 del pending[shape]
@@ -127,7 +131,7 @@ class ModuleInputs:
             return self._others[first.index]
         tensors = [self._others[leaf.index] for leaf in column]
         if tensors[0].ndim == 0 or tensors[0].shape[0] != 1:
-            raise UnsupportedAttentionError(
+            raise UnbatchableArgumentError(
                 f"an argument of shape {tuple(tensors[0].shape)} differs from sample "
                 "to sample and has no batch dimension to join it on; calibrate with "
                 "batch_size: 1 in the modifier"

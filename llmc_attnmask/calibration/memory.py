@@ -1,4 +1,4 @@
-"""What a descent survives: too little memory, and results that are no numbers."""
+"""Samples are evaluated on fewer at once where memory is short."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class MicroBatchRunner:
-    """Runs something on the samples of units, on fewer at once if memory is short."""
+    """Runs something on micro-batches, on fewer samples at once if memory is short."""
 
     def __init__(self) -> None:
         self.at_most = MAX_MICRO_BATCH  # samples at once
@@ -20,7 +20,7 @@ class MicroBatchRunner:
     def __call__(
         self, micro_batches: Iterable[MicroBatch], run: Callable[[list[int]], Result]
     ) -> Iterator[tuple[list[int], Result]]:
-        """Results of this rank's units, one after the other, with their samples.
+        """Results of this rank's micro-batches, one by one, with their samples.
 
         :param run: has no effect but its result, so that it can be repeated
         :raises MemoryError: if one sample alone is too large for the device

@@ -1,8 +1,8 @@
-"""Calibration samples in units: who evaluates what, in which order, added up how.
+"""Calibration samples in micro-batches: who evaluates what, in which order, summed how.
 
-A *unit* is a few samples of one length that are always evaluated together, so that what
-comes out of them has the same bits however many processes share the samples. Units are
-numbered over all processes; unit by unit in turn, they are spread over the ranks.
+A micro-batch is a few samples of one length that are always evaluated together, so that
+what comes out of them has the same bits however many processes share the samples. They
+are numbered over all processes, and spread over the ranks one by one in turn.
 """
 
 import math
@@ -18,11 +18,11 @@ from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.distributed import all_sum, gathered, rank
 
 # With fewer, threads of a CPU and a GPU are idle; with more, a mini-batch is too few
-# units for every rank to have one.
+# micro-batches for every rank to have one.
 _TOKENS_AT_ONCE = 2048
 _MIN_MICRO_BATCHES = 8  # at least, if there are as many samples
-MAX_MICRO_BATCH = 8  # samples of a unit
-_VALIDATION_ONE_IN = 8  # units that choose the best mask instead of teaching it
+MAX_MICRO_BATCH = 8  # samples of a micro-batch
+_VALIDATION_ONE_IN = 8  # micro-batches that choose the best mask instead of teaching it
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -31,64 +31,66 @@ Key = TypeVar("Key", bound=Hashable)
 class MicroBatch:
     """A few calibration samples of one length."""
 
-    index: int  # among the units of all ranks
+    index: int  # among those of all ranks
     size: int  # how many samples
     samples: tuple[int, ...]  # which of this rank's; none if they are another rank's
 
 
-def micro_batch_size(samples: int, length: int) -> int:
-    """Samples of a unit, a power of two.
+def micro_batch_size(total: int, length: int) -> int:
+    """Samples of a micro-batch, a power of two.
 
-    :param samples: of all ranks
+    :param total: samples of all ranks
     :param length: tokens of a sample
     """
     most = min(
         MAX_MICRO_BATCH,
         _TOKENS_AT_ONCE // max(1, length),
-        samples // _MIN_MICRO_BATCHES,
+        total // _MIN_MICRO_BATCHES,
     )
     return 1 << (max(1, most).bit_length() - 1)
 
 
-def share(samples: int, length: int, rank: int, world: int) -> list[int]:
-    """The samples, all of one length, that a rank gets: whole units, in turn.
+def share(total: int, length: int, rank: int, world: int) -> list[int]:
+    """The samples, all of one length, that a rank gets: whole micro-batches, in turn.
 
+    :param total: samples of all ranks
     :raises ValueError: if there are not enough for every rank
     """
-    size = micro_batch_size(samples, length)
-    if samples <= (world - 1) * size:
+    size = micro_batch_size(total, length)
+    if total <= (world - 1) * size:
         raise ValueError(
-            f"{samples} calibration samples of {length} tokens, evaluated {size} at "
+            f"{total} calibration samples of {length} tokens, evaluated {size} at "
             f"once, are too few for {world} processes; give at least "
             f"{(world - 1) * size + 1} or start fewer processes"
         )
-    return [i for i in range(samples) if i // size % world == rank]
+    return [sample for sample in range(total) if sample // size % world == rank]
 
 
 def micro_batches_of(
     inputs: ModuleInputs, batch_size: int = MAX_MICRO_BATCH
 ) -> list[MicroBatch]:
-    """All ranks' samples in units, in one order that all ranks agree on.
+    """All ranks' samples in micro-batches, in one order that all ranks agree on.
 
     :param inputs: this rank's samples
-    :param batch_size: a multiple of the units' size
+    :param batch_size: a multiple of the micro-batches' size
     """
-    longest = max((inputs.hidden.shape(i)[1] for i in range(len(inputs))), default=1)
+    mine = range(len(inputs))
+    longest = max((inputs.hidden.shape(sample)[1] for sample in mine), default=1)
     shares = gathered((len(inputs), longest))
-    samples, longest = sum(n for n, _ in shares), max(n for _, n in shares)
-    chunk = micro_batch_size(samples, longest)
+    total, longest = sum(n for n, _ in shares), max(n for _, n in shares)
+    chunk = micro_batch_size(total, longest)
     size = math.gcd(chunk, batch_size)  # a part of what a rank has together
-    mine = [
-        [batch[i : i + size] for i in range(0, len(batch), size)]
-        for batch in inputs.batches(range(len(inputs)), chunk)
+    chunks = [
+        [samples[i : i + size] for i in range(0, len(samples), size)]
+        for samples in inputs.batches(mine, chunk)
     ]
-    by_rank = gathered([[len(part) for part in parts] for parts in mine])
+    by_rank = gathered([[len(part) for part in parts] for parts in chunks])
     micro_batches: list[MicroBatch] = []
     for position in range(max(map(len, by_rank))):
         for r, sizes in enumerate(by_rank):
             parts = sizes[position] if position < len(sizes) else []
             for part, size in enumerate(parts):
-                own = mine[position][part] if r == rank() else []
+                own = chunks[position][part] if r == rank() else []
                 micro_batches.append(MicroBatch(len(micro_batches), size, tuple(own)))
     return micro_batches
 
@@ -96,7 +98,7 @@ def micro_batches_of(
 def train_validation_split(
     micro_batches: Sequence[MicroBatch],
 ) -> tuple[list[MicroBatch], list[MicroBatch]]:
-    """Most units, and those that are held back; with few units both are all."""
+    """Most micro-batches, and those that are held back; few are all in both."""
 
     def validates(m: MicroBatch) -> bool:
         # along a diagonal, so that every rank has some
@@ -114,11 +116,13 @@ def minibatches(
 ) -> Iterator[list[MicroBatch]]:
     """Endless batches of about ``batch_size`` samples, shuffled epoch by epoch.
 
-    Each takes its units from different residue classes of their index, so that ranks
-    have equal shares.
+    Each takes its micro-batches from different residue classes of their index, so that
+    ranks have equal shares.
     """
-    count = max(1, batch_size // max(m.size for m in micro_batches))
-    classes = [[m for m in micro_batches if m.index % count == c] for c in range(count)]
+    number = max(1, batch_size // max(m.size for m in micro_batches))
+    classes = [
+        [m for m in micro_batches if m.index % number == c] for c in range(number)
+    ]
     while True:
         shuffled = [
             [members[i] for i in torch.randperm(len(members), generator=generator)]
@@ -128,13 +132,13 @@ def minibatches(
             yield [m for m in batch if m is not None]
 
 
-def count(micro_batches: Iterable[MicroBatch]) -> int:
-    """Samples of some units, whoever has them."""
+def sample_count(micro_batches: Iterable[MicroBatch]) -> int:
+    """How many samples some micro-batches have, on whatever rank."""
     return sum(m.size for m in micro_batches)
 
 
 class Sums(Generic[Key]):
-    """Sums of tensors over units, those of all ranks, whose order does not show.
+    """Sums of tensors over the micro-batches of all ranks, whose order does not show.
 
     :param like: tensors to start from zero with, for ranks that may have no term
     """
@@ -146,7 +150,7 @@ class Sums(Generic[Key]):
         }
 
     def add(self, key: Key, term: Tensor) -> None:
-        """Add the term of one unit, or of a part of one."""
+        """Add the term of one micro-batch, or of a part of one."""
         if key in self._sums:
             self._sums[key] += term
         else:

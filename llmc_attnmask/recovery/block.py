@@ -46,10 +46,10 @@ class Block:
         self.micro_batches = micro_batches_of(inputs)
         self.runner = MicroBatchRunner()
 
-    def __call__(self, indices: Sequence[int]) -> Tensor:
+    def __call__(self, samples: Sequence[int]) -> Tensor:
         """Hidden states after the block, float32 [B, L, D], of some samples."""
         args, kwargs = self.inputs.batch(
-            indices, self.device, torch.float32, self.hidden
+            samples, self.device, torch.float32, self.hidden
         )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             output: Any = self.module(*args, **kwargs)
@@ -64,9 +64,9 @@ class Block:
         inputs = self.inputs.hidden if self.hidden is None else self.hidden
         dtype = inputs[0].dtype
         found = SampleTensors(self.inputs.offload)
-        for indices, outputs in self.runner(self.micro_batches, self):
-            for i, output in zip(indices, outputs.split(1), strict=True):
-                found[i] = output.to("cpu", dtype)
+        for samples, outputs in self.runner(self.micro_batches, self):
+            for sample, output in zip(samples, outputs.split(1), strict=True):
+                found[sample] = output.to("cpu", dtype)
         return found
 
     def linears(self) -> dict[str, nn.Linear]:
@@ -84,9 +84,9 @@ def block_error(pruned: Block, targets: Sequence[Tensor]) -> float:
     :param targets: Y, hidden states after the dense block, [1, L, D] of each sample
     """
 
-    def run(indices: list[int]) -> float:
-        target = torch.cat([targets[i] for i in indices]).to(pruned.device)
-        return (pruned(indices) - target).square().sum().item()
+    def run(samples: list[int]) -> float:
+        target = torch.cat([targets[sample] for sample in samples]).to(pruned.device)
+        return (pruned(samples) - target).square().sum().item()
 
     total = sum(error for _, error in pruned.runner(pruned.micro_batches, run))
     return all_sum_numbers(total)[0]

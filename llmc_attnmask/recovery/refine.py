@@ -23,8 +23,8 @@ from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.calibration.micro_batches import (
     MicroBatch,
-    count,
     micro_batches_of,
+    sample_count,
 )
 from llmc_attnmask.recovery.block import Block, block_error
 from llmc_attnmask.solvers.descent import (
@@ -75,7 +75,7 @@ def refine(
         for name, linear in linears.items()
     ]
     micro_batches = micro_batches_of(pruned.inputs, settings.batch_size)
-    per_norm = count(micro_batches) / norm
+    per_norm = sample_count(micro_batches) / norm
     objective = _Objective(dense, pruned, targets, kept, per_norm, settings)
     fallback = descend(learned, micro_batches, objective.differentiate, settings)
     error = math.nan if fallback else block_error(pruned, targets)
@@ -124,8 +124,8 @@ class _Objective:
 
     def _loss(self, samples: list[int]) -> Tensor:
         """Sum over some samples."""
-        target = torch.cat([self.targets[i] for i in samples]).to(self.pruned.device)
-        lost = (self.pruned(samples) - target).square().sum()
+        targets = torch.cat([self.targets[sample] for sample in samples])
+        lost = (self.pruned(samples) - targets.to(self.pruned.device)).square().sum()
         loss = lost * self.per_norm
         if self.attention is not None:
             relative = self.attention(samples) * len(samples)
@@ -136,7 +136,7 @@ class _Objective:
 class _AttentionTerm:
     """Relative error of the attention matrices within two blocks, per sample.
 
-    Call it after the pruned block has run on the batch: it goes on from there.
+    Call it after the pruned block has run on the samples: it goes on from there.
     """
 
     def __init__(self, dense: Block, pruned: Block):
@@ -160,10 +160,10 @@ class _AttentionTerm:
             attention.register_forward_pre_hook(hook(name), with_kwargs=True)
         return seen
 
-    def __call__(self, batch: list[int]) -> Tensor:
+    def __call__(self, samples: list[int]) -> Tensor:
         total = torch.zeros((), device=self.pruned.device)
         with torch.no_grad():
-            self.dense(batch)
+            self.dense(samples)
         for name, replica in self.replicas.items():
             weights = self.pruned.module.get_submodule(name).named_parameters()
             args, kwargs = _in_float32(self.dense_inputs[name])

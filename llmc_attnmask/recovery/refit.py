@@ -98,13 +98,13 @@ def _normal_equations(
     """
     linears = dense.linears()
 
-    def terms(indices: list[int]) -> dict[str, Tensor] | None:
-        dense_calls, dense_output = _run(dense, indices, group, silent)
-        pruned_calls, output = _run(pruned, indices, group, silent)
+    def terms(samples: list[int]) -> dict[str, Tensor] | None:
+        dense_calls, dense_output = _run(dense, samples, group, silent)
+        pruned_calls, output = _run(pruned, samples, group, silent)
         if group[0] not in pruned_calls:
             return None  # an expert without tokens
         x = pruned_calls[group[0]][0]
-        everything = (len(indices), pruned.inputs.hidden.shape(indices[0])[1])
+        everything = (len(samples), pruned.inputs.hidden.shape(samples[0])[1])
         rows = x.flatten(0, -2).float()
         product = rows.T @ rows
         found = {_HESSIAN: product}
@@ -136,7 +136,7 @@ class _Reached(BaseException):
 
 
 def _run(
-    block: Block, indices: list[int], group: list[str], silent: list[str]
+    block: Block, samples: list[int], group: list[str], silent: list[str]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor | None]:
     """(input, output) of a group's Linears, and the block's output if some are silent.
 
@@ -144,7 +144,7 @@ def _run(
     """
     with _watched(block, group, silent) as seen:
         if silent:
-            return seen, block(indices)
+            return seen, block(samples)
 
         def stop(*_: Any) -> None:
             if seen.keys() >= set(group):
@@ -153,7 +153,7 @@ def _run(
         # registered after the recording ones, and called after them
         handles = [block.linears()[n].register_forward_hook(stop) for n in group]
         try:
-            block(indices)
+            block(samples)
         except _Reached:
             pass
         finally:
@@ -194,18 +194,18 @@ def _by_input(block: Block, names: list[str]) -> list[list[str]]:
     Linears that the first samples do not reach are left out.
     """
     first = [
-        u
-        for u in block.micro_batches
-        if u.index * u.size < MAX_MICRO_BATCH and u.samples
+        m
+        for m in block.micro_batches
+        if m.index * m.size < MAX_MICRO_BATCH and m.samples
     ]
-    seen = {u.index: _groups(block, names, list(u.samples)) for u in first}
-    by_unit: dict[int, list[list[str]]] = {}
+    seen = {m.index: _groups(block, names, list(m.samples)) for m in first}
+    by_index: dict[int, list[list[str]]] = {}
     for share in gathered(seen):
-        by_unit |= share
+        by_index |= share
     groups: list[list[str]] = []
     known: set[str] = set()
-    for index in sorted(by_unit):
-        for group in by_unit[index]:
+    for index in sorted(by_index):
+        for group in by_index[index]:
             if new := [name for name in group if name not in known]:
                 groups.append(new)
                 known |= set(new)

@@ -13,8 +13,8 @@ from llmc_attnmask.calibration.memory import MicroBatchRunner
 from llmc_attnmask.calibration.micro_batches import (
     MicroBatch,
     Sums,
-    count,
     minibatches,
+    sample_count,
 )
 from llmc_attnmask.distributed import all_sum_numbers
 
@@ -103,9 +103,9 @@ def mean_gradient(
         total += loss
         for key, gradient in zip(weights, gradients, strict=True):
             sums.add(key, gradient)
-    samples = count(micro_batches)
-    mean = all_sum_numbers(total)[0] / samples
-    return mean, {key: sum_.div_(samples) for key, sum_ in sums.totals().items()}
+    number = sample_count(micro_batches)
+    mean = all_sum_numbers(total)[0] / number
+    return mean, {key: term.div_(number) for key, term in sums.totals().items()}
 
 
 def non_finite(loss: float, gradients: Iterable[Tensor]) -> str | None:

@@ -14,7 +14,7 @@ from llmc_attnmask.attention.matrix import (
     probe_gradients,
 )
 from llmc_attnmask.attention.projections import Role
-from llmc_attnmask.calibration.micro_batches import MAX_MICRO_BATCH, Sums, count
+from llmc_attnmask.calibration.micro_batches import MAX_MICRO_BATCH, Sums, sample_count
 from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.solvers.attention_layer import AttentionLayer, Weights
 from llmc_attnmask.solvers.objective import Curvature, Objective
@@ -45,10 +45,11 @@ class MatrixObjective(Objective):
             sum(found.matrix for found in norms), sum(found.output for found in norms)
         )
         self.norms = AttentionNorms(matrix, output)
-        self.matrix_weight = (1 - output_weight) * count(self.validation) / matrix
+        number = sample_count(self.validation)
+        self.matrix_weight = (1 - output_weight) * number / matrix
         # an output projection of zeros lets no error through
         share = output_weight / output if output else 0.0
-        self.output_weight = share * count(self.validation)
+        self.output_weight = share * number
 
     @torch.no_grad()
     def validation_errors(self, candidates: Sequence[Weights]) -> list[AttentionNorms]:

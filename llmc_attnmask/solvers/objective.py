@@ -25,8 +25,8 @@ from llmc_attnmask.calibration.memory import MicroBatchRunner
 from llmc_attnmask.calibration.micro_batches import (
     MAX_MICRO_BATCH,
     MicroBatch,
-    count,
     micro_batches_of,
+    sample_count,
     train_validation_split,
 )
 from llmc_attnmask.distributed import all_sum_numbers
@@ -66,14 +66,14 @@ class Objective(ABC):
             return self.error(samples, weights).item()
 
         total = sum(error for _, error in self.runner(self.validation, run))
-        return all_sum_numbers(total)[0] / count(self.validation)
+        return all_sum_numbers(total)[0] / sample_count(self.validation)
 
     def gradient(
         self, micro_batches: Sequence[MicroBatch], weights: Weights
     ) -> tuple[float, dict[Role, Tensor]]:
-        """Mean relative error of some units' samples and its gradient, [rows, columns].
+        """Mean relative error of some micro-batches and its gradient, [rows, columns].
 
-        It is that of all ranks, each of which evaluates the units that it has.
+        It is that of all ranks, each of which evaluates those that it has.
         """
         leaves = {r: w.detach().requires_grad_() for r, w in weights.items()}
         return mean_gradient(

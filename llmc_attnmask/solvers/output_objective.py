@@ -8,7 +8,7 @@ from torch import Tensor
 from llmc_attnmask.attention.capture import AttentionCall
 from llmc_attnmask.attention.matrix import attention_context
 from llmc_attnmask.attention.projections import Role
-from llmc_attnmask.calibration.micro_batches import MAX_MICRO_BATCH, Sums, count
+from llmc_attnmask.calibration.micro_batches import MAX_MICRO_BATCH, Sums, sample_count
 from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.solvers.attention_layer import AttentionLayer, Weights
 from llmc_attnmask.solvers.objective import Curvature, Objective
@@ -36,7 +36,7 @@ class OutputObjective(Objective):
 
         norms = sum(norm for _, norm in self.runner(self.validation, run))
         (total,) = all_sum_numbers(norms)
-        self.weight = count(self.validation) / total if total else 0.0
+        self.weight = sample_count(self.validation) / total if total else 0.0
 
     def call(self, samples: list[int], weights: Weights | None = None) -> AttentionCall:
         return self.layer.call(samples, self.pruned | dict(weights or {}))

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
-from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.attention.capture import AttentionReplica
+from llmc_attnmask.calibration.inputs import ModuleInputs, UnbatchableArgumentError
 from llmc_attnmask.evaluation.attention_error import attention_inputs
 
 
@@ -61,7 +61,7 @@ def test_an_argument_without_batch_dimension_that_differs_is_refused():
     inputs = ModuleInputs()
     for i in range(2):
         inputs.append([torch.zeros(1, 5, 2)], {"scales": torch.full((3,), float(i))})
-    with pytest.raises(UnsupportedAttentionError, match=r"shape \(3,\) differs"):
+    with pytest.raises(UnbatchableArgumentError, match=r"shape \(3,\) differs"):
         inputs.batch([0, 1], torch.device("cpu"), torch.float32)
 
 

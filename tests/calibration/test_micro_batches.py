@@ -25,7 +25,7 @@ def collected(*lengths: int) -> ModuleInputs:
 
 
 @pytest.mark.parametrize(
-    ("samples", "length", "size"),
+    ("total", "length", "size"),
     [
         (128, 2048, 1),
         (128, 1024, 2),
@@ -36,8 +36,8 @@ def collected(*lengths: int) -> ModuleInputs:
         (1, 5, 1),
     ],
 )
-def test_units_are_few_tokens_and_there_are_enough_of_them(samples, length, size):
-    assert micro_batch_size(samples, length) == size
+def test_units_are_few_tokens_and_there_are_enough_of_them(total, length, size):
+    assert micro_batch_size(total, length) == size
 
 
 def test_every_sample_is_in_one_unit_of_its_own_length():
@@ -75,9 +75,9 @@ def test_fewer_samples_than_ranks_are_refused_with_the_number_that_would_do():
 def test_every_rank_judges_and_teaches_equally(world):
     train, validation = train_validation_split(micro_batches(64))
     assert len(validation) == 8
-    assert not {u.index for u in train} & {u.index for u in validation}
+    assert not {m.index for m in train} & {m.index for m in validation}
     for few in (train, validation):
-        by_rank = [sum(u.index % world == r for u in few) for r in range(world)]
+        by_rank = [sum(m.index % world == r for m in few) for r in range(world)]
         assert len(set(by_rank)) == 1
 
 
@@ -91,7 +91,7 @@ def test_an_epoch_of_minibatches_has_every_unit_once_and_ranks_have_equal_shares
     batches = minibatches(train, 8, torch.Generator().manual_seed(0))
     first, second = ([next(batches) for _ in range(7)] for _ in range(2))
     for epoch in (first, second):
-        assert sorted(u.index for b in epoch for u in b) == [u.index for u in train]
+        assert sorted(m.index for b in epoch for m in b) == [m.index for m in train]
         for batch in epoch:
             assert sorted(micro_batch.index % 8 for micro_batch in batch) == list(
                 range(8)
