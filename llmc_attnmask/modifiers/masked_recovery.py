@@ -32,8 +32,12 @@ from llmc_attnmask.distributed import (
     write_parameter,
 )
 from llmc_attnmask.modifiers.base import StoredModifier
-from llmc_attnmask.modifiers.fields import Names, check_finite
-from llmc_attnmask.recovery.block import Block, block_error, residual_norm
+from llmc_attnmask.modifiers.fields import Names, check_finite, listed
+from llmc_attnmask.recovery.block import (
+    Block,
+    block_error,
+    squared_residual_norm,
+)
 from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.recovery.refit import refit
 from llmc_attnmask.runlog.context import run_of
@@ -238,7 +242,7 @@ class MaskedRecoveryModifier(StoredModifier):
         kept = _masks(dense, pruned)
         if not kept:
             return []
-        norm = residual_norm(stream, targets)
+        norm = squared_residual_norm(stream, targets)
         errors = [block_error(pruned, targets)]
         before = {child: pruned.linears()[child].weight.clone() for child in kept}
         refit(dense, pruned, kept)

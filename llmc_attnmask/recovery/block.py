@@ -92,8 +92,14 @@ def block_error(pruned: Block, targets: Sequence[Tensor]) -> float:
     return all_sum_numbers(total)[0]
 
 
-def residual_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    """||Y - X||_F^2: what a block adds to its residual stream, to be relative to."""
+def squared_residual_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """||Y - X||_F^2, the square of the norm of what a block adds to its stream.
+
+    Over the samples of all ranks; a ``block_error`` is relative to it.
+
+    :param inputs: X, hidden states before the block, [1, L, D] of each sample
+    :param outputs: Y, those after it
+    """
     pairs = zip(inputs, outputs, strict=True)
     total = sum((y.float() - x.float()).square().sum().item() for x, y in pairs)
     return all_sum_numbers(total)[0]

@@ -56,7 +56,7 @@ def refine(
     pruned: Block,
     targets: Sequence[Tensor],
     start_error: float,
-    norm: float,
+    squared_norm: float,
     kept: dict[str, Tensor],
     settings: RefineSettings,
 ) -> Refinement:
@@ -64,7 +64,7 @@ def refine(
 
     :param start_error: ||Y~ - Y||_F^2 over all samples as it is
     :param targets: Y of every sample, [1, L, D]
-    :param norm: ||Y - X||_F^2 over all samples
+    :param squared_norm: ||Y - X||_F^2 over all samples
     :param kept: name of a Linear of the block -> bool [rows, columns]
     """
     linears = {name: pruned.linears()[name] for name in kept}
@@ -75,7 +75,7 @@ def refine(
         for name, linear in linears.items()
     ]
     micro_batches = micro_batches_of(pruned.inputs, settings.batch_size)
-    per_norm = sample_count(micro_batches) / norm
+    per_norm = sample_count(micro_batches) / squared_norm
     objective = _Objective(dense, pruned, targets, kept, per_norm, settings)
     fallback = descend(learned, micro_batches, objective.differentiate, settings)
     error = math.nan if fallback else block_error(pruned, targets)

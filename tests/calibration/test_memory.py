@@ -67,7 +67,7 @@ def test_short_memory_lets_a_block_recover_all_the_same(calibration, warnings):
             case.pruned,
             case.targets,
             start,
-            case.norm,
+            case.squared_norm,
             case.kept,
             settings,
         )

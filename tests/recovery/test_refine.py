@@ -31,7 +31,7 @@ def run(case: Case, **changes) -> float:
         case.pruned,
         case.targets,
         start_error,
-        case.norm,
+        case.squared_norm,
         case.kept,
         settings,
     )
@@ -108,7 +108,13 @@ def test_a_step_to_infinity_leaves_a_block_as_it_was(calibration, warnings):
     start = block_error(case.pruned, case.targets)
     settings = replace(SETTINGS, steps=3, learning_rate=math.inf, batch_size=8)
     found = refine(
-        case.dense, case.pruned, case.targets, start, case.norm, case.kept, settings
+        case.dense,
+        case.pruned,
+        case.targets,
+        start,
+        case.squared_norm,
+        case.kept,
+        settings,
     )
     assert found.error == start and found.fallback and warnings
     for name, linear in case.pruned.linears().items():

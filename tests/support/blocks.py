@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.recovery.block import Block, residual_norm
+from llmc_attnmask.recovery.block import Block, squared_residual_norm
 
 TWO_OF_FOUR = MaskStructure.parse("2:4")
 
@@ -20,7 +20,7 @@ class Case:
     dense: Block
     pruned: Block
     targets: list[Tensor]
-    norm: float
+    squared_norm: float
     kept: dict[str, Tensor]
 
 
@@ -40,8 +40,9 @@ def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> Case:
     device = torch.device("cpu")
     dense = Block(block, inputs, device, stream.hidden, dense_state)
     targets = dense.outputs()
-    norm = residual_norm(stream.hidden, targets)
-    return Case(dense, Block(block, inputs, device), targets, norm, kept)
+    squared_norm = squared_residual_norm(stream.hidden, targets)
+    pruned = Block(block, inputs, device)
+    return Case(dense, pruned, targets, squared_norm, kept)
 
 
 def inputs_of(
