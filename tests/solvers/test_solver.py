@@ -187,6 +187,13 @@ def test_the_l2_penalty_is_part_of_the_loss(layer):
     assert penalised.curve[0] - plain.curve[0] == pytest.approx(0.5, rel=0.4)
 
 
+def test_accuracy_mode_has_no_relaxed_mask_to_penalise(layer):
+    plain, penalised = (
+        solve(layer, steps=2, l2_penalty=p, update_weights=True) for p in (0.0, 2.0)
+    )
+    assert penalised.curve == plain.curve
+
+
 @pytest.mark.parametrize("update", [False, True])
 def test_a_gradient_that_is_no_number_keeps_the_best_mask(layer, update, warnings):
     calls = 0
