@@ -32,7 +32,7 @@ from llmc_attnmask.distributed import (
     write_parameter,
 )
 from llmc_attnmask.modifiers.base import StoredModifier
-from llmc_attnmask.modifiers.fields import Names, check_finite, listed
+from llmc_attnmask.modifiers.fields import Names, check_finite
 from llmc_attnmask.recovery.block import (
     Block,
     block_error,
