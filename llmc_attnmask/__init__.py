@@ -1,13 +1,13 @@
-"""Prune a language model's attention by learning the masks that keep softmax(QK^T).
+"""Prune language models with masks that keep the attention matrix softmax(QK^T).
 
-Importing the package registers its modifiers with llm-compressor, as soon as that is
-imported; a serving environment does without it.
+Importing the package registers its modifiers with llm-compressor as soon as that is
+imported. A serving environment does not need llm-compressor.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llmc_attnmask.upstream.registration import register
+from llmc_attnmask.upstream.registration import import_with_llm_compressor
 
 if TYPE_CHECKING:
     from llmc_attnmask.checkpoint.inspect import inspect
@@ -56,4 +56,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-register()
+import_with_llm_compressor("llmc_attnmask.modifiers")

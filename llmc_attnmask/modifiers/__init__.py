@@ -1,7 +1,7 @@
 """The modifiers, registered with llm-compressor so that recipes can name them.
 
-Importing this also installs the mask guard, which watches every modifier of a run, and
-a correction to the tracer.
+Importing them also installs the mask guard, which watches every modifier of a run, and
+a correction to llm-compressor's tracer (``upstream/``).
 """
 
 from llmcompressor.modifiers.factory import ModifierFactory

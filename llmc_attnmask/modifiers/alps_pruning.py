@@ -1,4 +1,4 @@
-"""``ALPSPruningModifier``: layer-wise pruning whose masks come from ADMM."""
+"""``ALPSPruningModifier``: llm-compressor's life cycle for layer-wise pruning."""
 
 from typing import Any
 
@@ -32,8 +32,9 @@ from llmc_attnmask.solvers.alps import LinearProblem, LinearSolution, prune_line
 
 class ALPSPruningModifier(StoredModifier):
     """
-    Prunes Linear layers on the error of their own output, as SparseGPT does, with masks
-    from ADMM and survivors solved to the optimum (https://arxiv.org/abs/2406.07831).
+    Prunes Linear layers on the error of their own output, as SparseGPT does. Masks come
+    from ADMM, and survivors are solved for by conjugate gradients
+    (https://arxiv.org/abs/2406.07831).
 
     Sample yaml:
 

@@ -1,4 +1,4 @@
-"""What the journal keeps of a pruned attention module, for the report to show."""
+"""What the journal records about a pruned attention module, for the report."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,11 +25,11 @@ def measurements(
     solutions: Sequence[MaskSolution],
     with_maps: bool,
 ) -> dict[str, Any]:
-    """JSON values; the report's schema says what each is.
+    """Measurements as JSON values, described in the report's schema.
 
     :param replica: the attention module, with its dense weights
     :param inputs: its calibration inputs, at least one sample
-    :param with_maps: whether attention matrices are kept
+    :param with_maps: whether to include attention maps
     """
     masks: dict[Role, Tensor] = {}
     weights: dict[Role, Tensor] = {}
@@ -56,7 +56,7 @@ def measurements(
 
 
 def joined(roles: Iterable[str]) -> str:
-    """Names of projections as one name: \"q and k\"."""
+    """Names of projections as one name, such as "q and k"."""
     return " and ".join(roles)
 
 
@@ -67,7 +67,7 @@ def _calls(
     projections: Mapping[Role, Projection],
     weights: Mapping[Role, Tensor],
 ) -> tuple[AttentionCall, AttentionCall]:
-    """The dense and the pruned softmax's inputs, of the last sample."""
+    """The inputs of the dense and of the pruned softmax, for the last sample."""
     args, kwargs = inputs.batch([len(inputs) - 1], replica.device, replica.dtype)
     parameters: dict[str, Tensor] = {}
     for role in ("q", "k"):

@@ -1,4 +1,4 @@
-"""The field ``storage`` of modifiers, and what it makes of ``save_pretrained``."""
+"""The common base of the modifiers: the field ``storage``, and their run."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.distributed import is_source
 from llmc_attnmask.runlog.context import described, end_run, run_of
 from llmc_attnmask.runlog.journal import run_metadata
-from llmc_attnmask.runlog.layer_log import summarise
+from llmc_attnmask.runlog.layer_log import summarize
 from llmc_attnmask.upstream.save import save_as
 
 
@@ -20,8 +20,8 @@ class StoredModifier(Modifier):
     Base of the modifiers that choose how the model's 2:4 layers are written when it is
     saved, by ``oneshot(output_dir=...)`` or ``save_pretrained``.
 
-    :param storage: "dense", zeros in place and a marker; or "sparse-24-bitmask". By
-        default what another modifier of the recipe asks for, or dense
+    :param storage: "dense", with zeros in place and a marker, or "sparse-24-bitmask".
+        Defaults to what another modifier of the recipe asks for, or dense
     """
 
     storage: Storage | None = None
@@ -30,7 +30,7 @@ class StoredModifier(Modifier):
 
     @property
     def done(self) -> dict[str, int]:
-        """Layers this modifier is through with -> how many of its modules changed."""
+        """Layers that are finished -> how many of their modules changed."""
         return self._done
 
     def initialize(self, state: State, **kwargs: Any) -> None:
@@ -49,12 +49,12 @@ class StoredModifier(Modifier):
         ours = [m for m in run_of(self).modifiers if isinstance(m, StoredModifier)]
         if self is ours[-1]:
             if is_source():
-                summarise(state.model)
+                summarize(state.model)
             end_run()
 
 
 def recipe_storage(modifiers: Iterable[Modifier]) -> Storage:
-    """The storage that a recipe's modifiers agree on.
+    """The storage that the modifiers of a recipe agree on.
 
     :raises ValueError: if they name more than one
     """
@@ -63,6 +63,6 @@ def recipe_storage(modifiers: Iterable[Modifier]) -> Storage:
     if len(named) > 1:
         raise ValueError(
             f"modifiers of the recipe ask for the storages {' and '.join(named)}; a "
-            "checkpoint has one: name it in one modifier"
+            "checkpoint has one storage, so name it in one modifier"
         )
     return named[0] if named else "dense"

@@ -1,4 +1,4 @@
-"""``MaskedGPTQModifier``: llm-compressor's GPTQ, with zeros that stay."""
+"""``MaskedGPTQModifier``: llm-compressor's GPTQ, which keeps zeros here."""
 
 from typing import ClassVar
 
@@ -15,11 +15,11 @@ from llmc_attnmask.upstream.gptq import quantizing_with
 
 class MaskedGPTQModifier(GPTQModifier, StoredModifier):
     """
-    GPTQ for pruned weights: exact zeros of the incoming weights stay zero, and what
-    the survivors' rounding costs is made up for by survivors only.
+    GPTQ for pruned weights: exact zeros stay zero, and only survivors compensate for
+    the survivors' rounding errors.
 
-    Fields, schemes and life cycle are ``GPTQModifier``'s. A weight without zeros is
-    quantized by ``GPTQModifier``'s own code, bit for bit.
+    Fields, schemes and life cycle are those of ``GPTQModifier``. A weight without zeros
+    is quantized by ``GPTQModifier``'s own code, bit for bit.
 
     Sample yaml:
 
@@ -45,7 +45,7 @@ class MaskedGPTQModifier(GPTQModifier, StoredModifier):
     keeps_masks: ClassVar[bool] = True
 
     def compress_module_list(self, module_list: list[nn.Module]) -> None:
-        if not module_list or is_distributed():  # there, every rank has its own list
+        if not module_list or is_distributed():  # every rank has a list of its own
             self._quantize(module_list)
             return
         others = f" and {len(module_list) - 1} more"

@@ -1,4 +1,4 @@
-"""``MaskedRecoveryModifier``: llm-compressor's life cycle around block recovery."""
+"""``MaskedRecoveryModifier``: llm-compressor's life cycle for block recovery."""
 
 import math
 import tempfile
@@ -50,11 +50,11 @@ from llmc_attnmask.upstream.mask_guard import modifiers_before
 class MaskedRecoveryModifier(StoredModifier):
     """
     Recovers what pruning lost: refines the surviving weights of each decoder block so
-    that its output comes close to the dense block's in the dense model. Masks stay as
-    the pruning modifiers before it in the recipe left them.
+    that its output comes close to that of the dense block in the dense model. The masks
+    of the pruning modifiers before it in the recipe stay as they are.
 
-    Survivors are first solved for Linear by Linear in closed form, then moved together
-    by gradient steps on the block's output.
+    Survivors are first solved for Linear by Linear, as a least-squares problem, then
+    refined together by gradient steps on the block's output.
 
     Sample yaml:
 
@@ -81,17 +81,18 @@ class MaskedRecoveryModifier(StoredModifier):
     - on_calibration_end
         - remove_hooks(), remove the temporary folder
 
-    :param steps: gradient steps per block; 0 stops after the closed form
-    :param learning_rate: Adam's, in standard deviations of each dense weight
+    :param steps: gradient steps per block; 0 stops after the least-squares solution
+    :param learning_rate: Adam's, in standard deviations of each Linear's dense weight
     :param batch_size: calibration samples per step, of any length
-    :param attention_weight: weight of the relative error of the attention matrices
-        beside that of the block's output
+    :param attention_weight: weight of the relative error of the attention matrices,
+        next to that of the block's output
     :param targets: decoder blocks to refine, by name, "re:" pattern or class. Defaults
         to all blocks with attention
     :param ignore: blocks to leave alone, likewise
-    :param seed: order of the calibration samples; same seed and machine, same bytes
+    :param seed: order of the calibration samples; the same seed on the same machine
+        gives the same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
-        memory, or "disk", in TMPDIR or /var/tmp. Results are the same
+        memory, or "disk", in TMPDIR or /var/tmp. The result is the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to what another modifier of the recipe asks for, or dense
     """
@@ -134,7 +135,7 @@ class MaskedRecoveryModifier(StoredModifier):
             if name in self._refined and zeros > 0.2:
                 raise ValueError(
                     f"{zeros:.0%} of the weights of {name} are zero before any "
-                    "modifier has run; recovery needs the dense model: put this "
+                    "modifier has run; recovery needs the dense model, so put this "
                     "modifier into the recipe that prunes it"
                 )
             if is_source():
@@ -144,17 +145,17 @@ class MaskedRecoveryModifier(StoredModifier):
         return True
 
     def _check_place(self) -> None:
-        """Refuse to come after quantization, whose rounded weights would move."""
+        """Refuse a place after quantization, whose rounded weights would change."""
         for modifier in modifiers_before(self):
             if isinstance(modifier, QuantizationMixin):
                 raise ValueError(
                     f"MaskedRecoveryModifier comes after {type(modifier).__name__} and "
-                    "would move rounded weights; put it before, right after the "
+                    "would change rounded weights; put it before that, right after the "
                     "pruning modifiers"
                 )
 
     def _check_attention(self) -> None:
-        """Refuse to weigh attention matrices that cannot be seen."""
+        """Refuse ``attention_weight`` for attention matrices that cannot be seen."""
         if not self.attention_weight:
             return
         for name in sorted(self._refined):
@@ -249,7 +250,7 @@ class MaskedRecoveryModifier(StoredModifier):
         errors.append(block_error(pruned, targets))
         fallback: str | None = None
         if not math.isfinite(errors[-1]):
-            fallback = f"the error after the closed form is {errors[-1]}"
+            fallback = f"the error after the least-squares solution is {errors[-1]}"
             logger.warning(
                 f"{layer.name}: {fallback}; the block stays as it was pruned"
             )

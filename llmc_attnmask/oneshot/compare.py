@@ -1,10 +1,10 @@
-"""Prune one model by every method on the same data and print one table.
+"""Prune one model with every method on the same data and print one table.
 
     python -m llmc_attnmask.oneshot.compare
 
-Without arguments it prunes the model that the package ships. The rows ``ours`` go the
-whole way a user goes: YAML recipe, ``oneshot``, checkpoint on disk, plain transformers.
-The peers prune the same projections with the same structure and calibration windows.
+Without arguments it prunes the model that the package ships. The rows ``ours`` take the
+path that users take: YAML recipe, ``oneshot``, checkpoint on disk, plain transformers.
+The baselines prune the same projections with the same structure on the same windows.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from llmc_attnmask.text.dataset import BUILTIN, load_texts
 from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
 
 _ROLES: tuple[Role, ...] = ("q", "k")
-_ERROR_WINDOWS = 128  # the attention error is measured on so many evaluation windows
+_ERROR_WINDOWS = 128  # evaluation windows for the attention error
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def compare(
     evaluation: Tensor,
     keep: Path | None = None,
 ) -> Iterator[Row]:
-    """Rows for dense, magnitude, Wanda, SparseGPT and the recipes, as measured.
+    """Measure dense, magnitude, Wanda, SparseGPT and the recipes, one row each.
 
-    :param recipes: recipes of ours for q and k; the peers take the first one's sparsity
-        and mask structure
+    :param recipes: with one AttentionMatrixPruningModifier each; the baselines take the
+        sparsity and mask structure of the first
     :param calibration: int64 [samples, length]
     :param evaluation: int64 [windows, length]
-    :param keep: folder in which each recipe's checkpoint stays, under the recipe's
-        name; by default they are measured and removed
+    :param keep: folder where each recipe's checkpoint stays, under the recipe's name;
+        by default it is removed after the measurement
     """
     tokenizer = read_tokenizer(model)
     dense = load_model(model)
@@ -140,16 +140,16 @@ def compare(
 def q_and_k_names(model: PreTrainedModel) -> list[str]:
     """Names of the Linears that are q or k, for modifiers that prune whole Linears.
 
-    :raises ValueError: if q or k is a part of a Linear
+    :raises ValueError: if q or k shares a Linear with other projections
     """
     targets = []
     for name, attention in attention_modules(model).items():
         projections = find_projections(attention)
         if not all(projections[role].whole for role in _ROLES):
             raise ValueError(
-                f"{name} has q or k in one Linear with others, of which the peers "
-                "cannot prune a part: choose a model with separate projections to "
-                "compare them"
+                f"{name} has q or k in one Linear with other projections, and the "
+                "baselines cannot prune a part of a Linear; choose a model with "
+                "separate projections"
             )
         targets += [f"{name}.{projections[role].child}" for role in _ROLES]
     return targets
@@ -161,7 +161,7 @@ def _attention_modifier(recipe: str | Path) -> AttentionMatrixPruningModifier:
     if len(found) != 1 or not isinstance(found[0].sparsity, float):
         raise ValueError(
             f"recipe {recipe} has {len(found)} AttentionMatrixPruningModifier; "
-            "expected one, with one sparsity for all layers, to compare with the peers"
+            "expected one, with one sparsity for all layers, to compare baselines with"
         )
     return found[0]
 

@@ -1,4 +1,4 @@
-"""Check a recipe before anything runs: llm-compressor drops what it does not know."""
+"""Check a recipe before it runs: llm-compressor drops what it does not know."""
 
 import re
 from collections.abc import Hashable
@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from llmc_attnmask.oneshot.shipped import recipes
 
-_BYTES = 1 << 20  # of a recipe at most: YAML takes seconds for a megabyte
-_NODES = 10_000  # of a recipe at most, with its aliases written out
+_BYTES = 1 << 20  # largest recipe: a megabyte of YAML takes seconds
+_NODES = 10_000  # most values of a recipe, with its aliases expanded
 _NUMBERED = re.compile(r"_stage_(\d+)\Z")
 _SHAPE = """expected this shape:
 
@@ -24,24 +24,24 @@ prune_stage:
 
 
 class RecipeError(ValueError):
-    """A recipe would not do what it says; the message names the place."""
+    """A recipe would not do what it says; the message says where."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what could not be a recipe before it takes more than the file does."""
+    """Refuses what cannot be a recipe before it takes more memory than its file."""
 
     def compose_document(self) -> yaml.Node | None:
         node = super().compose_document()
         if node is not None and _nodes(node, {}) > _NODES:
             raise yaml.constructor.ConstructorError(
-                problem=f"it has more than {_NODES} values, aliases written out",
+                problem=f"it has more than {_NODES} values, with aliases expanded",
                 problem_mark=node.start_mark,
             )
         return node
 
 
 def _nodes(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """How many values a node stands for when its aliases are written out."""
+    """How many values a node stands for when its aliases are expanded."""
     if node in known:
         if not known[node]:
             raise yaml.constructor.ConstructorError(
@@ -59,7 +59,7 @@ def _nodes(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    """Refuse a key that stands twice in one mapping, where YAML keeps the last."""
+    """Refuse a key that appears twice in one mapping, of which YAML keeps the last."""
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
@@ -67,8 +67,8 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
             continue  # refused below
         if key in seen:
             raise yaml.constructor.ConstructorError(
-                problem=f"{key!r} stands twice in one mapping, and only the last would "
-                "count",
+                problem=f"{key!r} appears twice in one mapping, and only the last "
+                "would count",
                 problem_mark=node.start_mark,
             )
         seen.add(key)
@@ -82,7 +82,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe and create its modifiers.
 
     :param path: a file, or the name of a recipe that the package ships
-    :raises RecipeError: for a file that is no YAML mapping, keys that llm-compressor
+    :raises RecipeError: for a file that is not a YAML mapping, keys that llm-compressor
         silently ignores, unknown modifiers and wrong fields
     """
     path = find_recipe(path)
@@ -96,7 +96,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"recipe {path}: {_described(error)}") from None
     except ValueError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
-    except Exception as error:  # stock modifiers check their fields as they happen to
+    except Exception as error:  # stock modifiers check their fields in many ways
         raise RecipeError(
             f"recipe {path} has fields that a modifier cannot take: "
             f"{type(error).__name__}: {error}"
@@ -126,12 +126,12 @@ def find_recipe(recipe: str | Path) -> Path:
 def _with_stages(path: Path, content: dict[Any, Any]) -> dict[Any, Any]:
     """The content with stages named so that llm-compressor reads them.
 
-    Its own recipe.yaml of a second run numbers them, ``default_stage_0``, and its
-    reader drops those.
+    The recipe.yaml that it writes after a second run has numbered stages, such as
+    ``default_stage_0``, which its own reader drops.
     """
     renamed = {_NUMBERED.sub(r"_\1_stage", str(k)): v for k, v in content.items()}
     if len(renamed) < len(content):
-        raise RecipeError(f"recipe {path} has two stages of one name")
+        raise RecipeError(f"recipe {path} has two stages with the same name")
     return renamed
 
 
@@ -145,8 +145,8 @@ def _read(path: Path) -> Any:
     except OSError:
         raise
     except RecursionError:
-        raise RecipeError(f"recipe {path} is nested too deep") from None
-    except Exception as error:  # PyYAML's of every kind, for scalars that are none
+        raise RecipeError(f"recipe {path} is nested too deeply") from None
+    except Exception as error:  # PyYAML raises any kind for scalars unlike their tag
         raise RecipeError(
             f"recipe {path} has a value that does not fit its tag: "
             f"{type(error).__name__}: {error}"
@@ -156,7 +156,7 @@ def _read(path: Path) -> Any:
 def _check_shape(path: Path, content: object) -> None:
     if not isinstance(content, dict) or not content:
         raise RecipeError(
-            f"recipe {path} is not a mapping but {type(content).__name__}; {_SHAPE}"
+            f"recipe {path} is a {type(content).__name__}, not a mapping; {_SHAPE}"
         )
     for stage, groups in content.items():
         if stage == "args":
@@ -174,10 +174,10 @@ def _check_shape(path: Path, content: object) -> None:
                     _reject(path, repr(f"{place}.{name}"), "a modifier over its fields")
 
 
-def _reject(path: Path, place: str, wanted: str) -> None:
+def _reject(path: Path, place: str, expected: str) -> None:
     raise RecipeError(
         f"recipe {path}: llm-compressor would silently drop {place}, which is not "
-        f"{wanted}; {_SHAPE}"
+        f"{expected}; {_SHAPE}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the package ships so that nothing need be downloaded: a tiny model, text."""
+"""A tiny model and recipes that the package ships."""
 
 from pathlib import Path
 
@@ -12,6 +12,6 @@ _PLACES = (_BUILTIN / "recipes", Path(__file__).parents[2] / "recipes")
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes that the package ships, name -> file."""
+    """The recipes that the package ships: name -> file."""
     folder = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -1,6 +1,7 @@
-"""What a run did, layer by layer: modifiers write it, the report reads it.
+"""The journal of a run, layer by layer: modifiers write it, the report reads it.
 
-It goes with the model in memory, as plain attributes: copies of the model have theirs.
+It is kept with the model in memory, as plain attributes, so a copy of the model has a
+journal of its own.
 """
 
 from dataclasses import dataclass, field
@@ -27,17 +28,17 @@ def note(model: nn.Module, modifier: str, layer: str, **measurements: Any) -> No
 
 
 def entries(model: nn.Module) -> list[Entry]:
-    """The journal of a model, oldest entry first; to be read, or added to."""
+    """The journal of a model, oldest entry first, to read or to add to."""
     if not hasattr(model, _ENTRIES):
         setattr(model, _ENTRIES, [])
     return getattr(model, _ENTRIES)
 
 
 def run_metadata(model: nn.Module) -> dict[str, Any]:
-    """What is known of the run as a whole; to be read, or added to.
+    """What is known about the run as a whole, to read or to add to.
 
-    ``modifiers``: name and fields of each; ``warnings``: their texts; ``options``: what
-    the run was started with. JSON values only.
+    ``modifiers``: name and fields of each; ``warnings``: their texts; ``options``: the
+    arguments the run was started with. JSON values only.
     """
     if not hasattr(model, _METADATA):
         setattr(model, _METADATA, {})

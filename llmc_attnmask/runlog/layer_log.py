@@ -1,4 +1,4 @@
-"""One line per layer, one entry in the journal, and a summary at the end of a run."""
+"""A log line and a journal entry per layer, and a summary at the end of a run."""
 
 import resource
 import sys
@@ -17,7 +17,7 @@ from llmc_attnmask.runlog.wording import duration
 
 
 class LayerLog:
-    """A layer in work: made when that begins, ``done`` when it ends."""
+    """Times the work on one layer: created when it begins, ``done`` when it ends."""
 
     def __init__(self, model: nn.Module, modifier: Modifier, name: str):
         self.model, self.modifier, self.name = model, modifier, name
@@ -31,13 +31,13 @@ class LayerLog:
         entries: int,
         **measurements: Any,
     ) -> None:
-        """Note what was done in the journal and log one line, of one process.
+        """Add the layer to the journal and, in one process, log a line about it.
 
         :param device: where it was computed
-        :param errors: what is measured -> its error, first to last
+        :param errors: what is measured -> its errors, from first to last
         :param zeros: pruned entries
-        :param entries: all entries of the weights that were worked on
-        :param measurements: more for the journal, JSON values
+        :param entries: all entries of the weights that were pruned or refined
+        :param measurements: for the journal, JSON values
         """
         seconds = time.perf_counter() - self._start
         peak = peak_memory(device)
@@ -67,15 +67,15 @@ class LayerLog:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch had on a GPU, or that this process had in memory."""
+    """Peak bytes that torch allocated on a GPU, or that this process had in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def summarise(model: nn.Module) -> None:
-    """Log what the modifiers of the journal did, one line each, and what comes next."""
+def summarize(model: nn.Module) -> None:
+    """Log what each modifier in the journal did, one line each, and what to do next."""
     by_modifier: dict[str, list[Entry]] = {}
     for entry in entries(model):
         by_modifier.setdefault(entry.modifier, []).append(entry)

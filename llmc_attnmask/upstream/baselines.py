@@ -1,6 +1,6 @@
-"""What other methods would make of the same weights: the report compares with them.
+"""Other methods on the same weights, for the report to compare with.
 
-Wanda and SparseGPT are llm-compressor's own code, with the fields' defaults.
+Wanda and SparseGPT are llm-compressor's own code, with its default fields.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Baseline = Callable[[Tensor, Tensor], Tensor]
 def baselines(structure: MaskStructure, sparsity: float) -> dict[str, Baseline]:
     """Name -> function of a dense weight [rows, columns] and X^T X [columns, columns].
 
-    Each returns the pruned weight and leaves its arguments as they were.
+    Each returns the pruned weight and leaves its arguments unchanged.
     """
     problem = (structure, sparsity)
     return {
@@ -54,7 +54,9 @@ def _sparsegpt(
 ) -> Tensor:
     linear = _linear(weight)
     fields = SparseGPTModifier.model_fields
-    logger.disable(sgpt_sparsify.__name__)  # its advice is for its own modifier's users
+    logger.disable(
+        sgpt_sparsify.__name__
+    )  # its advice is for users of its own modifier
     try:
         _, pruned = sgpt_sparsify.sparsify_weight(
             module=linear,

@@ -1,11 +1,11 @@
-"""What a modifier of a run has pruned, no later one fills in again.
+"""No modifier of a run fills in what an earlier one pruned.
 
-llm-compressor knows no masks: a modifier after the pruning one may write whatever it
-likes, and since 0.13 its GPTQ does. Whatever modifiers do to a model they do within
-``Modifier.initialize``, ``update_event`` and ``finalize``; importing this package
-wraps these three. Masks are noted after whoever prunes, stock modifiers too, and
-checked after everybody, so that the one who broke one is known. A modifier that is
-known to break them is refused before anything is calibrated.
+llm-compressor has no notion of masks: a modifier after the pruning one may write
+anything, and since 0.13 its GPTQ does. Modifiers change a model only within
+``Modifier.initialize``, ``update_event`` and ``finalize``, so these three are wrapped.
+Masks are recorded after every modifier that prunes, stock ones included, and checked
+after every modifier, so an error can name the one that broke a mask. A modifier that is
+known to break masks is refused before anything is calibrated.
 """
 
 import functools
@@ -40,19 +40,19 @@ _WRITING_EVENTS = {
 
 
 class MaskBrokenError(ValueError):
-    """A modifier has filled in, or would fill in, what an earlier one pruned."""
+    """A modifier has overwritten, or would overwrite, what an earlier one pruned."""
 
 
 @runtime_checkable
 class Pruner(Protocol):
-    """One of our pruning modifiers; it notes its masks itself, with ``set_mask``."""
+    """A pruning modifier of this package; it records its masks with ``set_mask``."""
 
     def linears_to_prune(self) -> Iterable[nn.Module]:
-        """What it will prune, known once it is initialized."""
+        """The modules it will prune, known once it is initialized."""
 
 
 def install() -> None:
-    """Wrap the life cycle of every modifier; once, however often it is called."""
+    """Wrap the life cycle of every modifier; further calls have no effect."""
     _wrap("initialize", _initialize)
     _wrap("update_event", _update_event)
     _wrap("finalize", _finalize)
@@ -120,9 +120,9 @@ def modifiers_before(modifier: Modifier) -> list[Modifier]:
 
 @torch.no_grad()
 def _find_masks(model: nn.Module) -> None:
-    """Masks that the model comes with; those that its weights do not fit are dropped.
+    """Record the masks that the model comes with, and drop those it does not match.
 
-    Quantized weights have none: their integers' zeros need not be zero.
+    Quantized weights have none: a zero among their integers need not mean zero.
     """
     for module in model.modules():
         weight = cast(Tensor | None, getattr(module, "weight", None))
@@ -133,7 +133,7 @@ def _find_masks(model: nn.Module) -> None:
         if kept is not None and (
             weight.shape != kept.shape or count_violations(module)
         ):
-            clear_mask(module)  # other weights were loaded since
+            clear_mask(module)  # other weights have been loaded since
             kept = None
         if kept is None and isinstance(module, nn.Linear):
             kept = detect_mask(weight)
@@ -142,20 +142,20 @@ def _find_masks(model: nn.Module) -> None:
 
 
 def _refuse_racer(modifier: Modifier) -> None:
-    """Stock pruning modifiers know nothing of other ranks: each would write its own."""
+    """Refuse stock pruning modifiers in several processes: each would write its own."""
     if isinstance(modifier, SparsityModifierBase) and world_size() > 1:
         raise ValueError(
             f"{type(modifier).__name__} cannot run in {world_size()} processes: it "
-            "sees one rank's samples only, and all ranks write to the same weights; "
-            "use ALPSPruningModifier, which has the fields sparsity, mask_structure, "
-            "targets and ignore, too, or run it in one process"
+            "sees the samples of one rank only, and all ranks write to the same "
+            "weights; use ALPSPruningModifier, which also has the fields sparsity, "
+            "mask_structure, targets and ignore, or run it in one process"
         )
 
 
 def _refuse_breaker(
     modifier: Modifier, model: nn.Module, earlier: list[Modifier]
 ) -> None:
-    """GPTQ would fill in pruned entries: say so before it calibrates."""
+    """Refuse GPTQ, which would overwrite pruned entries, before it calibrates."""
     if not isinstance(modifier, GPTQModifier) or getattr(modifier, "keeps_masks", None):
         return
     pruners: dict[nn.Module, str] = {}
@@ -174,7 +174,7 @@ def _refuse_breaker(
         names = [modifier._module_names[module] for module in broken]
         by = listed(sorted({pruners[module] for module in broken}))
         raise MaskBrokenError(
-            f"{type(modifier).__name__} would fill in the pruned entries of "
+            f"{type(modifier).__name__} would overwrite the pruned entries of "
             f"{len(broken)} layers ({listed(names, most=3)}), pruned by {by}; use "
             "MaskedGPTQModifier, which has the same fields, or QuantizationModifier "
             "(round to nearest): both keep zeros"
@@ -182,7 +182,7 @@ def _refuse_breaker(
 
 
 def _linears_to_prune(modifier: Modifier) -> Iterable[nn.Module]:
-    """What a modifier prunes; nothing if it is no pruning modifier.
+    """The modules that a modifier prunes; none if it is not a pruning modifier.
 
     Stock MagnitudePruningModifier and ConstantPruningModifier are for training: in a
     oneshot they change nothing.
@@ -190,7 +190,7 @@ def _linears_to_prune(modifier: Modifier) -> Iterable[nn.Module]:
     if isinstance(modifier, Pruner):
         yield from modifier.linears_to_prune()
     elif isinstance(modifier, SparsityModifierBase) and modifier.sparsity:
-        # as its on_calibration_start does, the odd names included
+        # as its on_calibration_start does, including the unusual names
         for name, layer in modifier._target_layers.items():
             for child, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES):
                 if not match_targets(f"{name}.{child}", module, modifier.ignore):
@@ -201,7 +201,7 @@ def _linears_to_prune(modifier: Modifier) -> Iterable[nn.Module]:
 def _check(
     modifier: Modifier, model: nn.Module, modules: list[nn.Module] | None = None
 ) -> None:
-    """Hold the model, or some modules of it, against the masks."""
+    """Compare the model, or some modules of it, with the masks."""
     for module in model.modules() if modules is None else modules:
         if count := count_violations(module):
             for member in [modifier, *_recipe()]:
@@ -211,7 +211,7 @@ def _check(
 
 @torch.no_grad()
 def _note(modifier: Modifier, modules: list[nn.Module]) -> None:
-    """Remember what a stock modifier has just pruned; ours do so themselves."""
+    """Record what a stock modifier has just pruned; this package's do so themselves."""
     if isinstance(modifier, Pruner):
         return
     pruned = set(_linears_to_prune(modifier))
@@ -242,6 +242,6 @@ def _broken(
             "MaskedGPTQModifier or QuantizationModifier, which keep zeros"
         )
     return (
-        f"{type(modifier).__name__} has filled in {count} of the "
+        f"{type(modifier).__name__} has overwritten {count} of the "
         f"{int((~kept).sum())} pruned entries of {name}; {advice}"
     )

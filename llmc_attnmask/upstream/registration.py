@@ -1,4 +1,4 @@
-"""Registers the modifiers with llm-compressor, once that is imported.
+"""Modifiers are registered with llm-compressor once that is imported.
 
 Importing llm-compressor takes seconds and hundreds of megabytes, which reading and
 converting checkpoints need not pay.
@@ -16,15 +16,23 @@ from types import ModuleType
 _HOST = "llmcompressor"
 
 
-def register() -> None:
-    """Register now, or right after llm-compressor's own import."""
+def import_with_llm_compressor(module: str) -> None:
+    """Import a module right after llm-compressor, or now if that is imported already.
+
+    :param module: name of the module, which registers what it defines
+    """
     if _HOST in sys.modules:
-        import_module("llmc_attnmask.modifiers")
+        import_module(module)
     else:
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _Finder(module))
 
 
 class _Finder(MetaPathFinder):
+    """Finds llm-compressor as usual, and adds an import to its loading."""
+
+    def __init__(self, module: str):
+        self.module = module
+
     def find_spec(
         self,
         name: str,
@@ -45,7 +53,7 @@ class _Finder(MetaPathFinder):
                 execute(module)
                 from llmcompressor.logger import configure_logger
 
-                import_module("llmc_attnmask.modifiers")
+                import_module(self.module)
             configure_logger()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -23,15 +23,15 @@ from llmc_attnmask.checkpoint.store import store
 from llmc_attnmask.distributed import barrier, is_source
 from llmc_attnmask.report.files import save_hook
 
-# A shard is mapped into memory whole: when it is checked and, of a model on disk, when
+# A whole shard is mapped into memory when it is checked and, for a model on disk, when
 # it is written. llm-compressor's own default is 20 GB.
 _MAX_SHARD_SIZE = "1GB"
 
 
 class _SaveAs:
-    """``save_pretrained`` of one model, in place of llm-compressor's around it."""
+    """The ``save_pretrained`` of one model, which wraps llm-compressor's."""
 
-    # llm-compressor's sign that it has wrapped a model already
+    # by which llm-compressor knows that it has wrapped a model already
     _overridden = True
 
     def __init__(
@@ -76,11 +76,11 @@ def save_as(model: PreTrainedModel, storage: Storage) -> None:
 
 
 def _restore_experts(model: PreTrainedModel) -> None:
-    """Undo what ``oneshot`` does to experts, where the result could not be loaded.
+    """Fuse experts again that ``oneshot`` has split, if they could not be loaded.
 
-    It splits fused experts into Linears. transformers reads checkpoints of some models
-    in that form; of others it would take random weights instead. Quantized experts stay
-    Linears, which is the form that servers read.
+    For some models transformers reads checkpoints with experts split into Linears; for
+    others it would use random weights instead. Quantized experts stay Linears, the form
+    that servers read.
     """
     quantized = any(hasattr(m, "quantization_scheme") for m in model.modules())
     if quantized or has_linearize_load_mappings(model.config.model_type):
@@ -88,7 +88,7 @@ def _restore_experts(model: PreTrainedModel) -> None:
     for name, split in get_linearized_moes(model):
         fused = cast(nn.Module, split.to_experts_module())
         if isinstance(split, GptOssLinearExperts):
-            # upstream puts gate and up side by side, but here they alternate
+            # upstream puts gate and up side by side, but in this model they alternate
             for parameter in ("gate_up_proj", "gate_up_proj_bias"):
                 halves = getattr(fused, parameter).detach().unflatten(-1, (2, -1))
                 alternating = halves.transpose(-1, -2).flatten(-2)

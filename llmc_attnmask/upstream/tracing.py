@@ -1,10 +1,9 @@
-"""A correction to llm-compressor's tracer, without which some models forget the future
-is hidden.
+"""A correction to llm-compressor's tracer, which lets some models lose their mask.
 
-Mistral, Mixtral, Phi-3, Qwen3-MoE, Starcoder2 and others call their mask function in a
-way that ends up in the traced graph, with a config built anew. llm-compressor 0.14.0.1
-builds it without the attention implementation, for which transformers then makes no
-mask: the model is calibrated with every token attending to all that follow.
+The traced graphs of Mistral, Mixtral, Phi-3, Qwen3-MoE, Starcoder2 and others call the
+mask function with a rebuilt config. llm-compressor 0.14.0.1 rebuilds it without the
+attention implementation, for which transformers then creates no mask, and the model is
+calibrated with every token attending to all that follow it.
 """
 
 import functools
@@ -16,7 +15,7 @@ from transformers import PretrainedConfig
 
 
 def keep_attention_implementation() -> None:
-    """Let configs in traced graphs keep it; safe to call again."""
+    """Keep it in the configs of traced graphs; further calls have no effect."""
     create_arg = SequentialTracer.create_arg
     if hasattr(create_arg, "__wrapped__"):
         return

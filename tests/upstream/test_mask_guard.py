@@ -112,7 +112,7 @@ def test_stock_gptq_after_pruning_is_refused_before_anything_is_calibrated(
     run, calibrations, pruner, layers
 ):
     message = (
-        rf"^GPTQModifier would fill in the pruned entries of {layers} layers \(model"
+        rf"^GPTQModifier would overwrite the pruned entries of {layers} layers \(model"
         rf".*pruned by {type(pruner).__name__}; use MaskedGPTQModifier"
     )
     with pytest.raises(MaskBrokenError, match=message):
@@ -142,7 +142,7 @@ def test_stock_gptq_on_a_checkpoint_that_an_earlier_run_pruned_is_refused(
 def test_whoever_fills_in_an_entry_is_named_with_the_layer_and_the_count(run, stage):
     model = tiny()
     message = (
-        r"^FillsIn has filled in 1 of the \d+ pruned entries of "
+        r"^FillsIn has overwritten 1 of the \d+ pruned entries of "
         r"model\.layers\.2\.self_attn\.k_proj; .* MaskedGPTQModifier"
     )
     with pytest.raises(MaskBrokenError, match=message):
@@ -151,7 +151,7 @@ def test_whoever_fills_in_an_entry_is_named_with_the_layer_and_the_count(run, st
 
 
 def test_a_rotation_after_pruning_is_found_out(run):
-    with pytest.raises(MaskBrokenError, match=r"^SpinQuantModifier has filled in"):
+    with pytest.raises(MaskBrokenError, match=r"^SpinQuantModifier has overwritten"):
         run(
             attention(),
             SpinQuantModifier(rotations=["R1"], transform_type="random-matrix"),
@@ -165,7 +165,7 @@ def test_a_second_pruning_of_a_layer_may_prune_more_but_not_less(run):
     assert get_mask(linear).float().mean() == pytest.approx(0.25, abs=0.01)
     assert torch.equal(get_mask(linear), linear.weight != 0)
     less = SparseGPTModifier(**SHAPE, **targets("q"))
-    message = r"^SparseGPTModifier has filled in .* or set its preserve_sparsity_mask"
+    message = r"^SparseGPTModifier has overwritten .* or set its preserve_sparsity_mask"
     with pytest.raises(MaskBrokenError, match=message):
         run(attention(mask_structure="0:0"), less)
 
@@ -243,5 +243,5 @@ def test_masks_are_watched_in_every_pipeline(pipeline, calibration):
         )
 
     once(attention(), few(MaskedGPTQModifier))
-    with pytest.raises(MaskBrokenError, match=r"^FillsIn has filled in 1 of"):
+    with pytest.raises(MaskBrokenError, match=r"^FillsIn has overwritten 1 of"):
         once(attention(), FillsIn(stage="calibration_end"))
