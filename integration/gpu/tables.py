@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from integration.gpu import record, wanted
+from integration.gpu import record, targets
 from integration.gpu.figures import DTYPES, NOT_YET, Figures
 from integration.gpu.record import Row
 
@@ -38,10 +38,10 @@ def state(figures: Figures) -> str:
     return f"Measured on {', '.join(dates)}."
 
 
-def targets(figures: Figures) -> str:
+def reached(figures: Figures) -> str:
     return table(
-        ("what", "wanted", "reached"),
-        ((row.what, row.wanted, row.reached(figures)) for row in wanted.TABLE),
+        ("what", "target", "reached"),
+        ((row.what, row.target, row.reached(figures)) for row in targets.TABLE),
         left=3,
     )
 
@@ -306,5 +306,5 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "gpu-pruning": ("Pruning", pruning),
     "gpu-counters": ("Hardware counters", counters),
     "gpu-failed": ("Failed or left out", failures),
-    "gpu-wanted": ("Wanted and reached", targets),
+    "gpu-targets": ("Targets", reached),
 }

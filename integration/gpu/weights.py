@@ -69,7 +69,7 @@ def random_values(rows: int, columns: int, dtype: torch.dtype, device: str) -> T
 
 
 def random_weight(rows: int, columns: int, dtype: torch.dtype, device: str) -> Weight:
-    """Two of four kept at random places."""
+    """Two of four kept at random indices."""
     dense = random_values(rows, columns, dtype, device)
     choice = torch.randint(len(_PAIRS), (rows, columns // 4), device=device)
     pruned = ~_PAIRS.to(device)[choice].view(rows, columns)

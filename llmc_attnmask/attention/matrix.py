@@ -11,13 +11,13 @@ With G = dE/dA~ the gradient through the softmax is P = A~ o (G - rowsum(A~ o G)
 paper's P = F o C - diag((F o C) 1) F for G = C, and dE/dQ~ = scaling * P K~,
 dE/dK~ = scaling * P^T Q~ summed over the query heads that share a key head.
 
-Everything is computed in blocks of query rows, so memory does not grow with L^2. On a
-GPU the error and its gradient come from the kernels in ``fused.py`` instead, where
-``fused_choice.py`` says so.
+Everything is computed in blocks of query rows (``softmax.py``), so memory does not grow
+with L^2. On a GPU the error and its gradient come from the kernels in ``fused.py``
+instead, where ``fused_choice.py`` says so.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +26,14 @@ from torch.autograd.function import once_differentiable
 
 from llmc_attnmask.attention.capture import AttentionCall
 from llmc_attnmask.attention.fused_choice import fusible as _fusible
-from llmc_attnmask.attention.visibility import key_ranges
-
-# Elements of A alive in one block. Small blocks stay in a CPU's cache and skip more of
-# the causally masked half; a GPU wants larger ones.
-_BLOCK_ELEMENTS = {"cpu": 2**18}
-_LEAST_ROWS = 32  # with fewer, many heads would make blocks too small to be efficient
-_BLOCK_ELEMENTS_ACCELERATOR = 2**25
+from llmc_attnmask.attention.softmax import (
+    attention_blocks,
+    block_logits,
+    block_softmax,
+    grouped,
+    row_blocks,
+    through_softmax,
+)
 
 
 class AttentionNorms(NamedTuple):
@@ -51,7 +52,7 @@ def attention_norms(
     """
     matrix = output = 0.0
     with torch.no_grad():
-        for _, attention in _attention_blocks(call):
+        for _, attention in attention_blocks(call):
             matrix += attention.square().sum().item()
             if output_projection is not None:
                 reached = _to_output(attention, call, output_projection)
@@ -65,8 +66,8 @@ def first_rows(call: AttentionCall, rows: int) -> Tensor:
     :return: [B, H, min(rows, L), L]
     """
     first = slice(0, min(rows, call.query.shape[2]))
-    logits, _ = _logits(call, call.query, call.key, first, call.key.shape[2])
-    return _per_head(_softmax(logits, call), call)
+    logits, _ = block_logits(call, call.query, call.key, first, call.key.shape[2])
+    return _per_head(block_softmax(logits, call), call)
 
 
 @torch.no_grad()
@@ -82,9 +83,11 @@ def attention_changes(
     :param output_projection: [D, H * dv] weight of o_proj
     """
     sums = [[0.0, 0.0] for _ in pruned]
-    for rows, columns in _blocks(reference):
+    for rows, columns in row_blocks(reference):
         dense, *others = (
-            _softmax(_logits(reference, c.query, c.key, rows, columns)[0], reference)
+            block_softmax(
+                block_logits(reference, c.query, c.key, rows, columns)[0], reference
+            )
             for c in (reference, *pruned)
         )
         for total, attention in zip(sums, others, strict=True):
@@ -137,13 +140,15 @@ class _AttentionError(torch.autograd.Function):
         error = query.new_zeros(())
         query_gradient = torch.zeros_like(query)
         key_gradient = torch.zeros_like(key)
-        for rows, columns in _blocks(reference):
-            dense = _softmax(
-                _logits(reference, reference.query, reference.key, rows, columns)[0],
+        for rows, columns in row_blocks(reference):
+            dense = block_softmax(
+                block_logits(reference, reference.query, reference.key, rows, columns)[
+                    0
+                ],
                 reference,
             )
-            logits, slope = _logits(reference, query, key, rows, columns)
-            pruned = _softmax(logits, reference)
+            logits, slope = block_logits(reference, query, key, rows, columns)
+            pruned = block_softmax(logits, reference)
             change = pruned - dense
             gradient = torch.zeros_like(change)
             if matrix_weight:
@@ -157,7 +162,7 @@ class _AttentionError(torch.autograd.Function):
                 )
             if not need_gradient:
                 continue
-            inner = _through_softmax(pruned, gradient, slope, reference)
+            inner = through_softmax(pruned, gradient, slope, reference)
             query_gradient[:, :, rows] = _to_query(inner, key)
             key_gradient[:, :, :columns] += _to_key(inner, query[:, :, rows])
         if need_gradient:
@@ -190,15 +195,15 @@ def probe_gradients(
     """
     query_gradient = torch.zeros_like(call.query)
     key_gradient = torch.zeros_like(call.key)
-    for rows, columns in _blocks(call):
-        logits, slope = _logits(call, call.query, call.key, rows, columns)
-        attention = _softmax(logits, call)
+    for rows, columns in row_blocks(call):
+        logits, slope = block_logits(call, call.query, call.key, rows, columns)
+        attention = block_softmax(logits, call)
         gradient = math.sqrt(matrix_weight) * _signs(attention.shape, generator, call)
         if output_weight:
             shape = (call.query.shape[0], logits.shape[-2], output_projection.shape[0])
             probe = math.sqrt(output_weight) * _signs(shape, generator, call)
             gradient += _from_output(probe, call, output_projection, columns)
-        inner = _through_softmax(attention, gradient, slope, call)
+        inner = through_softmax(attention, gradient, slope, call)
         query_gradient[:, :, rows] = _to_query(inner, call.key)
         key_gradient[:, :, :columns] += _to_key(inner, call.query[:, :, rows])
     return query_gradient, key_gradient
@@ -229,7 +234,7 @@ class _AttentionContext(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, call: AttentionCall) -> Tensor:
         ctx.call = call
         mixed = torch.cat(
-            [_mixed(attention, value) for _, attention in _attention_blocks(call)],
+            [_mixed(attention, value) for _, attention in attention_blocks(call)],
             dim=2,
         )
         return mixed.transpose(1, 2).flatten(2)
@@ -241,28 +246,11 @@ class _AttentionContext(torch.autograd.Function):
         heads, groups = call.query.shape[1], call.value.shape[1]
         per_head = upstream.unflatten(-1, (heads, -1)).transpose(1, 2)
         gradient = torch.zeros_like(call.value)
-        for rows, attention in _attention_blocks(call):
-            per_group = _grouped(per_head[:, :, rows], groups).flatten(2, 3)
+        for rows, attention in attention_blocks(call):
+            per_group = grouped(per_head[:, :, rows], groups).flatten(2, 3)
             columns = attention.shape[-1]
             gradient[:, :, :columns] += attention.flatten(2, 3).mT @ per_group
         return gradient, None
-
-
-def _attention_blocks(call: AttentionCall) -> Iterator[tuple[slice, Tensor]]:
-    """A block by block: rows, [B, G, H/G, rows, columns]."""
-    for rows, columns in _blocks(call):
-        logits, _ = _logits(call, call.query, call.key, rows, columns)
-        yield rows, _softmax(logits, call)
-
-
-def _blocks(call: AttentionCall) -> Iterator[tuple[slice, int]]:
-    """Query rows and how many leading keys they can see; causal masks hide the rest."""
-    batch, heads, rows, _ = call.query.shape
-    budget = _BLOCK_ELEMENTS.get(call.query.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
-    size = max(_LEAST_ROWS, budget // (batch * heads * call.key.shape[2]))
-    visible = key_ranges(call, size)[:, 1].tolist()
-    for start, columns in zip(range(0, rows, size), visible, strict=True):
-        yield slice(start, min(start + size, rows)), columns
 
 
 def _fused(
@@ -276,63 +264,9 @@ def _fused(
     return error_and_gradient(reference, query, *arguments)
 
 
-def _mask_rows(mask: Tensor, rows: slice) -> Tensor:
-    # one row for all queries is how a bidirectional model hides padding
-    return mask if mask.shape[-2] == 1 else mask[..., rows, :]
-
-
-def _grouped(per_head: Tensor, groups: int) -> Tensor:
-    """[B, H, ...] -> [B, G, H/G, ...]: query heads beside the key head they share."""
-    return per_head.unflatten(1, (groups, -1))
-
-
 def _per_head(grouped: Tensor, call: AttentionCall) -> Tensor:
     """[B, G, H/G, rows, columns] -> [B, H, rows, columns]."""
     return grouped.flatten(1, 2)
-
-
-def _logits(
-    call: AttentionCall, query: Tensor, key: Tensor, rows: slice, columns: int
-) -> tuple[Tensor, Tensor | None]:
-    """Logits [B, G, H/G, rows, columns] and the soft cap's derivative there."""
-    groups = key.shape[1]
-    per_group = _grouped(query[:, :, rows], groups)
-    flat = per_group.flatten(2, 3) @ key[:, :, :columns].transpose(-1, -2)
-    logits = flat.view(*per_group.shape[:-1], columns) * call.scaling
-    slope = None
-    if call.softcap is not None:
-        capped = torch.tanh(logits / call.softcap)
-        logits, slope = capped * call.softcap, 1 - capped.square()
-    if call.mask is not None:
-        mask = _mask_rows(call.mask, rows)[..., :columns]
-        mask = mask.expand(mask.shape[0], call.query.shape[1], -1, -1)
-        logits = logits + _grouped(mask, groups)
-    return logits, slope
-
-
-def _softmax(logits: Tensor, call: AttentionCall) -> Tensor:
-    """A; a row of -inf alone sees nothing and is zero."""
-    if call.sinks is not None:
-        sinks = call.sinks.to(logits.dtype).view(1, logits.shape[1], -1, 1, 1)
-        logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], -1)
-    # masks of -inf are rare, and a look at one column costs next to nothing
-    if (logits[..., 0] == -torch.inf).any():
-        blind = (logits == -torch.inf).all(-1, keepdim=True)
-        attention = logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
-    else:
-        attention = logits.softmax(-1)
-    return attention if call.sinks is None else attention[..., :-1]
-
-
-def _through_softmax(
-    attention: Tensor, gradient: Tensor, slope: Tensor | None, call: AttentionCall
-) -> Tensor:
-    """scaling * P: the gradient at the logits, all [B, G, H/G, rows, columns]."""
-    inner = attention * gradient
-    inner -= inner.sum(-1, keepdim=True) * attention  # P
-    if slope is not None:
-        inner *= slope
-    return inner.mul_(call.scaling)
 
 
 def _to_query(inner: Tensor, key: Tensor) -> Tensor:
@@ -343,7 +277,7 @@ def _to_query(inner: Tensor, key: Tensor) -> Tensor:
 
 def _to_key(inner: Tensor, query_rows: Tensor) -> Tensor:
     """P^T Q over the heads of a group: [B, G, columns, dh]."""
-    per_group = _grouped(query_rows, inner.shape[1]).flatten(2, 3)
+    per_group = grouped(query_rows, inner.shape[1]).flatten(2, 3)
     return inner.flatten(2, 3).mT @ per_group
 
 
@@ -367,6 +301,6 @@ def _from_output(
     """The transpose of ``_to_output``: [B, rows, D] -> [B, G, H/G, rows, columns]."""
     heads, groups = call.query.shape[1], call.value.shape[1]
     mixed = (gradient @ output_projection).unflatten(-1, (heads, -1)).transpose(1, 2)
-    per_group = _grouped(mixed, groups)  # [B, G, H/G, rows, dv]
+    per_group = grouped(mixed, groups)  # [B, G, H/G, rows, dv]
     flat = per_group.flatten(2, 3) @ call.value[:, :, :columns].transpose(-1, -2)
     return flat.view(*per_group.shape[:-1], columns)

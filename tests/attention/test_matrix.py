@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llmc_attnmask.attention import matrix
+from llmc_attnmask.attention import softmax
 from llmc_attnmask.attention.capture import AttentionCall, AttentionReplica
 from llmc_attnmask.attention.matrix import (
     attention_context,
@@ -92,7 +92,7 @@ def by_autograd(call, query, key, matrix_weight, output_weight, output_projectio
 def test_error_and_closed_form_gradient_equal_autograd(
     call, weights, rows_at_once, monkeypatch
 ):
-    monkeypatch.setitem(matrix._BLOCK_ELEMENTS, "cpu", B * H * L * rows_at_once)
+    monkeypatch.setitem(softmax._BLOCK_ELEMENTS, "cpu", B * H * L * rows_at_once)
     torch.manual_seed(1)
     output_projection = torch.randn(D, H * DH, dtype=torch.float64)
     pruned = [
@@ -191,7 +191,7 @@ def test_a_row_of_infinity_alone_adds_no_error_and_no_gradient(mask, sinks):
 def test_the_context_is_what_the_heads_read_and_its_gradient_autograds(
     call, rows_at_once, monkeypatch
 ):
-    monkeypatch.setitem(matrix._BLOCK_ELEMENTS, "cpu", B * H * L * rows_at_once)
+    monkeypatch.setitem(softmax._BLOCK_ELEMENTS, "cpu", B * H * L * rows_at_once)
     value = call.value.clone().requires_grad_()
     wide = value.repeat_interleave(H // G, dim=1)
     expected = (probabilities(call) @ wide).transpose(1, 2).flatten(2)

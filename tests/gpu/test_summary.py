@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from integration.gpu import summary, wanted
+from integration.gpu import summary, targets
 from integration.gpu.figures import Figures, by_gpu
 from integration.gpu.tables import TABLES
 from tests.support.documents import ROOT
@@ -92,9 +92,9 @@ def body(name: str) -> list[str]:
     return rest.split("\n")
 
 
-def test_what_was_reached_stands_beside_what_is_wanted():
-    assert body("gpu-wanted") == [
-        "| what | wanted | reached |",
+def test_what_was_reached_stands_beside_the_targets():
+    assert body("gpu-targets") == [
+        "| what | target | reached |",
         "| --- | --- | --- |",
         "| decode, 1 to 16 tokens, gate_up and down, bf16 over dense bf16 "
         "| 1.5 x (1.78 is the limit by bytes) | 1.52 to 1.96 |",
@@ -130,9 +130,9 @@ def test_a_pruning_that_takes_too_long_or_too_much_is_missed():
         (1, 61, True),
     ):
         figures = Figures([row | {"seconds_per_layer": seconds, "peak_gb": peak}])
-        assert wanted.pruning(figures).endswith("missed") == missed
+        assert targets.pruning(figures).endswith("missed") == missed
     short = row | {"length": 64, "seconds_per_layer": 1.0, "peak_gb": 1.0}
-    assert wanted.pruning(Figures([short])) == "not yet"
+    assert targets.pruning(Figures([short])) == "not yet"
 
 
 def test_machine():
@@ -204,16 +204,16 @@ def test_gpus_are_kept_apart_and_trials_out():
     assert found.keys() == {"A Card", "B Card"} and found["B Card"] == [other]
     assert not any("trial" in row for row in found["A Card"])
     assert by_gpu([ROWS[-1]]) == {}
-    both = summary.tables([*ROWS, other])["gpu-wanted"]
+    both = summary.tables([*ROWS, other])["gpu-targets"]
     assert both.count("**A Card**") == both.count("**B Card**") == 1
 
 
 def test_without_a_figure_everything_is_not_yet():
     made = summary.tables([])
     assert made.pop("gpu-state") == "**Nothing here has been measured yet.**"
-    targets = made.pop("gpu-wanted").split("\n")[2:]
-    assert len(targets) == len(wanted.TABLE) == 12
-    assert all(line.endswith("| not yet |") for line in targets)
+    rows = made.pop("gpu-targets").split("\n")[2:]
+    assert len(rows) == len(targets.TABLE) == 12
+    assert all(line.endswith("| not yet |") for line in rows)
     assert set(made.values()) == {"not yet"}
 
 
@@ -239,7 +239,7 @@ def test_the_command_skips_a_broken_line_and_writes_the_document(tmp_path, print
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "found.jsonl: 2 lines are broken and left out" in done.stdout
     assert "found.jsonl: 1 rows are of a trial on a CPU and left out" in done.stdout
-    assert MADE["gpu-wanted"] in done.stdout
+    assert MADE["gpu-targets"] in done.stdout
     after = copy.read_text()
     assert after == (before if printed else summary.written(before, MADE))
     assert printed or "1.52 to 1.96" in after

@@ -1,4 +1,4 @@
-"""Where a library keeps the places of a 2:4 weight, found by asking it.
+"""Where a library keeps the indices of a 2:4 weight, found by asking it.
 
 Weights are compressed in which every group of four keeps entries 0 and 1, or 2 and 3,
 by one bit of the group's number; the bits of the compressed form that follow spell the
@@ -26,8 +26,8 @@ def of(
     :param compress: takes a weight [rows, columns] and begins with its kept values
     :return: ``groups``: number of the group, row * columns / 4 + group, whose four bits
         are the first, second ... of the metadata, -1 where no group's are; ``codes``:
-        the four bits by the kept pair; ``regular``: whether all four bits of a place
-        are of one group, and every group has one place; ``metadata_bytes``
+        the four bits by the kept pair; ``regular``: whether all four bits of a nibble
+        are of one group, and every group has one nibble; ``metadata_bytes``
     """
     count = rows * columns // 4
     numbers = np.arange(count)
@@ -42,15 +42,15 @@ def of(
         changed = none != bits((numbers >> bit & 1).astype(bool))
         spelled |= changed.astype(np.int64) << bit
     spelled[~live] = -1
-    by_place = spelled[: spelled.size // 4 * 4].reshape(-1, 4)
-    groups = by_place.max(axis=1)
-    of_one = ((by_place == groups[:, None]) | (by_place == -1)).all()
+    by_nibble = spelled[: spelled.size // 4 * 4].reshape(-1, 4)
+    groups = by_nibble.max(axis=1)
+    of_one = ((by_nibble == groups[:, None]) | (by_nibble == -1)).all()
     each_once = np.array_equal(np.sort(groups[groups >= 0]), numbers)
-    place = int(np.flatnonzero(groups >= 0)[0]) if (groups >= 0).any() else 0
+    used = int(np.flatnonzero(groups >= 0)[0]) if (groups >= 0).any() else 0
     codes = {}
     for pair in PAIRS:
         found = _metadata(compress, _kept(pair, dtype, rows, columns, device))
-        nibble = found[4 * place : 4 * place + 4]
+        nibble = found[4 * used : 4 * used + 4]
         codes[f"{pair[0]}{pair[1]}"] = int(
             sum(int(b) << i for i, b in enumerate(nibble))
         )

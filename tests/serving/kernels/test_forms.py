@@ -49,7 +49,7 @@ def test_one_form_serves_both_kernels_where_the_library_has_a_known_order(
 
 
 def swapped(weight):
-    """Nibbles whose two places are exchanged: no order that the kernel knows."""
+    """Nibbles whose two indices are exchanged: no order that the kernel knows."""
     found = library_form(weight, 1).view(torch.uint8).view(-1)
     head = weight.nbytes // 2
     tail = found[head:]

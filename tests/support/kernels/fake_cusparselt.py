@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from llmc_attnmask.serving.kernels.cusparselt.library import Library
 from tests.support.compiler import shared_library
+from tests.support.kernels.matrices import random_2of4, random_values
 
 SOURCE = Path(__file__).with_suffix(".c")
+ROWS, COLUMNS = 32, 64  # of the weight of most tests
 
 
 class Fake:
@@ -54,3 +58,16 @@ class Fake:
 
     def set_version(self, *parts: int) -> None:
         self.shared.fake_version(*parts)
+
+
+def compressed_weight(engine, dtype=torch.bfloat16):
+    return engine.compress(random_2of4(ROWS, COLUMNS, dtype))
+
+
+def multiply(engine, compressed, tokens):
+    dtype = compressed.dtype
+    x = random_values((tokens, COLUMNS), dtype)
+    scales = (None, None)
+    if dtype.itemsize == 1:
+        scales = (torch.ones(ROWS), torch.ones(tokens))
+    return engine.linear(x, compressed, *scales, None, torch.bfloat16)

@@ -199,15 +199,15 @@ static inline void product(const Operands* lanes, Kind kind, int selector) {
         else                                 // 16 columns of two rows; a pair of lanes
           nibble = lanes[row % 8 * 4 + selector * 2 + group / 4].metadata >>
                    (row / 8 * 16 + group % 4 * 4);
-        const int places[2] = {static_cast<int>(nibble & 3),
+        const int indices[2] = {static_cast<int>(nibble & 3),
                                static_cast<int>(nibble >> 2 & 3)};
-        expect(places[0] < places[1], "metadata that is not ordered");
+        expect(indices[0] < indices[1], "metadata that is not ordered");
         for (int kept = 0; kept < 2; ++kept) {
           const int c = group * 2 + kept;    // column of the compressed operand
           const Operands& a = lanes[row % 8 * 4 + c / each % 4];
           const double weight =
               element(a.a, row / 8 + c / (4 * each) * 2, c % each, kind);
-          const int k = group * 4 + places[kept];
+          const int k = group * 4 + indices[kept];
           const Operands& b = lanes[column * 4 + k / each % 4];
           sum += weight * element(b.b, k / (4 * each), k % each, kind);
         }

@@ -13,11 +13,11 @@ KERNEL = {"bf16": None, "fp8": "sparse"}  # LLMC_ATTNMASK_KERNEL of the served m
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Target:
     """A row of the table; ``reached`` says "missed" where it is."""
 
     what: str
-    wanted: str
+    target: str
     reached: Callable[[Figures], str]
 
 
@@ -70,11 +70,11 @@ def against_stock(
     """A figure of the served model over the stock engine's, of the deepest model of
     which both are known, and what that was.
     """
-    wanted = {"dtype": dtype, **case}
+    case = {"dtype": dtype, **case}
     for setup in figures.setups():
         ours = {"plugin": "on", "kernel": KERNEL[dtype]}
-        sparse = figures.last("engine", key, **(wanted | setup | ours))
-        dense = figures.last("engine", key, **(wanted | setup | {"plugin": "off"}))
+        sparse = figures.last("engine", key, **(case | setup | ours))
+        dense = figures.last("engine", key, **(case | setup | {"plugin": "off"}))
         if sparse and dense:
             how = f"{setup['layers']} layers"
             how += ", as installed" if setup["as_installed"] else ""
@@ -121,20 +121,20 @@ def pruning(figures: Figures) -> str:
 
 FP8 = "over dense fp8"
 TABLE = (
-    Wanted(
+    Target(
         "decode, 1 to 16 tokens, gate_up and down, bf16 over dense bf16",
         "1.5 x (1.78 is the limit by bytes)",
         decode("bf16", 1.5),
     ),
-    Wanted(f"the same, fp8 {FP8}", "1.3 x (1.6 is the limit)", decode("fp8", 1.3)),
-    Wanted(f"the same, int8 {FP8}", "1.3 x (1.6 is the limit)", decode("int8", 1.3)),
-    Wanted("prefill, 4096 tokens, bf16 over dense bf16", "1.3 x", prefill("bf16", 1.3)),
-    Wanted(f"the same, fp8 {FP8}", "1.4 x", prefill("fp8", 1.4)),
-    Wanted("at any size, slower than dense by at most", "3 % (0.97 x)", slower),
-    Wanted("weights in GPU memory over dense, bf16", "0.58", memory("bf16", 0.58)),
-    Wanted("the same, 8 bits", "0.64", memory("fp8", 0.64)),
+    Target(f"the same, fp8 {FP8}", "1.3 x (1.6 is the limit)", decode("fp8", 1.3)),
+    Target(f"the same, int8 {FP8}", "1.3 x (1.6 is the limit)", decode("int8", 1.3)),
+    Target("prefill, 4096 tokens, bf16 over dense bf16", "1.3 x", prefill("bf16", 1.3)),
+    Target(f"the same, fp8 {FP8}", "1.4 x", prefill("fp8", 1.4)),
+    Target("at any size, slower than dense by at most", "3 % (0.97 x)", slower),
+    Target("weights in GPU memory over dense, bf16", "0.58", memory("bf16", 0.58)),
+    Target("the same, 8 bits", "0.64", memory("fp8", 0.64)),
     *(
-        Wanted(
+        Target(
             f"tokens per second, whole block 2:4 in bf16, batch {batch}, "
             "over dense in the same vLLM",
             f"{least} x",
@@ -142,7 +142,7 @@ TABLE = (
         )
         for batch, least in ((1, 1.35), (16, 1.3), (128, 1.1))
     ),
-    Wanted(
+    Target(
         "pruning Llama-3.1-8B's shapes, 128 x 2048 tokens, most accurate recipe, "
         "from the measured layer",
         "20 minutes, 60 GB",
