@@ -1,9 +1,9 @@
-"""What the processes (ranks) of one run do together, each on its share of the samples.
+"""Communication between the processes (ranks) of one run.
 
-Every rank sees the same sums and so takes the same decisions. What one process would
-have added up over all samples is added up in float64 first, where the order of the
-terms does not show in a result that is rounded to float32 afterwards: the result is
-that of one process. In a run of one process nothing here communicates.
+Each rank has its share of the samples. Every rank sees the same sums and so makes the
+same decisions. Sums over all samples are added up in float64, where the order of the
+terms does not show in a result that is then rounded to float32: the result equals that
+of one process. In a run of one process, nothing here communicates.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from compressed_tensors.offload import get_execution_device, update_offload_para
 from compressed_tensors.offload.cache import OffloadCache
 from torch import Tensor, nn
 
-_SOURCE = 0  # as compressed-tensors': the rank that writes
-# for what one rank does alone, such as saving; a rank that dies ends the run at once
+_SOURCE = 0  # the rank that writes, as in compressed-tensors
+# for work that one rank does alone, such as saving; a dead rank ends the run at once
 _TIMEOUT = timedelta(hours=1)
-_COMPARED = 8  # samples of each rank, to find out whether they are the same
+_COMPARED = 8  # samples of each rank, to detect ranks with the same data
 _REPORTED = "llmc_attnmask/reported"
 _store: dist.Store | None = None  # of the group; outlives it
 
@@ -35,15 +35,16 @@ class IdenticalDataError(ValueError):
 
 
 class LostRankError(OSError):
-    """Another rank has ended in the middle of the run."""
+    """Another rank ended in the middle of the run."""
 
 
 def world_size() -> int:
-    """Ranks of this run; 1 without a process group."""
+    """Number of ranks in this run; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else _SOURCE
 
 
@@ -53,7 +54,7 @@ def is_source() -> bool:
 
 
 def owner(position: int) -> int:
-    """The rank that does the ``position``-th of several like pieces of work."""
+    """The rank that does the ``position``-th of several similar pieces of work."""
     return position % world_size()
 
 
@@ -64,7 +65,7 @@ def barrier() -> None:
 
 
 def gathered(value: Value) -> list[Value]:
-    """Every rank's value, by rank; anything that can be pickled."""
+    """Collect every rank's value, by rank; a value is anything that can be pickled."""
     if world_size() == 1:
         return [value]
     values: list[Value | None] = [None] * world_size()
@@ -73,14 +74,14 @@ def gathered(value: Value) -> list[Value]:
 
 
 def all_sum(terms: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over the ranks.
+    """Sum tensors over the ranks.
 
-    :param terms: float64, of the same shapes on every rank; used up
+    :param terms: float64, of the same shapes on every rank; may be overwritten
     :return: float64, on the terms' devices, the same bits on every rank
     """
     if world_size() == 1 or not terms:
         return list(terms)
-    # at once: many small messages would wait for each other
+    # in one message, because many small ones would wait for each other
     flat = _sendable(torch.cat([term.flatten() for term in terms]))
     dist.all_reduce(flat)
     parts = flat.split([term.numel() for term in terms])
@@ -91,16 +92,16 @@ def all_sum(terms: Sequence[Tensor]) -> list[Tensor]:
 
 
 def all_sum_numbers(*numbers: float) -> list[float]:
-    """Sums of numbers over the ranks, in float64."""
+    """Sum numbers over the ranks, in float64."""
     if world_size() == 1:
         return list(numbers)
     return all_sum([torch.tensor(numbers, dtype=torch.float64)])[0].tolist()
 
 
 def send_from(source: int, tensor: Tensor) -> Tensor:
-    """The tensor that rank ``source`` has, on every rank.
+    """Send rank ``source``'s tensor to every rank.
 
-    :param tensor: elsewhere one of the same shape and dtype
+    :param tensor: on other ranks, any tensor of the same shape and dtype
     """
     if world_size() == 1:
         return tensor
@@ -111,10 +112,10 @@ def send_from(source: int, tensor: Tensor) -> Tensor:
 
 
 def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Overwrite a parameter, offloaded or not, by the source's value on every rank.
+    """Overwrite a parameter, offloaded or not, with the source's value on every rank.
 
-    Memory and files that the ranks share are written by the source alone, while nobody
-    reads them.
+    Only the source writes memory and files that the ranks share, while no rank reads
+    them.
     """
     if world_size() == 1:
         update_offload_parameter(module, name, value)
@@ -127,16 +128,16 @@ def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     if is_source() or not shared:
         update_offload_parameter(module, name, value)
     elif torch.device(get_execution_device(module)) != kept:
-        # this rank's own copy, if one is kept
+        # this rank's own copy, if it keeps one
         with torch.no_grad():
             getattr(module, name).data.copy_(value)
     dist.barrier()
 
 
 def reached(layers: Iterable[str]) -> list[str]:
-    """The layers that samples have reached, which must be the same on every rank.
+    """Return the layers that samples reached, which must be the same on every rank.
 
-    :param layers: those that this rank's samples have reached
+    :param layers: those that this rank's samples reached
     :raises ValueError: on every rank, if they are not
     """
     shares = gathered(list(layers))
@@ -155,10 +156,11 @@ def reached(layers: Iterable[str]) -> list[str]:
 
 
 def check_shares(traces: Iterable[Tensor]) -> None:
-    """Refuse ranks that calibrate on the same samples as another.
+    """Refuse ranks that calibrate on the same samples.
 
-    :param traces: what this rank's samples have left in the model; the first count
-    :raises IdenticalDataError: on every rank, if two ranks have the same
+    :param traces: what this rank's samples left behind, such as a layer's inputs; the
+        first few are compared
+    :raises IdenticalDataError: on every rank, if two ranks have the same ones
     """
     if world_size() == 1:
         return
@@ -171,7 +173,7 @@ def check_shares(traces: Iterable[Tensor]) -> None:
         if earlier != second:
             raise IdenticalDataError(
                 f"ranks {earlier} and {second} calibrate on the same samples: "
-                "llm-compressor hands every rank the same part of a dataset that is "
+                "llm-compressor gives every rank the same part of a dataset that is "
                 "the same everywhere. Give each rank a dataset of its own, as "
                 "`llmc-attnmask prune` does, for example "
                 "dataset.shard(dist.get_world_size(), dist.get_rank())"
@@ -180,11 +182,11 @@ def check_shares(traces: Iterable[Tensor]) -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Within, the processes that torchrun has started are one group.
+    """Join the processes that torchrun started into one group, within the block.
 
-    One that exists already is used as it is. NCCL between GPUs, gloo between CPUs.
+    An existing group is used as it is. GPUs communicate with NCCL, CPUs with gloo.
 
-    :raises LostRankError: if another rank has ended meanwhile
+    :raises LostRankError: if another rank ended in the meantime
     """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -203,8 +205,8 @@ def process_group() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             raise LostRankError(
-                f"rank {own} of {size} has lost another one, which ended without a "
-                "message of its own: it was killed, perhaps for lack of memory; "
+                f"rank {own} of {size} lost another rank, which ended without a "
+                "message: it was killed, perhaps because memory ran out; "
                 "torchrun's summary names the signal"
             ) from error
         raise
@@ -212,17 +214,17 @@ def process_group() -> Iterator[None]:
 
 
 def first_to_report() -> bool:
-    """Whether this rank is the first to say why the run ends; one message is enough."""
+    """Whether this rank is the first to report why the run ends; others stay silent."""
     if _store is None:
         return True
     try:
         return _store.add(_REPORTED, 1) == 1
-    except RuntimeError:  # gone, with the process that kept it
+    except RuntimeError:  # the store is gone, with the process that hosted it
         return True
 
 
 def _sendable(tensor: Tensor) -> Tensor:
-    """Where the group's backend takes it: NCCL alone knows no CPU."""
+    """Move the tensor to where the group's backend accepts it: not a CPU for NCCL."""
     if tensor.is_cuda or "cpu:" in dist.get_backend_config():
         return tensor
     return tensor.to(torch.device("cuda", torch.cuda.current_device()))

@@ -1,4 +1,4 @@
-"""Several processes against one: gloo between CPUs, as torchrun starts them."""
+"""Several processes compared with one: gloo between CPUs, started by torchrun."""
 
 import json
 import os
@@ -45,7 +45,7 @@ DATA = ["--num-samples", "18", "--max-length", "32"]  # nine units
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A command of ours in two processes."""
+    """Run one of this package's commands in two processes."""
     return subprocess.run(
         [*TORCHRUN, *command],
         env=ENVIRONMENT,
@@ -57,7 +57,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def one_thread():
-    """More add up in another order."""
+    """More threads would add up in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,7 +65,7 @@ def one_thread():
 
 
 @pytest.mark.slow
-def test_two_ranks_write_the_checkpoint_that_one_process_writes(tmp_path, one_thread):
+def test_two_ranks_write_the_same_checkpoint_as_one_process(tmp_path, one_thread):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     command = ["-m", "llmc_attnmask", "prune", str(MODEL_DIR), "--recipe", str(recipe)]
@@ -86,7 +86,7 @@ def test_two_ranks_write_the_checkpoint_that_one_process_writes(tmp_path, one_th
 
 
 @pytest.mark.slow
-def test_what_ranks_must_not_do_is_refused_on_every_rank(tmp_path):
+def test_invalid_runs_are_refused_on_every_rank(tmp_path):
     done = run([str(SUPPORT / "ranks.py"), str(tmp_path)])
     assert done.returncode == 0, done.stderr
     for rank in range(2):
@@ -107,9 +107,9 @@ def test_what_ranks_must_not_do_is_refused_on_every_rank(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("raise", "error: no luck with layer 1"), ("kill", "has lost another one")],
+    [("raise", "error: no luck with layer 1"), ("kill", "lost another rank")],
 )
-def test_a_rank_that_ends_ends_the_run_with_one_message(fault, message, tmp_path):
+def test_a_rank_that_fails_ends_the_run_with_one_message(fault, message, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     command = [

@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU: our checkpoints with the plugin, against the same weights
+"""Real vLLM on the CPU: 2:4 checkpoints with the plugin, compared with the same weights
 stored dense without it.
 
     make test-serving
@@ -26,7 +26,9 @@ Outputs = dict[str, Future[Output]]
         *("fp8-packed", "mixed-packed", "biased-packed"),
     ],
 )
-def test_served_as_the_same_weights_stored_dense(outputs: Outputs, model: str) -> None:
+def test_answers_equal_those_of_the_same_weights_stored_dense(
+    outputs: Outputs, model: str
+) -> None:
     expected = outputs["stock"].result().results
     found = outputs["plugin"].result().results
     assert found[model] == expected[model.replace("packed", "dense")]
@@ -37,12 +39,12 @@ def test_the_log_says_which_kernel_each_layer_got(outputs: Outputs) -> None:
     assert log.count("llmc-attnmask: kernels of the 2:4 layers") == 7
     row = r"4 +qkv_proj +512 x 192 +packed +dense +no sparse kernel on cpu"
     assert re.search(row, log)
-    assert "not 2:4 in all its parts" in log  # q and k of mixed-packed
+    assert "not all of its parts are 2:4" in log  # q and k of mixed-packed
 
 
-def test_without_the_plugin_nothing_of_ours_is_in_the_log(outputs: Outputs) -> None:
+def test_without_the_plugin_the_log_does_not_mention_it(outputs: Outputs) -> None:
     log = outputs["stock"].result().log
-    # a clone's folder has that name, too, and stands in the paths of models
+    # a clone's folder may have that name, too, and is part of the models' paths
     assert "llmc-attnmask" not in log.replace(str(HERE.parents[1]), "")
 
 
@@ -52,14 +54,16 @@ def test_lora_adapters_work_on_packed_layers(outputs: Outputs) -> None:
     assert stock != outputs["stock"].result().results["bf16-dense"]
 
 
-def test_two_ranks(outputs: Outputs) -> None:
+def test_two_ranks_answer_like_stock_vllm(outputs: Outputs) -> None:
     stock = outputs["stock tp"].result().results["bf16-dense"]
     assert outputs["plugin tp"].result().results["bf16-packed"] == stock
 
 
 @pytest.mark.parametrize("model", ["bf16-packed", "int8-dense"])
-def test_the_decode_kernel_in_the_interpreter(outputs: Outputs, model: str) -> None:
-    # another order of sums, and bfloat16 cut off instead of rounded
+def test_the_decode_kernel_in_the_interpreter_answers_like_stock_vllm(
+    outputs: Outputs, model: str
+) -> None:
+    # sums have another order, and bfloat16 is truncated instead of rounded
     expected = outputs["stock"].result().results[model.replace("packed", "dense")]
     output = outputs["interpreted"].result()
     assert "LLMC_ATTNMASK_KERNEL=triton" in output.log
@@ -70,11 +74,11 @@ def test_the_decode_kernel_in_the_interpreter(outputs: Outputs, model: str) -> N
             assert first[token] == pytest.approx(reference[token], abs=0.15)
 
 
-def test_made_up_weights_are_pruned_and_served_sparse(outputs: Outputs) -> None:
+def test_dummy_weights_are_pruned_and_served_sparse(outputs: Outputs) -> None:
     output = outputs["made up"].result()
     row = (
         r"4 +(\w+) +\d+ x \d+ +packed +triton +LLMC_ATTNMASK_KERNEL=triton; "
-        "made-up weights, pruned here"
+        "random weights, pruned at load"
     )
     kinds = ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
     assert re.findall(row, output.log) == kinds

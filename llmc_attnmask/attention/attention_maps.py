@@ -1,6 +1,6 @@
-"""Attention matrices to be looked at: a few heads, the first tokens, 8 bits an entry.
+"""Attention maps for the report: a few heads, the first tokens, 8 bits per entry.
 
-They are stored as JSON values and drawn by the report.
+They are stored as JSON values; the report draws them.
 """
 
 import base64
@@ -29,10 +29,10 @@ class AttentionMap:
     difference: np.ndarray  # pruned - dense
 
     def encode(self) -> dict[str, Any]:
-        """As JSON values: deflated bytes in base64.
+        """Encode as JSON values: deflated bytes in base64.
 
-        Attention as 255 * sqrt(a), as most of it is small; the difference in 127ths of
-        its largest entry.
+        Attention is stored as 255 * sqrt(a), because most of it is small; the
+        difference is stored in 127ths of its largest entry.
         """
         largest = float(np.abs(self.difference).max())
         scaled = self.difference / (largest or 1.0)
@@ -48,15 +48,16 @@ class AttentionMap:
 
 
 def inflated(text: str) -> str:
-    """The bytes of a matrix that ``encode`` has deflated, in base64 as they are."""
+    """Inflate a matrix that ``encode`` deflated: its plain bytes, in base64."""
     return base64.b64encode(zlib.decompress(base64.b64decode(text))).decode("ascii")
 
 
 @torch.no_grad()
 def attention_maps(dense: AttentionCall, pruned: AttentionCall) -> list[AttentionMap]:
-    """The head that lost most and the median one, the same one once.
+    """Map the head with the largest error and the median one; one map if they coincide.
 
-    :param dense: of one sample, as the pruned one
+    :param dense: call for one sample
+    :param pruned: call for the same sample
     """
     before, after = (first_rows(call, TOKENS)[0] for call in (dense, pruned))
     errors = (after - before).square().sum((-2, -1)) / before.square().sum((-2, -1))
@@ -70,7 +71,7 @@ def attention_maps(dense: AttentionCall, pruned: AttentionCall) -> list[Attentio
 
 
 def heads_of(call: AttentionCall) -> dict[str, int]:
-    """How many heads share out the rows of q, k and v and the columns of o."""
+    """How many heads divide the rows of q, k and v, and the columns of o."""
     heads, groups = call.query.shape[1], call.key.shape[1]
     return {"q": heads, "k": groups, "v": groups, "o": heads}
 
@@ -78,7 +79,8 @@ def heads_of(call: AttentionCall) -> dict[str, int]:
 def zeros_by_head(role: str, kept: Tensor, heads: int) -> list[float]:
     """Share of pruned entries per head.
 
-    :param kept: bool [rows, columns]; o's heads are its columns, the others' their rows
+    :param kept: bool [rows, columns]; heads divide the columns of o, and the rows of
+        the others
     """
     by_head = (kept.T if role == "o" else kept).unflatten(0, (heads, -1))
     return (~by_head).float().mean((1, 2)).tolist()

@@ -1,8 +1,9 @@
 """Replay an attention module with other weights and see what its softmax sees.
 
-Every architecture of transformers hands its final query, key and value (after q/k
-norms and rotary embedding) to the *attention interface*. A replica of the module whose
-interface is ours therefore shows them, differentiably, whatever the architecture.
+Every architecture of transformers passes its final query, key and value (after q/k
+norms and rotary embedding) to the *attention interface*. A replica of the module that
+uses the interface of this file therefore exposes them, differentiably, for every
+architecture.
 """
 
 import copy
@@ -24,7 +25,7 @@ class UnsupportedAttentionError(ValueError):
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a module handed to the attention interface.
+    """What a module passed to the attention interface.
 
     B samples, H query heads, G key-value heads (H a multiple of G), L tokens.
     """
@@ -35,11 +36,13 @@ class AttentionCall:
     mask: Tensor | None  # any float, added to the logits; broadcasts to [B, H, L, L]
     scaling: float
     softcap: float | None = None
-    sinks: Tensor | None = None  # [H] logits of a column that is dropped again
+    sinks: Tensor | None = (
+        None  # [H] logits of a column that is dropped after the softmax
+    )
 
 
 class _Captured(BaseException):
-    """Carries the call out of the module: what follows the softmax is not needed."""
+    """Carries the call out of the module; nothing after the softmax is needed."""
 
     def __init__(self, call: AttentionCall):
         self.call = call
@@ -59,8 +62,8 @@ def _capture(
 ) -> None:
     if attention_mask is None and query.shape[2] > 1 and _causal(module, others):
         raise UnsupportedAttentionError(
-            f"{type(module).__name__} is causal, but was handed no mask to hide the "
-            "future with: calibrate with eager attention (attn_implementation)"
+            f"{type(module).__name__} is causal but received no mask that hides "
+            "future tokens: calibrate with eager attention (attn_implementation)"
         )
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
@@ -77,22 +80,22 @@ def _capture(
 
 
 def _causal(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    wanted = arguments.get("is_causal")
-    return bool(getattr(module, "is_causal", False) if wanted is None else wanted)
+    given = arguments.get("is_causal")
+    return bool(getattr(module, "is_causal", False) if given is None else given)
 
 
 AttentionInterface.register(_INTERFACE, _capture)
 
 
 class AttentionReplica:
-    """A private copy of an attention module, to be run with any weights.
+    """A private copy of an attention module that runs with any weights.
 
-    The original is not touched: no hook fires, no parameter moves. The copy is held in
-    ``dtype`` on ``device``, so the memory needed is one attention module.
+    The original stays untouched: no hook fires and no parameter moves. The copy is held
+    in ``dtype`` on ``device``, so it needs the memory of one attention module.
 
     :param attention: module of a transformers model, offloaded or not
     :param dtype: floating-point type of the copy's parameters and of its arithmetic
-    :param device: where to compute; by default where the parameters are
+    :param device: where to compute; by default, where the parameters are
     :raises UnsupportedAttentionError: if the module has no transformers config
     """
 
@@ -141,7 +144,7 @@ class AttentionReplica:
     def read_by(
         self, child: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Tensor:
-        """What a Linear of the module reads, with the module's own eager attention."""
+        """What a Linear of the module reads under the module's own eager attention."""
         seen: list[Tensor] = []
         handle = self.module.get_submodule(child).register_forward_pre_hook(
             lambda _, inputs: seen.append(inputs[0])
@@ -167,14 +170,14 @@ def uses_attention_interface(attention: nn.Module) -> bool:
 def isolated_copy(
     module: nn.Module, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """A copy that shares nothing with the module: no tensor, no hook, no offloading."""
+    """Copy a module so that nothing is shared: no tensor, no hook, no offloading."""
 
     def to(tensor: Tensor) -> Tensor:
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to(device=device, dtype=kind, copy=True)
 
-    # Offloading replaces `_parameters` by caches that a deep copy must not follow:
-    # deepcopy is told beforehand what the copies of these dictionaries are.
+    # Offloading replaces `_parameters` with caches that a deep copy must not follow.
+    # The memo tells deepcopy in advance what the copies of these dictionaries are.
     memo: dict[int, Any] = {}
     for child in module.modules():
         memo[id(child._parameters)] = {

@@ -1,17 +1,18 @@
 """The attention error and its gradient on a GPU, without writing an L x L matrix.
 
-What ``matrix.py`` computes in blocks of query rows, here in tiles that never leave the
-chip. With A = exp(S - m) / l row by row, G = dE/dA~ and delta = rowsum(A~ o G):
+What ``matrix.py`` computes in blocks of query rows is computed here in tiles that never
+leave the chip. With A = exp(S - m) / l row by row, G = dE/dA~ and
+delta = rowsum(A~ o G):
 
 1. ``statistics``: m and l of the dense and of the pruned logits and A~ V in one pass
    over the keys (online softmax).
 2. ``change``: ||A~ - A||_F^2, (A~ - A) V and rowsum(A~ o (A~ - A)).
-3. Outside: what (A~ - A) V becomes behind W_o, its gradient U and delta.
+3. Outside the kernels: (A~ - A) V times W_o, its gradient U, and delta.
 4. ``query_gradient`` and ``key_gradient``: P = A~ o (G - delta) with
    G = 2 w_A (A~ - A) + U V^T, dE/dQ~ = scaling * P K~ and dE/dK~ = scaling * P^T Q~.
 
 The differences A~ - A are taken tile by tile, not from sums of squares: at the end of a
-run they are a thousandth of A, and sums of squares would leave nothing of them.
+run they are a thousandth of A, and rounding in sums of squares would cancel them out.
 """
 
 from typing import Any
@@ -25,9 +26,9 @@ from llmc_attnmask.attention import fused_kernels as kernels
 from llmc_attnmask.attention.capture import AttentionCall
 from llmc_attnmask.attention.visibility import key_ranges
 
-# A program's tile of A and its steps over a head's width, whatever that width: a warp
-# has 16 rows. With 168 registers a thread three programs share a multiprocessor, and
-# ptxas spills none then: tests/attention/test_fused_compile.py.
+# A program's tile of A and its steps over a head's width, for every width; a warp has
+# 16 rows. With 168 registers per thread, three programs share a multiprocessor, and
+# ptxas spills no registers: see tests/attention/test_fused_compile.py.
 TILES = {"ROWS": 64, "COLUMNS": 32, "CHUNK": 16}
 LAUNCH = {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
 
@@ -41,7 +42,7 @@ def error_and_gradient(
     output_projection: Tensor | None,
     need_gradient: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """``attention_error`` and its gradients; see there for the arguments.
+    """Compute ``attention_error`` and its gradients; see there for the arguments.
 
     :return: scalar and, if needed, [B, H, L, dh] and [B, G, L, dh], all float32
     """
@@ -65,7 +66,7 @@ def error_and_gradient(
 
 
 def _padded(mask: Tensor, keys: int) -> Tensor:
-    """The mask with contiguous rows of whole tiles, which need no look at their end."""
+    """Pad the mask to contiguous rows of whole tiles, so that kernels check no end."""
     mask = mask.expand(*mask.shape[:-1], keys)
     rest = -keys % TILES["COLUMNS"]
     whole = rest == 0 and mask.stride(-1) == 1
@@ -73,7 +74,7 @@ def _padded(mask: Tensor, keys: int) -> Tensor:
 
 
 class _Problem:
-    """Arguments that the kernels share, and their launches, in this order."""
+    """The arguments that the kernels share, and their launches in order."""
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class _Problem:
             mask = _padded(call.mask, self.keys)
             shape = (self.batch, self.heads, self.length, mask.shape[-1])
             strides = list(mask.expand(shape).stride()[:3])
-        # of each row m and 1 / l of the dense logits, then of the pruned ones
+        # for each row, m and 1 / l of the dense logits, then of the pruned ones
         self.softmax = self._new(self.length, 4)
         self.common = (
             *self.tensors,
@@ -132,8 +133,8 @@ class _Problem:
 
     def _wide(self) -> Tensor:
         """Zeros [B, H, L, dv] to add to, or a pointer that is not followed."""
-        wanted = self.options["OUTPUT"]
-        return self._new(self.length, self.options["dv"]) if wanted else self.softmax
+        used = self.options["OUTPUT"]
+        return self._new(self.length, self.options["dv"]) if used else self.softmax
 
     def statistics(self) -> Tensor:
         """A~ V, [B, H, L, dv], where the output counts."""

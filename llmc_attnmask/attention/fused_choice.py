@@ -1,4 +1,4 @@
-"""Whether a call's attention error is computed by the GPU kernels or by plain torch."""
+"""Choose between the GPU kernels and plain torch for a call's attention error."""
 
 from importlib.util import find_spec
 
@@ -6,16 +6,16 @@ import torch
 
 from llmc_attnmask.attention.capture import AttentionCall
 
-# Neither the kernels nor the plain version have been measured on a GPU yet. Until then
+# Neither the kernels nor the plain version have been measured on a GPU yet. Until then,
 # the kernels are the default where tests/attention/test_fused_compile.py shows that
-# they spill no registers: for these head dimensions, which most models have, and these
-# GPUs. They run for other dimensions, too.
+# they spill no registers: for these head dimensions, which most models have, and on
+# these GPUs. They also run for other dimensions.
 WIDTHS = (64, 128)
 CAPABILITIES = (8, 9)  # major numbers
 
 
 def fusible(call: AttentionCall) -> bool:
-    """Whether the kernels of ``fused.py`` can run and are the choice for this call."""
+    """Whether the kernels of ``fused.py`` can run this call and are its default."""
     query, value = call.query, call.value
     # triton comes with torch's CUDA builds
     if not query.is_cuda or torch.version.hip or not find_spec("triton"):
@@ -31,7 +31,7 @@ def fused_by_default(
     """The rule of ``fusible`` for a CUDA device.
 
     :param capability: of the GPU, major and minor number
-    :param dtype: of the query; float64 is for checking against
+    :param dtype: of the query; float64 is the reference for checks
     :param widths: head dimensions of query and value
     """
     known = capability[0] in CAPABILITIES and all(w in WIDTHS for w in widths)

@@ -1,14 +1,15 @@
-"""The kernels of ``fused.py``, which says what each computes.
+"""The kernels of ``fused.py``, which describes what each computes.
 
-In all of them q, k are dense, p, j their pruned twins; b is a sample, h a query head, g
-its key head. Pointers to [B, H or G, tokens, width] are contiguous. So are the rows of
-the mask, which can be read to the end of the last COLUMNS keys.
+In all of them, q and k are dense, and p and j are their pruned counterparts; b is a
+sample, h a query head, g its key head. Pointers to [B, H or G, tokens, width] are
+contiguous. So are the rows of the mask, which can be read to the end of the last
+COLUMNS keys.
 
 A thread has registers for little more than one tile of A and the operands of one small
-product, so nothing of a head's width is held in them: products over the width go in
-steps of CHUNK, and sums as wide as a head stay in global memory, which here means in
-the L2 cache. Addresses are one base and offsets of 32 bits, for they live in registers
-as well; ``disable_licm`` leaves them to be computed for every tile.
+product, so nothing as wide as a head is held in registers: products over the width
+proceed in steps of CHUNK, and sums as wide as a head stay in global memory, which here
+means the L2 cache. An address is one base and 32-bit offsets, because addresses occupy
+registers, too; ``disable_licm`` makes the compiler recompute them for every tile.
 """
 
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _load(base, tokens, count, start, width: tl.constexpr, CHUNK: tl.constexpr):
-    """[tokens, CHUNK] of a matrix [count, width], zero outside of it."""
+    """Load [tokens, CHUNK] of a matrix [count, width], zero outside."""
     within = start + tl.arange(0, CHUNK)
     inside = tokens[:, None] < count
     if width % CHUNK:
@@ -28,17 +29,17 @@ def _load(base, tokens, count, start, width: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _high(number):
-    """Rounded to the 11 bits of TF32."""
+    """Round to the 11 bits of TF32."""
     bits = number.to(tl.int32, bitcast=True)
     return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _dot(a, b):
-    """a b with float32's precision, by three products of TF32.
+    """Multiply a b with float32's precision, in three products of TF32.
 
-    As Triton's own "tf32x3" but for infinite operands, on which that spends as many
-    instructions as on the rest.
+    Like Triton's own "tf32x3", but without its handling of infinite operands, which
+    takes as many instructions as the rest.
     """
     a_high, b_high = _high(a), _high(b)
     total = tl.dot(a - a_high, b_high, input_precision="tf32")
@@ -65,22 +66,22 @@ def _add_product(
     found, at, count, kept, factor, right, tokens, others,
     width: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """found = kept * found + factor @ right in the rows ``at`` of found [count, width].
+    """Set found = kept * found + factor @ right in rows ``at`` of found [count, width].
 
-    ``kept`` [at] or a number, ``factor`` [at, tokens], ``right`` [others, width]. Only
-    this program writes these rows.
+    ``kept`` is [at] or a number, ``factor`` [at, tokens], ``right`` [others, width].
+    Only this program writes these rows.
     """
-    # an end that the compiler does not know, or it unrolls few steps and spills
+    # the compiler must not know the end, or it unrolls a few steps and spills
     for start in range(0, width + tl.minimum(count, 0), CHUNK):
         within = start + tl.arange(0, CHUNK)
         inside = at[:, None] < count
         if width % CHUNK:
             inside = inside & (within[None, :] < width)
-        place = found + (at[:, None] * width + within[None, :])
-        before = kept * tl.load(place, inside, 0.0)
+        address = found + (at[:, None] * width + within[None, :])
+        before = kept * tl.load(address, inside, 0.0)
         matrix = _load(right, tokens, others, start, width, CHUNK)
-        tl.store(place, before + _dot(factor, matrix), inside)
-    tl.debug_barrier()  # the next tile's sum may be read by other threads
+        tl.store(address, before + _dot(factor, matrix), inside)
+    tl.debug_barrier()  # other threads may read these rows for the next tile
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def _logits(
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """S and the soft cap's derivative, float32 [rows, columns]; ``row`` starts rows."""
+    """S and the soft cap's derivative, float32 [rows, columns]; ``row`` is rows[0]."""
     logits = scaling * _product(
         query, key, rows, columns, length, keys, dh, ROWS, COLUMNS, CHUNK
     )
@@ -147,7 +148,7 @@ def statistics(
                 context + bh * length * dv, rows, length, kept[:, None],
                 exponentials, v + bg * keys * dv, columns, keys, dv, CHUNK,
             )  # fmt: skip
-    # a row of -inf alone sees nothing: 0 and 1 / inf make its A zero
+    # a row of nothing but -inf sees no key: 0 and 1 / inf make its A zero
     blind = highest == float("-inf")
     total = tl.where(blind, float("inf"), total)
     at = statistics + (bh * length * 4 + which * 2) + rows * 4
@@ -163,11 +164,11 @@ def _tile(
     MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """A~ - A, A~ and the pruned logits' slope, [rows, columns]."""
-    inside = rows < length  # others get A = 0
+    inside = rows < length  # other rows get A = 0
     change = tl.zeros((ROWS, COLUMNS), tl.float32)
     found = tl.zeros((ROWS, COLUMNS), tl.float32)
     slope = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
-    for which in range(2):  # a loop, so that only one's operands are in registers
+    for which in range(2):  # a loop, so that registers hold the operands of only one
         logits, slope = _logits(
             tl.where(which == 0, query, pruned_query),
             tl.where(which == 0, key, pruned_key),

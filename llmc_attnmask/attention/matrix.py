@@ -5,7 +5,7 @@ does so) the attention matrix is A = softmax(S), row by row. With Q~, K~ from pr
 weights the error is, one term per head (arXiv 2410.11261),
 
     E  = ||A~ - A||_F^2
-    Eo = ||sum_h (A~_h - A_h) V_h W_o,h||_F^2      what of it reaches the output
+    Eo = ||sum_h (A~_h - A_h) V_h W_o,h||_F^2      the part that reaches the output
 
 With G = dE/dA~ the gradient through the softmax is P = A~ o (G - rowsum(A~ o G)), the
 paper's P = F o C - diag((F o C) 1) F for G = C, and dE/dQ~ = scaling * P K~,
@@ -37,7 +37,7 @@ from llmc_attnmask.attention.softmax import (
 
 
 class AttentionNorms(NamedTuple):
-    """Sums that make the errors relative."""
+    """Sums of squares that make the errors relative."""
 
     matrix: float  # ||A||_F^2 over heads and samples
     output: float  # ||sum_h A_h V_h W_o,h||_F^2 over samples
@@ -76,10 +76,10 @@ def attention_changes(
     pruned: Sequence[AttentionCall],
     output_projection: Tensor,
 ) -> list[AttentionNorms]:
-    """E and Eo apart of several pruned modules at once, not differentiable.
+    """E and Eo separately, for several pruned modules at once; not differentiable.
 
     :param reference: call of the dense module
-    :param pruned: their calls, of which query and key count
+    :param pruned: calls of the pruned modules; only query and key are used
     :param output_projection: [D, H * dv] weight of o_proj
     """
     sums = [[0.0, 0.0] for _ in pruned]
@@ -190,7 +190,7 @@ def probe_gradients(
     weights: E[g g^T] = matrix_weight * J^T J + output_weight * Jo^T Jo with J = dA/dQ,
     that is scaling^2 * K^T (diag(a) - a a^T)^2 K for a query with the row a of A.
 
-    :param generator: of signs, on the device of the call
+    :param generator: draws the signs; on the device of the call
     :return: with respect to the query [B, H, L, dh] and to the key [B, G, L, dh]
     """
     query_gradient = torch.zeros_like(call.query)
@@ -212,17 +212,17 @@ def probe_gradients(
 def _signs(
     shape: Sequence[int], generator: torch.Generator, call: AttentionCall
 ) -> Tensor:
-    # drawn where they are needed: there are as many as there are entries of A
+    # drawn where they are needed, because there are as many as entries of A
     signs = torch.randint(2, shape, generator=generator, device=generator.device)
     return signs.to(call.query) * 2 - 1
 
 
 def attention_context(call: AttentionCall, value: Tensor) -> Tensor:
-    """What o_proj reads: every head's A V, side by side.
+    """What o_proj reads: A V of every head, side by side.
 
-    Differentiable in ``value``, A computed again in the backward pass.
+    Differentiable in ``value``; the backward pass computes A again.
 
-    :param call: gives A
+    :param call: defines A
     :param value: [B, G, L, dv]
     :return: [B, L, H * dv]
     """
@@ -256,7 +256,7 @@ class _AttentionContext(torch.autograd.Function):
 def _fused(
     reference: AttentionCall, query: Tensor, *arguments: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
-    """Error and gradients from the GPU kernels; None where they are not the choice."""
+    """Error and gradients from the GPU kernels; None where they are not used."""
     if not _fusible(reference):
         return None
     from llmc_attnmask.attention.fused import error_and_gradient

@@ -1,4 +1,4 @@
-"""Which rows of which Linear are an attention module's q, k, v and o.
+"""Find the rows of the Linears that are an attention module's q, k, v and o.
 
 Query heads share key-value heads in groups (GQA): with H query heads on G key-value
 heads of dimension dh, q has H * dh rows and k has G * dh, head by head.
@@ -24,9 +24,9 @@ _SEPARATE: tuple[dict[Role, str], ...] = (
     {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"},  # OPT
     {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense"},  # Phi
     {"q": "q_lin", "k": "k_lin", "v": "v_lin", "o": "out_lin"},  # DistilBERT
-    {"q": "query", "k": "key", "v": "value"},  # BERT, whose o is outside of the module
+    {"q": "query", "k": "key", "v": "value"},  # BERT, whose o is outside the module
 )
-# q, k and v one below the other in one Linear
+# q, k and v stacked in one Linear
 _STACKED: tuple[dict[str, str], ...] = (
     {"qkv": "qkv_proj", "o": "o_proj"},  # Phi-3
     {"qkv": "Wqkv", "o": "Wo"},  # ModernBERT
@@ -52,7 +52,7 @@ class Projection:
     child: str  # name of the Linear within the attention module
     rows: slice | list[int]
     columns: int  # in-features
-    whole: bool = True  # whether these are all rows
+    whole: bool = True  # whether these are all of its rows
     transposed: bool = False  # a Conv1D, whose weight is [in, out]
 
     @property
@@ -70,7 +70,7 @@ class Projection:
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module of everything that looks like an attention with projections."""
+    """Name -> module for everything that looks like an attention with projections."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -80,10 +80,10 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_projections(attention: nn.Module) -> dict[Role, Projection]:
-    """q, k, v and, if it is within, o of an attention module.
+    """Find q, k, v and, if it is inside the module, o.
 
-    :raises UnsupportedAttentionError: if its softmax cannot be seen or its Linears are
-        not of a known layout; the message says what was found
+    :raises UnsupportedAttentionError: if the module's softmax cannot be seen or its
+        Linears match no known layout; the message says what was found
     """
     kind = type(attention).__name__
     if not uses_attention_interface(attention):
@@ -122,8 +122,8 @@ def find_projections(attention: nn.Module) -> dict[Role, Projection]:
     shared = (*_STACKED, *_INTERLEAVED, *_LATENT)
     known += [" ".join(names.values()) for names in shared]
     raise UnsupportedAttentionError(
-        f"{kind} has the Linear layers {sorted(linears)}, which are none of the known "
-        f"layouts: {'; '.join(known)}"
+        f"{kind} has the Linear layers {sorted(linears)}, which match none of the "
+        f"known layouts: {'; '.join(known)}"
     )
 
 
@@ -136,23 +136,23 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def _check_query_rows(attention: nn.Module, query: nn.Module) -> None:
-    """Refuse rows of q that are no query, such as the gate of Qwen3-Next."""
+    """Refuse rows of q that are not a query, such as the gate of Qwen3-Next."""
     config: Any = getattr(attention, "config", None)
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(attention, "head_dim", None)
     rows, _ = _shape(query)
     if heads and head_dim and rows != heads * head_dim:
         raise UnsupportedAttentionError(
-            f"{type(attention).__name__} has {rows} rows of q where its "
-            f"{heads} heads of {head_dim} would have {heads * head_dim}: part of them "
-            "(an output gate?) does not enter the attention matrix"
+            f"{type(attention).__name__} has {rows} rows of q, but its "
+            f"{heads} heads of {head_dim} need {heads * head_dim}: some rows "
+            "(an output gate?) do not enter the attention matrix"
         )
 
 
 def _rows(
     role: Role, child: str, linear: nn.Module, rows: slice | list[int] | None = None
 ) -> Projection:
-    """Some rows of a Linear, by default all."""
+    """Some rows of a Linear; by default, all of them."""
     out, columns = _shape(linear)
     return Projection(
         role,
@@ -191,8 +191,8 @@ def _interleaved(
     width = rows // (3 * config.num_attention_heads)
     found: dict[Role, Projection] = {}
     roles: tuple[Role, ...] = ("q", "k", "v")
-    for place, role in enumerate(roles):
-        own = [i for i in range(rows) if i // width % 3 == place]
+    for third, role in enumerate(roles):
+        own = [i for i in range(rows) if i // width % 3 == third]
         found[role] = _rows(role, qkv, linears[qkv], own)
     found["o"] = _rows("o", o, linears[o])
     return found
@@ -201,7 +201,7 @@ def _interleaved(
 def _latent(
     attention: nn.Module, names: Mapping[str, str], linears: Mapping[str, nn.Module]
 ) -> dict[Role, Projection]:
-    """Of each head's rows of the shared Linear k comes first, then v."""
+    """In the shared Linear, each head has the rows of its k, then those of its v."""
     config: Any = attention.config
     width = config.qk_nope_head_dim + config.v_head_dim
     rows, _ = _shape(linears[names["kv"]])

@@ -12,22 +12,22 @@ from torch import Tensor
 from llmc_attnmask.attention.capture import AttentionCall
 from llmc_attnmask.attention.visibility import key_ranges
 
-# Elements of A alive in one block. Small blocks stay in a CPU's cache and skip more of
-# the causally masked half; a GPU wants larger ones.
+# Elements of A in one block. Small blocks stay in a CPU's cache and skip more of the
+# causally masked half; a GPU needs larger ones.
 _BLOCK_ELEMENTS = {"cpu": 2**18}
 _LEAST_ROWS = 32  # with fewer, many heads would make blocks too small to be efficient
 _BLOCK_ELEMENTS_ACCELERATOR = 2**25
 
 
 def attention_blocks(call: AttentionCall) -> Iterator[tuple[slice, Tensor]]:
-    """A block by block: rows, [B, G, H/G, rows, columns]."""
+    """Yield A block by block: its rows, and [B, G, H/G, rows, columns]."""
     for rows, columns in row_blocks(call):
         logits, _ = block_logits(call, call.query, call.key, rows, columns)
         yield rows, block_softmax(logits, call)
 
 
 def row_blocks(call: AttentionCall) -> Iterator[tuple[slice, int]]:
-    """Query rows and how many leading keys they can see; causal masks hide the rest."""
+    """Yield query rows and how many leading keys they see: causal masks hide some."""
     batch, heads, rows, _ = call.query.shape
     budget = _BLOCK_ELEMENTS.get(call.query.device.type, _BLOCK_ELEMENTS_ACCELERATOR)
     size = max(_LEAST_ROWS, budget // (batch * heads * call.key.shape[2]))
@@ -61,11 +61,11 @@ def block_logits(
 
 
 def block_softmax(logits: Tensor, call: AttentionCall) -> Tensor:
-    """A; a row of -inf alone sees nothing and is zero."""
+    """A; a row of nothing but -inf sees no key and is zero."""
     if call.sinks is not None:
         sinks = call.sinks.to(logits.dtype).view(1, logits.shape[1], -1, 1, 1)
         logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], -1)
-    # masks of -inf are rare, and a look at one column costs next to nothing
+    # masks of -inf are rare, and checking one column costs next to nothing
     if (logits[..., 0] == -torch.inf).any():
         blind = (logits == -torch.inf).all(-1, keepdim=True)
         attention = logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
@@ -86,5 +86,5 @@ def through_softmax(
 
 
 def _mask_rows(mask: Tensor, rows: slice) -> Tensor:
-    # one row for all queries is how a bidirectional model hides padding
+    # a bidirectional model hides padding with one row for all queries
     return mask if mask.shape[-2] == 1 else mask[..., rows, :]

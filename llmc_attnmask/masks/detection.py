@@ -1,18 +1,20 @@
-"""What a weight's exact zeros tell about its mask."""
+"""Detect a weight's mask from its exact zeros."""
 
 from torch import Tensor
 
 _SAMPLED_ROWS, _SAMPLED_COLUMNS = 64, 512
-_SHARE = 0.25  # of zeros; trained weights have next to none
-_DISTINCT = 0.25  # magnitudes a survivor; rounding to 2 to 4 bits leaves a few a group
+_SHARE = 0.25  # of zeros; trained dense weights have next to none
+_DISTINCT = (
+    0.25  # magnitudes per survivor; rounding to 2 to 4 bits leaves few per group
+)
 
 
 def detect_mask(weight: Tensor) -> Tensor | None:
-    """The mask of a weight that comes pruned: its nonzero entries; None if it is dense.
+    """The mask of an already pruned weight, its nonzero entries; None if it is dense.
 
-    Every group of four inputs with two zeros is 2:4. Without a pattern a weight counts
-    as pruned if a quarter of it is zero and its other values are not what rounding a
-    dense weight to a few levels would leave, which makes many zeros, too.
+    A weight is 2:4 if every group of four inputs has two zeros. Without a pattern, a
+    weight counts as pruned if a quarter of it is zero and its other values do not look
+    like a dense weight rounded to a few levels, which produces many zeros, too.
 
     :param weight: [rows, columns], floating point
     :return: bool [rows, columns], True where an entry survives
@@ -30,7 +32,7 @@ def _is_2of4(weight: Tensor) -> bool:
     if weight.shape[1] % 4:
         return False
     zeros = (weight == 0).view(len(weight), -1, 4).sum(-1)
-    # a weight that is zero throughout was initialised so, not pruned
+    # a weight that is zero throughout was initialized to zero, not pruned
     return bool((zeros >= 2).all()) and not bool((zeros == 4).all())
 
 

@@ -1,6 +1,6 @@
-"""Remembers a Linear's pruning mask on the Linear itself, one bit an entry.
+"""Remember a Linear's pruning mask on the Linear itself, one bit per entry.
 
-Zeros alone do not tell what was pruned: quantization rounds survivors to zero, too.
+Zeros alone do not show what was pruned: quantization rounds survivors to zero, too.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,20 @@ class _Bits:
 
 
 def set_mask(linear: nn.Module, kept: Tensor) -> None:
-    """Keep the mask of a pruned module.
+    """Remember the mask of a pruned module.
 
-    What was pruned before stays pruned: of two masks the entries that both keep remain.
-    It is a plain attribute: no buffer, so it neither moves with the module nor is
-    saved with it, but copies of the module have it.
+    What was pruned before stays pruned: of two masks, entries that both keep remain.
+    The mask is a plain attribute, not a buffer, so it neither moves with the module nor
+    is saved with it, but copies of the module have it.
 
     :param kept: bool, shape of the weight, True where an entry survives
-    :raises ValueError: if it is no mask of that shape
+    :raises ValueError: if it is not a mask of that shape
     """
     shape = tuple(cast(Tensor, linear.weight).shape)
     if kept.dtype != torch.bool or tuple(kept.shape) != shape:
         raise ValueError(
-            f"a {kept.dtype} tensor of shape {tuple(kept.shape)} is no mask for this "
-            f"weight; expected torch.bool and {shape}"
+            f"a {kept.dtype} tensor of shape {tuple(kept.shape)} is not a mask for "
+            f"this weight; expected torch.bool and {shape}"
         )
     if (earlier := get_mask(linear)) is not None:
         kept = kept.cpu() & earlier
@@ -43,15 +43,15 @@ def set_mask(linear: nn.Module, kept: Tensor) -> None:
 
 
 def get_mask(linear: nn.Module) -> Tensor | None:
-    """The mask that was remembered: bool, shape of the weight, on CPU; None if none."""
+    """The remembered mask: bool, shape of the weight, on CPU; None if there is none."""
     bits = getattr(linear, _ATTRIBUTE, None)
     return None if bits is None else from_bits(bits.packed, bits.shape)
 
 
 def count_violations(linear: nn.Module) -> int:
-    """Pruned entries of a module that are no longer zero; 0 without a mask.
+    """Count a module's pruned entries that are no longer zero; 0 without a mask.
 
-    Bits are compared, as this is asked of whole models again and again.
+    Packed bits are compared, because whole models are checked again and again.
     """
     bits = getattr(linear, _ATTRIBUTE, None)
     if bits is None or tuple(cast(Tensor, linear.weight).shape) != bits.shape:
@@ -61,17 +61,17 @@ def count_violations(linear: nn.Module) -> int:
 
 
 def clear_mask(linear: nn.Module) -> None:
-    """Drop the mask that was remembered, if any."""
+    """Forget the remembered mask, if any."""
     if hasattr(linear, _ATTRIBUTE):
         delattr(linear, _ATTRIBUTE)
 
 
 def to_bits(flags: Tensor) -> np.ndarray:
-    """A bool tensor, one bit an entry: uint8 [ceil(entries / 8)], row-major."""
+    """Pack a bool tensor, one bit per entry: uint8 [ceil(entries / 8)], row-major."""
     return np.packbits(flags.detach().cpu().numpy().ravel(), bitorder="little")
 
 
 def from_bits(bits: np.ndarray, shape: Sequence[int]) -> Tensor:
-    """The bool tensor that ``to_bits`` has made bits of, on CPU."""
+    """The bool tensor that ``to_bits`` packed, on CPU."""
     flags = np.unpackbits(bits, count=prod(shape), bitorder="little")
     return torch.from_numpy(flags.view(bool)).view(*shape)

@@ -38,9 +38,9 @@ class MaskStructure:
         return self.group == 0
 
     def check(self, sparsity: float) -> None:
-        """Refuse a sparsity outside [0, 1) or one that N:M contradicts.
+        """Refuse a sparsity outside [0, 1) or one that contradicts N:M.
 
-        :raises ValueError: with the sparsity that would do
+        :raises ValueError: with the sparsity that fits
         """
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity is {sparsity}; expected a number in [0, 1)")
@@ -67,13 +67,13 @@ class MaskStructure:
         return scores.reshape(-1, self.group)
 
     def kept(self, scores: Tensor, sparsity: float) -> int:
-        """Entries kept in each group: exact for N:M, to the nearest for a share."""
+        """Entries kept in each group: exact for N:M, rounded for a share."""
         if self.unstructured:
             return scores.numel() - round(sparsity * scores.numel())
         return self.group - self.pruned
 
     def mask(self, scores: Tensor, sparsity: float) -> Tensor:
-        """Keep the highest scores; of equal ones the first.
+        """Keep the highest scores; among equal scores, the first.
 
         :param scores: [rows, columns], any float
         :return: bool [rows, columns], True where the weight is kept

@@ -1,4 +1,4 @@
-"""Projected gradient descent on the relaxed mask, then a threshold at the ratio."""
+"""Projected gradient descent on the relaxed mask, then a threshold at the sparsity."""
 
 from dataclasses import dataclass, field
 
@@ -12,16 +12,16 @@ _GROW, _SHRINK = 1.5, 0.5
 
 @dataclass
 class Descent:
-    """A run and what was measured at each of its steps, before the step."""
+    """A run, and what was measured before each of its steps."""
 
     mask: Tensor  # the relaxed mask [d, d] at the end
     losses: list[float] = field(default_factory=list)
-    squared_gradients: list[float] = field(default_factory=list)  # of the projected
+    squared_gradients: list[float] = field(default_factory=list)  # projected
 
     def pl_ratios(self, minimum: float) -> list[float]:
         """||gradient||^2 / (2 (L - L*)) per step: bounded below where PL holds.
 
-        :param minimum: L*, the lowest loss known; steps within rounding of it are
+        :param minimum: L*, the lowest known loss; steps within rounding of it are
             left out
         """
         floor = 1e-9 * abs(minimum)
@@ -35,12 +35,12 @@ class Descent:
 def projected_gradient_descent(
     problem: FusedProblem, steps: int, start: Tensor | None = None
 ) -> Descent:
-    """Minimise L over [0, 1]^{d x d}; the loss never rises.
+    """Minimize L over [0, 1]^{d x d}; the loss never rises.
 
-    The step size is found by backtracking (sufficient decrease), so no Lipschitz
-    constant need be known.
+    Backtracking finds the step size (sufficient decrease), so no Lipschitz constant is
+    needed.
 
-    :param start: first mask [d, d]; by default all ones, the dense weight
+    :param start: initial mask [d, d]; by default all ones, the dense weight
     """
     mask = torch.ones_like(problem.weight) if start is None else start.clone()
     descent = Descent(mask)
@@ -62,7 +62,7 @@ def projected_gradient_descent(
             if candidate_loss <= bound or step_size < 1e-30:
                 break
             step_size *= _SHRINK
-        if candidate_loss > loss:  # at the limit of the arithmetic
+        if candidate_loss > loss:  # the limit of floating-point precision
             break
         mask, loss, gradient = candidate, candidate_loss, candidate_gradient
     descent.mask = mask
@@ -82,6 +82,6 @@ def threshold(mask: Tensor, sparsity: float) -> Tensor:
 
 
 def _projected(mask: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient without what pushes out of the box: zero exactly at a minimum."""
+    """The gradient without what points out of the box: zero exactly at a minimum."""
     blocked = ((mask <= 0) & (gradient > 0)) | ((mask >= 1) & (gradient < 0))
     return gradient.masked_fill(blocked, 0.0)

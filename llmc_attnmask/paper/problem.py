@@ -31,7 +31,7 @@ def causal_attention(inputs: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FusedProblem:
-    """One instance; everything in one floating-point type."""
+    """One instance of the problem; all tensors have one floating-point type."""
 
     inputs: Tensor  # X [n, d]
     weight: Tensor  # W [d, d]
@@ -46,7 +46,7 @@ class FusedProblem:
             )
 
     def attention_error(self, weight: Tensor) -> Tensor:
-        """||A(W') - A(W)||_F^2 of any other fused weight W' [d, d]."""
+        """||A(W') - A(W)||_F^2 for any other fused weight W' [d, d]."""
         change = causal_attention(self.inputs, weight) - self._target()
         return change.square().sum()
 

@@ -1,6 +1,6 @@
-"""vLLM's compressed-tensors configuration, with 2:4 layers.
+"""vLLM's compressed-tensors configuration, extended by 2:4 layers.
 
-Written against vLLM 0.26, 0.32 and 0.33.
+Written for vLLM 0.26, 0.32 and 0.33.
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ logger = init_logger(__name__)
 
 
 class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
-    """What the stock class says of every layer, and which layers are 2:4, too.
+    """The stock configuration of every layer, plus which layers are 2:4.
 
-    Also of checkpoints that are not quantized: then the stock class has no groups.
+    It also serves unquantized checkpoints, for which the stock class has no groups.
     """
 
     sparsity: Sparsity
@@ -52,10 +52,10 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
         sparsity = recognise(config)
         if sparsity is None:
             raise ValueError(
-                f"quantization {METHOD} was asked for, but config.json names no 2:4 "
-                "layers; leave --quantization out"
+                f"quantization {METHOD} was requested, but config.json names no 2:4 "
+                "layers; omit --quantization"
             )
-        stock = {  # what the stock class refuses or does not know
+        stock = {  # without keys that the stock class refuses or does not know
             key: value
             for key, value in config.items()
             if key not in (SPARSITY, marker.KEY)
@@ -110,7 +110,7 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
         )
 
     def _parts(self, prefix: str) -> list[str]:
-        """The names in the checkpoint of what vLLM keeps as one layer."""
+        """The checkpoint's names of the layers that vLLM fuses into this one."""
         parent, dot, kind = prefix.rpartition(".")
         kinds = self.packed_modules_mapping.get(kind, [kind])
         return [parent + dot + part for part in kinds]
@@ -120,13 +120,13 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
             packed = self.sparsity.is_packed(prefix) or any(
                 target.startswith(f"{prefix}.") for target in self.sparsity.packed
             )
-        else:  # a class name or a pattern means linear layers, which vLLM's this is not
+        else:  # class names and patterns mean linear layers, which vLLM's head is not
             packed = isinstance(layer, ParallelLMHead) and (
                 prefix in self.sparsity.packed
             )
         if packed:
             raise ValueError(
-                f"{prefix} is stored packed, which is served for linear layers only, "
-                "not for experts and output embeddings; store the checkpoint dense: "
-                "llmc-attnmask unpack DIR OUT"
+                f"{prefix} is stored packed, which is supported only for linear "
+                "layers, not for experts or output embeddings; store the checkpoint "
+                "dense: llmc-attnmask unpack DIR OUT"
             )

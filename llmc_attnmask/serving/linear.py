@@ -1,6 +1,6 @@
 """A vLLM linear layer whose weight is 2:4.
 
-Written against vLLM 0.26, 0.32 and 0.33.
+Written for vLLM 0.26, 0.32 and 0.33.
 """
 
 from dataclasses import replace
@@ -38,8 +38,9 @@ from llmc_attnmask.serving.table import KernelTable, Row
 
 @register_weight_loader_v2_supported_method
 class Sparse24LinearMethod(LinearMethodBase):
-    """Loads as the method that the layer would have had, and then serves on a sparse
-    kernel; or, where that is not possible or not wise, hands the layer back to it.
+    """Loads a layer with its stock method, then serves it on a sparse kernel.
+
+    Where that is impossible or not worthwhile, the layer goes back to its stock method.
     """
 
     def __init__(
@@ -52,9 +53,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         table: KernelTable,
     ) -> None:
         """
-        :param stock: the method of the same layer stored dense
-        :param packed_parts: how many of its parts the checkpoint stores packed
-        :param all_sparse: whether all of its parts are 2:4
+        :param stock: the method that the layer would have if it were stored dense
+        :param packed_parts: how many of the layer's parts the checkpoint stores packed
+        :param all_sparse: whether all of the layer's parts are 2:4
         """
         self.stock = stock
         self.name = name
@@ -69,12 +70,12 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     @property
     def supports_pre_processed_weights(self) -> bool:
-        """Asked by vLLM's weight cache only: ``vllm preload``, and an engine that takes
-        another process's weights as they are in GPU memory.
+        """Only vLLM's weight cache asks: ``vllm preload``, and an engine that takes
+        another process's weights from GPU memory as they are.
         """
         raise ValueError(
-            f"{self.name} is 2:4, and every process makes its weights ready for the "
-            "sparse kernels itself; serve it without --load-format ipc_cache, and "
+            f"{self.name} is 2:4, and every process prepares its weights for the "
+            "sparse kernels itself; serve it without --load-format ipc_cache and "
             "without vllm preload"
         )
 
@@ -111,7 +112,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         )
         dtypes = (weight.dtype, torch.uint8, torch.int64)
         for part, dtype in zip(PARTS, dtypes, strict=True):
-            # empty: what the checkpoint has under this name goes through the loader
+            # empty, because the loader takes what the checkpoint has under this name
             parameter = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": self.loader.loader(part)})
             layer.register_parameter(part, parameter)
@@ -133,7 +134,7 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         tokens, token_scale = x.reshape(-1, x.shape[-1]), None
-        if self.quantize is not None:  # outside of the operator, to be fused
+        if self.quantize is not None:  # outside the operator, so that vLLM can fuse it
             tokens, token_scale = self.quantize(tokens)
         out = op.sparse_linear(
             tokens,
@@ -154,22 +155,22 @@ class Sparse24LinearMethod(LinearMethodBase):
         weight = getattr(layer, "weight", None)
         if weight is None or weight.shape != (self.rows, self.columns):
             return select.keep_dense("no sparse kernel for this quantization")
-        facts = select.Layer(
+        described = select.Layer(
             self.rows,
             self.columns,
             weight.dtype,
             self.all_sparse,
             self._activations(layer),
         )
-        choice = select.choose(facts, select.Machine.detect(), select.forced())
-        # the weight is read only where it matters
+        choice = select.choose(described, select.Machine.detect(), select.forced())
+        # the weight is read only if the layer would be sparse
         if choice.sparse and _dummy_weights():
             made_up.prune(weight.data)
             return replace(choice, reason=f"{choice.reason}; {made_up.NOTE}")
         if choice.sparse and layout.crowded_groups(weight.data):
             raise ValueError(
-                f"{self.name} is 2:4 by config.json, but its weights are not; prune "
-                f"the model again, or serve it with {select.VARIABLE}=dense"
+                f"{self.name} is 2:4 according to config.json, but its weights are "
+                f"not; prune the model again, or serve it with {select.VARIABLE}=dense"
             )
         return choice
 
@@ -190,9 +191,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         return "8-bit per token"
 
     def _to_sparse(self, layer: Any, choice: select.Choice) -> select.Choice:
-        """Replace the dense weight, unless the kernels are wrong about it.
+        """Replace the dense weight, unless the kernels fail on it.
 
-        :return: the choice, or dense
+        :return: the given choice, or dense with the reason
         """
         self.few_tokens = choice.tokens
         weight = layer.weight.data
@@ -214,7 +215,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             if hasattr(layer, name):
                 delattr(layer, name)
         for name, tensor in (
-            # LoRA asks a parameter of this name for the device
+            # LoRA reads the device from a parameter of this name
             ("weight_packed", made.compressed if made.values is None else made.values),
             ("weight_indices", made.indices),
             ("weight_arrived", made.arrived),
@@ -239,8 +240,10 @@ class Sparse24LinearMethod(LinearMethodBase):
         )
 
     def _tell_compile_cache(self, choice: select.Choice) -> None:
-        """A graph that vLLM compiled and kept asks for the tensors of its kernels: with
-        others it must be compiled again. vLLM's key has this dictionary in it.
+        """Make vLLM's compile cache depend on the layer's kernels.
+
+        A cached graph expects the tensors of the kernels that it was compiled for, so
+        other kernels need another graph. vLLM's cache key includes this dictionary.
         """
         settings = get_current_vllm_config().additional_config
         if isinstance(settings, dict):  # on CUDA it is
@@ -249,7 +252,7 @@ class Sparse24LinearMethod(LinearMethodBase):
 
 
 def _dummy_weights() -> bool:
-    """Whether vLLM makes the weights up instead of reading the checkpoint's."""
+    """Whether vLLM fills in random weights instead of reading the checkpoint's."""
     return get_current_vllm_config().load_config.load_format == "dummy"
 
 
@@ -260,7 +263,7 @@ def _largest_step() -> int:
 
 
 def _by_row(scale: Tensor, widths: list[int]) -> Tensor:
-    """Scales as fp32 [rows]: of rows already, or one for each part of the layer."""
+    """Scales as fp32 [rows], given per row or per part of the fused layer."""
     if scale.numel() == len(widths) != sum(widths):
         counts = torch.tensor(widths, device=scale.device)
         scale = scale.view(-1).repeat_interleave(counts)

@@ -1,4 +1,4 @@
-"""Packed shards of a fused layer become its dense weight, one shard in memory."""
+"""Load packed shards of a fused layer as its dense weight, one shard at a time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,16 +16,16 @@ Deliver = Callable[[Tensor, Any], None]
 class ShardLoader:
     """Collects the three tensors of a shard, in any order, and delivers it dense.
 
-    What is delivered is the whole shard, as a checkpoint stored dense would have had
-    it: the loader of the dense weight then takes its part of it on every rank.
+    It delivers the whole shard, as a checkpoint stored dense would have it. The loader
+    of the dense weight then takes each rank's part of it.
     """
 
     def __init__(self, name: str, shards: int, device: torch.device, deliver: Deliver):
         """
-        :param name: of the layer, for messages
+        :param name: the layer's name, for messages
         :param shards: how many of the layer's parts are packed
         :param device: where to unpack
-        :param deliver: is called with each dense shard [rows, columns] and its id
+        :param deliver: called with each dense shard [rows, columns] and its id
         """
         self.name = name
         self.shards = shards
@@ -41,7 +41,7 @@ class ShardLoader:
     def _receive(
         self, part: str, parameter: nn.Parameter, tensor: Tensor, shard: Any = None
     ) -> None:
-        if shard is None:  # newer loaders write it on the tensor
+        if shard is None:  # newer loaders set it on the tensor
             shard = getattr(tensor, "shard_id", None)
         parts = self._waiting.setdefault(shard, {})
         parts[part] = tensor
@@ -68,9 +68,9 @@ class ShardLoader:
             )
 
     def check_complete(self) -> None:
-        """Refuse a layer of which the checkpoint held only a part.
+        """Refuse a layer that the checkpoint has only in part.
 
-        :raises ValueError: with the tensors that are missing
+        :raises ValueError: naming the missing tensors
         """
         for shard, parts in self._waiting.items():
             missing = [part for part in PARTS if part not in parts]
@@ -80,8 +80,8 @@ class ShardLoader:
             )
         if self.delivered < self.shards:
             raise ValueError(
-                f"{self.name} has {self.shards} packed parts by config.json, but the "
-                f"checkpoint held {self.delivered}; download or pack it again"
+                f"{self.name} has {self.shards} packed parts according to config.json, "
+                f"but the checkpoint has {self.delivered}; download or pack it again"
             )
 
     def _shard(self, shard: Any) -> str:

@@ -1,5 +1,7 @@
-"""Weights that vLLM made up for a benchmark, ``--load-format dummy``, become 2:4: so a
-layer that is 2:4 in the checkpoint is measured on the kernels that would serve it.
+"""Prune the random weights of ``--load-format dummy`` to 2:4.
+
+A benchmark then measures a layer that is 2:4 in the checkpoint on the kernels that
+would serve it.
 """
 
 import torch
@@ -7,15 +9,15 @@ from torch import Tensor
 
 from llmc_attnmask.checkpoint import layout
 
-NOTE = "made-up weights, pruned here"
-_ENTRIES = 1 << 22  # that are compared at once, so that it takes little memory
+NOTE = "random weights, pruned at load"
+_ENTRIES = 1 << 22  # compared at once, to limit memory
 
 
 @torch.no_grad()
 def prune(weight: Tensor) -> None:
-    """Zero the two smallest of every four columns, in place; 2:4 weights stay.
+    """Zero the two smallest of every four columns, in place; 2:4 weights do not change.
 
-    :param weight: [rows, K] of one or two bytes an entry, contiguous, K a multiple of 4
+    :param weight: [rows, K], one or two bytes per entry, contiguous, K a multiple of 4
     """
     bits = layout.bits_of(weight)
     for groups, their_bits in zip(

@@ -1,6 +1,6 @@
 """Entry point of vLLM's plugin group ``vllm.general_plugins``.
 
-vLLM calls ``register`` in each of its processes, and again if it likes.
+vLLM calls ``register`` in each of its processes, possibly more than once.
 """
 
 import functools
@@ -15,9 +15,9 @@ logger = logging.getLogger("vllm.llmc_attnmask")  # vLLM's handlers and level
 
 
 def register() -> None:
-    """Teach this process's vLLM to serve 2:4 checkpoints of ours; others as before.
+    """Make this process's vLLM serve this package's 2:4 checkpoints; others as before.
 
-    On a version that is not supported nothing is changed, and the log says why.
+    In an unsupported version, nothing is changed and the log says why.
     """
     import vllm
 
@@ -40,8 +40,10 @@ def register() -> None:
 
 
 def _annotating(parse: Callable[..., Any]) -> Callable[..., Any]:
-    """The one way in for a checkpoint that is not quantized and stored dense: without
-    a quantization_config vLLM asks no plugin about it.
+    """Wrap vLLM's config parser so that it annotates what it parsed.
+
+    For an unquantized checkpoint that is stored dense this is the only entry point:
+    without a quantization_config, vLLM asks no plugin about it.
     """
 
     @functools.wraps(parse)

@@ -1,4 +1,4 @@
-"""Which checkpoints are ours, and which of their layers are 2:4; from config.json."""
+"""Recognize this package's checkpoints and their 2:4 layers from config.json."""
 
 import reprlib
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ import regex
 
 from llmc_attnmask.checkpoint import layout, marker
 
-METHOD = "llmc_attnmask"  # the name of our quantization method in vLLM
+METHOD = "llmc_attnmask"  # name of this package's quantization method in vLLM
 QUANTIZATION = "quantization_config"
 SPARSITY = "sparsity_config"
-_SECONDS = 1  # that one pattern may take with one name
+_SECONDS = 1  # limit for matching one pattern with one name
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,22 @@ def _matches(name: str, pattern: str) -> bool:
         return name == pattern
     try:
         return regex.match(pattern[3:], name, timeout=_SECONDS) is not None
-    except TimeoutError:  # the checkpoint's author chose it, by mistake or not
+    except TimeoutError:  # the checkpoint's author chose it, by mistake or on purpose
         raise ValueError(
             f"config.json has a {SPARSITY} with the pattern {pattern!r}, which takes "
-            f"more than {_SECONDS} s to compare with {name!r}; name the modules instead"
+            f"more than {_SECONDS} s to match with {name!r}; name the modules instead"
         ) from None
 
 
 def annotate(config: dict[str, Any]) -> bool:
-    """Put the note of a dense-stored checkpoint where vLLM looks: into a
-    quantization_config, made if there is none. Other configs stay as they are.
+    """Copy the marker of a dense-stored checkpoint to where vLLM looks for it.
+
+    That is the quantization_config, which is created if there is none. Other configs
+    stay as they are.
 
     :param config: content of config.json
-    :return: whether there is a note
-    :raises ValueError: for a malformed note
+    :return: whether there is a marker
+    :raises ValueError: for a malformed marker
     """
     if marker.read(config) is None:
         return False
@@ -68,10 +70,10 @@ def annotate(config: dict[str, Any]) -> bool:
 
 
 def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
-    """The 2:4 layers that a quantization_config names; None if it is not ours.
+    """The 2:4 layers that a quantization_config names; None if it names none.
 
     :param quantization: ``quantization_config``, after ``annotate``
-    :raises ValueError: for a malformed note, or names that are none
+    :raises ValueError: for a malformed marker, or targets that are not names
     """
     if quantization.get("quant_method") not in ("compressed-tensors", METHOD):
         return None
@@ -90,7 +92,7 @@ def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
 
 
 def _names(sparsity: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """The names and patterns under a key, checked."""
+    """The validated names and patterns under a key."""
     found = sparsity.get(key) or []
     try:
         if not isinstance(found, list) or not all(isinstance(n, str) for n in found):

@@ -1,4 +1,4 @@
-"""One log entry a model: which kernel each kind of layer got, and why."""
+"""One log entry per model: which kernel each kind of layer got, and why."""
 
 import logging
 from collections import Counter
@@ -19,7 +19,7 @@ class Row:
 
 
 class KernelTable:
-    """Collects a row a layer, and logs them together when the last one has come."""
+    """Collects one row per layer, and logs all of them when the last one arrives."""
 
     def __init__(self) -> None:
         self._expected: set[str] = set()

@@ -1,4 +1,4 @@
-"""Which vLLM this plugin works with."""
+"""Which versions of vLLM this plugin supports."""
 
 from packaging.version import Version
 
@@ -7,9 +7,9 @@ LAST_NATIVE = Version("0.18.1")
 
 
 def refusal(version: str) -> str | None:
-    """Why the plugin does nothing in this vLLM; None if it works.
+    """Why the plugin stays off in this vLLM; None if it works.
 
-    :param version: as vLLM gives it; ``+cpu`` and ``.dev`` endings do not matter
+    :param version: as vLLM reports it; suffixes like ``+cpu`` and ``.dev`` are ignored
     """
     found = Version(Version(version).base_version)
     if found >= SUPPORTED or found == Version("0"):  # built without version control
@@ -20,7 +20,7 @@ def refusal(version: str) -> str | None:
             "capability 9.0; dense-stored ones are served with dense kernels"
         )
     return (
-        f"vLLM {version} has neither 2:4 kernels of its own (they left with 0.19) nor "
-        f"the interfaces this plugin was written for (from {SUPPORTED} on); packed "
-        "checkpoints are refused, dense-stored ones served with dense kernels"
+        f"vLLM {version} has neither 2:4 kernels of its own (removed in 0.19) nor "
+        f"the interfaces that this plugin needs (from {SUPPORTED} on); packed "
+        "checkpoints are refused, and dense-stored ones are served with dense kernels"
     )

@@ -1,4 +1,4 @@
-"""Pictures of attention keep what they show to 8 bits."""
+"""Attention maps keep their values to 8 bits."""
 
 import base64
 import zlib
@@ -26,7 +26,7 @@ def call(length: int, seed: int, heads: int = 3, groups: int = 1) -> AttentionCa
 
 
 @pytest.mark.parametrize("length", [20, TOKENS + 30])
-def test_the_head_that_lost_most_and_the_median_one(length):
+def test_the_worst_and_the_median_head_are_mapped(length):
     dense = call(length, 0)
     query = dense.query.clone()
     for head, change in enumerate((0.1, 3.0, 0.5)):
@@ -61,7 +61,7 @@ def test_equal_calls_give_an_empty_difference():
     assert attention_map.encode()["largest_difference"] == 0.0
 
 
-def test_heads_are_rows_of_q_and_columns_of_o():
+def test_heads_divide_the_rows_of_q_and_the_columns_of_o():
     kept = torch.ones(4, 8, dtype=torch.bool)
     kept[:2, :4] = False
     assert zeros_by_head("q", kept, 2) == [0.5, 0.0]

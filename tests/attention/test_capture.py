@@ -15,7 +15,7 @@ from llmc_attnmask.evaluation.attention_error import attention_inputs
 from tests.support.attention import probabilities
 
 
-def test_other_weights_take_effect_and_the_module_stays_as_it_was(random_llama):
+def test_other_weights_take_effect_and_the_module_stays_unchanged(random_llama):
     before = copy.deepcopy(random_llama.state_dict())
     (name, collected), *_ = attention_inputs(
         random_llama, torch.arange(9).view(1, 9)
@@ -42,7 +42,7 @@ def test_a_half_precision_module_is_replayed_in_float32(random_llama):
     replica = AttentionReplica(model.get_submodule(name))
     call = replica(*collected.batch([0], replica.device, replica.dtype))
     assert call.query.dtype == call.value.dtype == torch.float32
-    assert call.mask.dtype == torch.bfloat16  # [L, L]: never copied whole
+    assert call.mask.dtype == torch.bfloat16  # [L, L]: never copied as a whole
 
 
 def test_an_offloaded_module_is_replayed(random_llama):
@@ -101,6 +101,6 @@ def test_a_causal_module_without_a_mask_is_refused(random_llama):
     angles = random_llama.model.rotary_emb(hidden, torch.arange(5)[None])
     replica = AttentionReplica(attention)
     arguments = {"position_embeddings": angles, "attention_mask": None}
-    with pytest.raises(UnsupportedAttentionError, match="no mask to hide the future"):
+    with pytest.raises(UnsupportedAttentionError, match="no mask that hides future"):
         replica([hidden], arguments)
     assert replica([hidden], arguments | {"is_causal": False}).mask is None

@@ -42,9 +42,9 @@ def compare(call, pruned, weights, rtol):
         single, *(x.float() for x in pruned), *weights, projection
     )
     assert error.item() == pytest.approx(expected.item(), rel=rtol)
-    for found, wanted in zip(gradients, exact, strict=True):
-        assert wanted.grad.norm() > 0
-        assert (found - wanted.grad).norm() <= rtol * wanted.grad.norm()
+    for found, correct in zip(gradients, exact, strict=True):
+        assert correct.grad.norm() > 0
+        assert (found - correct.grad).norm() <= rtol * correct.grad.norm()
 
 
 def nudged(call, size):
@@ -61,7 +61,7 @@ def test_error_and_gradient_equal_the_plain_version(call, weights):
 @pytest.mark.parametrize(
     "length, keys_mask", [(70, "causal"), (70, "window"), (33, "")]
 )
-def test_lengths_that_are_no_multiple_of_a_tile(length, keys_mask):
+def test_lengths_that_are_not_a_multiple_of_a_tile(length, keys_mask):
     generator = torch.Generator().manual_seed(4)
 
     def normal(*shape):
@@ -83,7 +83,7 @@ def test_lengths_that_are_no_multiple_of_a_tile(length, keys_mask):
     compare(call, nudged(call, 0.2), (0.3, 0.7), rtol=1e-5)
 
 
-def test_a_small_change_does_not_drown_in_rounding():
+def test_a_small_change_is_not_lost_in_rounding():
     """Where sums of squares would cancel: the error is a millionth of ||A||^2."""
     call = CALLS["causal"]
     compare(call, nudged(call, 1e-3), (1.0, 0.0), rtol=1e-2)
@@ -97,11 +97,11 @@ def test_a_query_that_sees_no_key_counts_as_in_the_plain_version():
 
 
 @pytest.mark.parametrize("mask", BLIND.values(), ids=BLIND.keys())
-def test_a_row_of_infinity_alone_is_zero_as_in_the_plain_version(mask):
+def test_a_row_of_only_infinity_is_zero_as_in_the_plain_version(mask):
     compare(random_call(mask=mask), nudged(CALLS["causal"], 0.3), (0.3, 0.7), 1e-5)
 
 
-def test_a_tile_of_rows_that_see_nothing_adds_nothing():
+def test_a_tile_of_rows_that_see_no_key_adds_nothing():
     length, blind = 3 * 64, slice(64, 128)
     generator = torch.Generator().manual_seed(5)
     tensors = [torch.randn(1, 1, length, 8, generator=generator) for _ in range(3)]
@@ -125,8 +125,8 @@ def test_a_tile_of_rows_that_see_nothing_adds_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_a_pruned_row_of_infinity_alone_is_zero_as_in_the_plain_version():
-    """Logits below float32: A~ is zero in that row, and A counts in full."""
+def test_a_pruned_row_of_only_infinity_is_zero_as_in_the_plain_version():
+    """Logits below float32's range: A~ is zero in that row, and A counts in full."""
     call = random_call(mask=None)
     single = replace(
         call, **{n: getattr(call, n).float() for n in ("query", "key", "value")}
@@ -145,7 +145,7 @@ def test_a_pruned_row_of_infinity_alone_is_zero_as_in_the_plain_version():
     assert not gradients[0][:, :, 3].any()
 
 
-def test_without_gradient_only_the_error_is_computed():
+def test_without_a_gradient_only_the_error_is_computed():
     call = random_call()
     single = replace(
         call, **{n: getattr(call, n).float() for n in ("query", "key", "value", "mask")}
@@ -169,17 +169,17 @@ def test_without_gradient_only_the_error_is_computed():
         ((10, 0), torch.float32, (64, 64), False),
     ],
 )
-def test_the_kernels_are_the_default_where_they_are_checked(
+def test_the_kernels_are_the_default_where_their_compilation_is_checked(
     capability, dtype, widths, chosen
 ):
     assert fused_by_default(capability, dtype, widths) is chosen
 
 
-def test_without_a_gpu_the_plain_version_computes():
+def test_without_a_gpu_the_plain_version_runs():
     assert not fusible(CALLS["causal"])
 
 
-def test_where_the_kernels_are_the_choice_they_compute(monkeypatch):
+def test_where_the_kernels_are_chosen_they_run(monkeypatch):
     call = CALLS["causal"]
     exact = [x.requires_grad_() for x in nudged(call, 0.3)]
     expected = torch.autograd.grad(attention_error(call, *exact), exact)
@@ -189,5 +189,5 @@ def test_where_the_kernels_are_the_choice_they_compute(monkeypatch):
     pruned = [x.detach().float().requires_grad_() for x in exact]
     monkeypatch.setattr(matrix, "_fusible", lambda _: True)
     found = torch.autograd.grad(attention_error(single, *pruned), pruned)
-    for ours, wanted in zip(found, expected, strict=True):
-        assert 0 < (ours - wanted).norm() <= 1e-5 * wanted.norm()
+    for ours, correct in zip(found, expected, strict=True):
+        assert 0 < (ours - correct).norm() <= 1e-5 * correct.norm()

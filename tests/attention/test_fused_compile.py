@@ -1,4 +1,4 @@
-"""The attention kernels, compiled for GPUs: what they take of a multiprocessor."""
+"""The attention kernels, compiled for GPUs: the resources that they take."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-REGISTERS = 168  # three programs of 128 threads on a multiprocessor's 65,536
-SHARED = 163 * 1024 // 3  # of what programs can have on an A100
+REGISTERS = 168  # three programs of 128 threads on a multiprocessor's 65,536 registers
+SHARED = 163 * 1024 // 3  # of what an A100 allows
 
 
 @pytest.mark.slow

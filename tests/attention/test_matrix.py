@@ -56,7 +56,7 @@ CALLS = {
 
 
 def _blind(rows: list[int]) -> torch.Tensor:
-    """Causal, but ``rows`` see nothing."""
+    """A causal mask, but ``rows`` see no key."""
     visible = torch.ones(L, L, dtype=torch.bool).tril()
     mask = torch.zeros(1, 1, L, L, dtype=torch.float64)
     mask.masked_fill_(~visible, -torch.inf)
@@ -67,7 +67,7 @@ def _blind(rows: list[int]) -> torch.Tensor:
 _PADDED = _blind([])
 _PADDED[..., 2, :] = torch.finfo(torch.float32).min
 _PADDED[..., 2, 5:] = -torch.inf
-BLIND = {  # masks of -inf, as some models have them
+BLIND = {  # masks of -inf, as in some models
     "causal": _blind([]),
     "one row": _blind([5]),
     "the first rows": _blind([0, 1, 2]),
@@ -77,7 +77,7 @@ BLIND = {  # masks of -inf, as some models have them
 
 
 def by_autograd(call, query, key, matrix_weight, output_weight, output_projection):
-    """The error written down naively, in full matrices."""
+    """The error computed naively, with full matrices."""
     change = probabilities(replace(call, query=query, key=key)) - probabilities(call)
     value = call.value.repeat_interleave(H // G, dim=1)
     reached = (change @ value).transpose(1, 2).flatten(2) @ output_projection.T
@@ -107,12 +107,12 @@ def test_error_and_closed_form_gradient_equal_autograd(
     )
     expected = by_autograd(call, *pruned, *weights, output_projection)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
-    for found, wanted in zip(
+    for found, correct in zip(
         torch.autograd.grad(ours, pruned),
         torch.autograd.grad(expected, pruned),
         strict=True,
     ):
-        assert (found - wanted).norm() <= 1e-9 * wanted.norm()
+        assert (found - correct).norm() <= 1e-9 * correct.norm()
 
 
 def test_gradient_of_the_masks_equals_autograd_through_rope_and_gqa(random_llama):
@@ -137,8 +137,8 @@ def test_gradient_of_the_masks_equals_autograd_through_rope_and_gqa(random_llama
     ours = attention_error(reference, pruned.query, pruned.key)
     expected = (probabilities(pruned) - probabilities(reference)).square().sum()
     found = torch.autograd.grad(ours, list(masks.values()), retain_graph=True)
-    wanted = torch.autograd.grad(expected, list(masks.values()))
-    for f, w in zip(found, wanted, strict=True):
+    correct = torch.autograd.grad(expected, list(masks.values()))
+    for f, w in zip(found, correct, strict=True):
         assert w.norm() > 0
         assert (f - w).norm() <= 1e-9 * w.norm()
 
@@ -154,7 +154,7 @@ def test_norms_equal_the_full_matrices(call):
     assert norms.output == pytest.approx(output.square().sum().item(), rel=1e-12)
 
 
-def test_a_query_that_sees_no_key_is_counted_as_the_model_computes_it():
+def test_a_query_that_sees_no_key_counts_as_the_model_computes_it():
     mask = torch.zeros(1, 1, L, L, dtype=torch.float64)
     mask[..., :3, :] = torch.finfo(torch.float32).min  # left padding
     call = random_call(mask=mask)
@@ -166,7 +166,7 @@ def test_a_query_that_sees_no_key_is_counted_as_the_model_computes_it():
 
 @pytest.mark.parametrize("mask", BLIND.values(), ids=BLIND.keys())
 @pytest.mark.parametrize("sinks", [False, True])
-def test_a_row_of_infinity_alone_adds_no_error_and_no_gradient(mask, sinks):
+def test_a_row_of_only_infinity_adds_no_error_and_no_gradient(mask, sinks):
     call = random_call(mask=mask, sinks=CALLS["sinks"].sinks if sinks else None)
     blind = (mask == -torch.inf).all(-1).flatten()
     assert not probabilities(call)[:, :, blind].any()
@@ -188,7 +188,7 @@ def test_a_row_of_infinity_alone_adds_no_error_and_no_gradient(mask, sinks):
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 @pytest.mark.parametrize("rows_at_once", [L, 3])
-def test_the_context_is_what_the_heads_read_and_its_gradient_autograds(
+def test_the_context_is_what_o_reads_and_its_gradient_equals_autograd(
     call, rows_at_once, monkeypatch
 ):
     monkeypatch.setitem(softmax._BLOCK_ELEMENTS, "cpu", B * H * L * rows_at_once)
@@ -203,8 +203,8 @@ def test_the_context_is_what_the_heads_read_and_its_gradient_autograds(
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_probe_gradients_have_the_errors_curvature(call):
-    """E[(g . u)^2] is what the error of a small change u is, whatever u."""
+def test_probe_gradients_reproduce_the_errors_curvature(call):
+    """E[(g . u)^2] equals the error of a small change u, for any u."""
     torch.manual_seed(3)
     output_projection = torch.randn(D, H * DH, dtype=torch.float64)
     weights = {"matrix_weight": 0.7, "output_weight": 0.3}
@@ -226,7 +226,7 @@ def test_output_weight_needs_the_output_projection():
 
 
 def peak_bytes(model: PreTrainedModel, length: int) -> int:
-    """Beyond what is there before: one sample through error and gradient."""
+    """Memory beyond what exists before: one sample through error and gradient."""
     tokens = torch.arange(length).view(1, length) % 2048
     name, inputs = next(iter(attention_inputs(model, tokens).items()))
     replica = AttentionReplica(model.get_submodule(name))

@@ -24,7 +24,7 @@ def test_separate_projections_are_whole_linears(random_llama):
 @pytest.mark.parametrize(
     "family", ["phi3", "gpt2", "deepseek_v3", "gpt_neox", "gpt_bigcode"]
 )
-def test_rows_of_a_shared_linear_are_the_projection_they_name(family):
+def test_rows_of_a_shared_linear_are_the_named_projection(family):
     model = small_model(family)
     inputs = attention_inputs(model, torch.randint(3, 64, (1, 9)))
     name, collected = next(iter(inputs.items()))
@@ -48,18 +48,18 @@ def test_rows_of_a_shared_linear_are_the_projection_they_name(family):
 def test_a_gate_beside_the_query_is_refused(random_llama):
     attention = random_llama.model.layers[0].self_attn
     attention.q_proj = nn.Linear(32, 64, bias=False)  # query and gate, as in Qwen3-Next
-    with pytest.raises(UnsupportedAttentionError, match=r"64 rows of q .* have 32"):
+    with pytest.raises(UnsupportedAttentionError, match=r"64 rows of q.* need 32"):
         find_projections(attention)
 
 
-def test_an_unknown_layout_is_refused_with_what_was_found():
+def test_an_unknown_layout_is_refused_with_the_layers_found():
     class StrangeAttention(nn.Module):
         def __init__(self):
             super().__init__()
             self.both = nn.Linear(4, 8)
 
         def forward(self, hidden_states):
-            return ALL_ATTENTION_FUNCTIONS  # noqa: F821 -- only looked up, never run
+            return ALL_ATTENTION_FUNCTIONS  # noqa: F821 -- only inspected, never run
 
     with pytest.raises(UnsupportedAttentionError, match=r"\['both'\].*q_proj k_proj"):
         find_projections(StrangeAttention())

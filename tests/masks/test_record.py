@@ -7,7 +7,7 @@ from llmc_attnmask.masks.record import clear_mask, count_violations, get_mask, s
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 16), (7, 130)])
-def test_a_mask_is_recalled_bit_for_bit(shape):
+def test_a_mask_is_restored_bit_for_bit(shape):
     linear = torch.nn.Linear(shape[1], shape[0])
     kept = torch.rand(shape) < 0.5
     assert get_mask(linear) is None
@@ -18,7 +18,7 @@ def test_a_mask_is_recalled_bit_for_bit(shape):
     assert get_mask(linear) is None
 
 
-def test_a_second_mask_leaves_pruned_what_the_first_one_pruned():
+def test_a_second_mask_keeps_entries_of_the_first_one_pruned():
     linear = torch.nn.Linear(8, 4)
     first, second = torch.rand(2, 4, 8) < 0.5
     set_mask(linear, first)
@@ -27,7 +27,7 @@ def test_a_second_mask_leaves_pruned_what_the_first_one_pruned():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-def test_pruned_entries_that_hold_a_value_are_counted(dtype):
+def test_pruned_entries_that_are_not_zero_are_counted(dtype):
     linear = torch.nn.Linear(13, 7)
     assert count_violations(linear) == 0
     kept = torch.rand(7, 13) < 0.5
@@ -41,7 +41,7 @@ def test_pruned_entries_that_hold_a_value_are_counted(dtype):
     assert count_violations(linear) == 2
 
 
-def test_a_mask_is_no_part_of_the_state_but_goes_with_a_copy():
+def test_a_mask_is_not_in_the_state_dict_but_is_copied():
     linear = torch.nn.Linear(8, 4)
     kept = torch.rand(4, 8) < 0.5
     set_mask(linear, kept)
@@ -50,6 +50,6 @@ def test_a_mask_is_no_part_of_the_state_but_goes_with_a_copy():
 
 
 @pytest.mark.parametrize("kept", [torch.ones(4, 8), torch.ones(8, 4).bool()])
-def test_what_is_no_mask_of_the_weight_is_refused(kept):
-    with pytest.raises(ValueError, match=r"no mask for this weight.*\(4, 8\)"):
+def test_a_tensor_that_is_not_a_mask_of_the_weight_is_refused(kept):
+    with pytest.raises(ValueError, match=r"not a mask for this weight.*\(4, 8\)"):
         set_mask(torch.nn.Linear(8, 4), kept)

@@ -14,7 +14,7 @@ from llmc_attnmask.masks.structure import MaskStructure
     levels=st.integers(1, 6),
     seed=st.integers(0, 99),
 )
-def test_every_group_loses_exactly_n(group, pruned, rows, groups, levels, seed):
+def test_every_group_loses_exactly_n_entries(group, pruned, rows, groups, levels, seed):
     pruned = min(pruned, group - 1)
     structure = MaskStructure(pruned, group)
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ def test_ties_go_to_the_first_entry():
 @pytest.mark.parametrize(
     "text", ["2-4", "", "4:4", "5:4", "0:4", "2:4:8", "a:b", "-1:4"]
 )
-def test_a_wrong_structure_is_named_with_what_is_expected(text):
+def test_a_wrong_structure_is_refused_with_what_is_expected(text):
     with pytest.raises(ValueError, match=r'expected "N:M" with 0 < N < M'):
         MaskStructure.parse(text)
 
@@ -61,7 +61,7 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity):
         MaskStructure.parse("0:0").check(sparsity)
 
 
-def test_a_sparsity_that_contradicts_n_of_m_is_refused_with_the_right_one():
+def test_a_sparsity_that_contradicts_n_of_m_is_refused_with_the_right_value():
     with pytest.raises(ValueError, match=r'contradicts mask_structure "2:4".*0\.5'):
         MaskStructure.parse("2:4").check(0.6)
     MaskStructure.parse("1:3").check(0.3333333)

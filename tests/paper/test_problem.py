@@ -28,8 +28,8 @@ def test_the_closed_form_gradient_equals_autograd(problem):
     assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
-def test_the_fused_loss_is_the_product_codes_with_q_x_w_and_k_x(problem):
-    """What the modifier minimises, on one head without rotary embedding."""
+def test_the_fused_loss_equals_the_package_loss_with_q_as_x_w_and_k_as_x(problem):
+    """What the modifier minimizes, on one head without rotary embedding."""
     x, w = problem.inputs, problem.weight
     causal = torch.full((24, 24), -1e300, dtype=torch.float64).triu(1)
 
@@ -73,6 +73,6 @@ def test_every_method_is_measured_at_every_sparsity():
     assert at["attention matrix", 0.8] < min(at[m, 0.8] for m in BASELINES)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_mismatched_shapes_are_refused():
     with pytest.raises(ValueError, match=r"weight is \(3, 3\); expected \(2, 2\)"):
         FusedProblem(torch.zeros(5, 2), torch.zeros(3, 3), 0.0)

@@ -64,11 +64,11 @@ def test_a_missing_shard_is_counted():
     loader, _ = _loader(2)
     for part, tensor in layout.pack(random_2of4(4, 16, torch.int8))._asdict().items():
         _receive(loader, part, tensor, "q")
-    with pytest.raises(ValueError, match=r"2 packed parts .* held 1"):
+    with pytest.raises(ValueError, match=r"2 packed parts .* has 1"):
         loader.check_complete()
 
 
-def test_a_broken_bitmask_names_its_layer():
+def test_a_broken_bitmask_is_reported_with_its_layer():
     loader, _ = _loader(1)
     packed = layout.pack(random_2of4(4, 16, torch.bfloat16))
     _receive(loader, "compressed", packed.compressed, "v")

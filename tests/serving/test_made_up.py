@@ -7,8 +7,8 @@ from tests.support.kernels.matrices import DTYPES, random_2of4, random_values
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_two_smallest_of_every_four_become_zeros_in_place(dtype, monkeypatch):
-    monkeypatch.setattr(made_up, "_ENTRIES", 64)  # several blocks and a rest
+def test_the_two_smallest_of_every_four_are_zeroed_in_place(dtype, monkeypatch):
+    monkeypatch.setattr(made_up, "_ENTRIES", 64)  # several blocks and a remainder
     torch.manual_seed(0)
     weight = random_values((12, 24), dtype)
     before = weight.float().view(-1, 4)
@@ -21,15 +21,16 @@ def test_the_two_smallest_of_every_four_become_zeros_in_place(dtype, monkeypatch
     assert (dropped <= kept).all()
 
 
-def test_zeros_are_bits_too():
-    weight = torch.full((4, 8), -0.0).to(torch.float8_e4m3fn)  # what fp8 rounds to
+def test_negative_zeros_become_positive_zeros():
+    # rounding to fp8 produces such zeros
+    weight = torch.full((4, 8), -0.0).to(torch.float8_e4m3fn)
     assert layout.crowded_groups(weight)
     made_up.prune(weight)
     assert not layout.crowded_groups(weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_that_are_2of4_stay(dtype):
+def test_2of4_weights_stay_as_they_are(dtype):
     weight = random_2of4(8, 32, dtype)
     kept = weight.clone()
     made_up.prune(weight)

@@ -19,7 +19,7 @@ def _quantization(**sparsity) -> dict:
     }
 
 
-def test_a_dense_checkpoint_gets_a_quantization_config_that_names_us():
+def test_a_dense_checkpoint_gets_a_quantization_config_that_names_this_package():
     config = {"model_type": "llama"}
     marker.write(config, NAMES)
     assert annotate(config)
@@ -27,7 +27,7 @@ def test_a_dense_checkpoint_gets_a_quantization_config_that_names_us():
     assert recognise(config["quantization_config"]) == Sparsity(dense=tuple(NAMES))
 
 
-def test_a_quantized_one_keeps_its_own():
+def test_a_quantized_checkpoint_keeps_its_quantization_config():
     config = {"quantization_config": {"quant_method": "compressed-tensors", "a": 1}}
     marker.write(config, NAMES)
     assert annotate(config)
@@ -39,13 +39,13 @@ def test_a_quantized_one_keeps_its_own():
 @pytest.mark.parametrize(
     "config", [{}, {"quantization_config": {"quant_method": "fp8"}}]
 )
-def test_others_are_left_alone(config):
+def test_other_checkpoints_are_left_alone(config):
     before = dict(config)
     assert not annotate(config)
     assert config == before
 
 
-def test_packed_and_dense_layers_may_be_in_one_checkpoint():
+def test_one_checkpoint_may_have_packed_and_dense_layers():
     config = {"quantization_config": _quantization()}
     marker.write(config, ["lm_head"])
     annotate(config)
@@ -67,11 +67,11 @@ def test_packed_and_dense_layers_may_be_in_one_checkpoint():
         _quantization() | {"quant_method": "fp8"},
     ],
 )
-def test_what_we_did_not_write_is_not_ours(quantization):
+def test_foreign_formats_are_not_recognized(quantization):
     assert recognise(quantization) is None
 
 
-def test_patterns_classes_and_exceptions_match():
+def test_patterns_classes_and_ignored_names_match():
     found = recognise(_quantization(targets=["re:.*up_proj$"], ignore=["b.up_proj"]))
     assert found.is_packed("a.up_proj")
     assert not found.is_packed("b.up_proj") and not found.is_packed("a.down_proj")
@@ -79,6 +79,6 @@ def test_patterns_classes_and_exceptions_match():
     assert everything.is_packed("anything") and not everything.is_packed("lm_head")
 
 
-def test_a_malformed_note_is_an_error():
+def test_a_malformed_marker_is_an_error():
     with pytest.raises(ValueError, match=marker.KEY):
         annotate({marker.KEY: {"version": 99}})

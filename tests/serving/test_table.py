@@ -7,7 +7,7 @@ def _row(reason: str) -> Row:
     return Row("qkv_proj", "64 x 64", "packed", "dense", reason)
 
 
-def test_layers_are_counted_and_logged_once(caplog):
+def test_layers_are_counted_and_logged_together(caplog):
     table = KernelTable()
     for layer in ("a", "b", "c"):
         table.expect(layer)

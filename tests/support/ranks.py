@@ -1,4 +1,4 @@
-"""What one of several ranks finds out, as JSON: torchrun ranks.py FOLDER."""
+"""Write what one of several ranks found, as JSON: torchrun ranks.py FOLDER."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ TWO_OF_FOUR = {"sparsity": 0.5, "mask_structure": "2:4"}
 
 
 def refused(modifier) -> tuple[str, int]:
-    """Why plain oneshot on the same dataset everywhere ends, and hooks it leaves."""
+    """Why plain oneshot with one dataset on every rank fails, and the hooks left."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
     tokens = torch.arange(4 * 16).view(4, 16) + 10
     try:

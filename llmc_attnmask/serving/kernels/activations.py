@@ -1,4 +1,4 @@
-"""Tokens in 8 bits, each with a scale of its own: symmetric, as W8A8 schemes want."""
+"""Quantize tokens to 8 bits, symmetric, one scale per token, as W8A8 schemes do."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,16 +12,16 @@ _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def quantizer(dtype: torch.dtype, device: torch.device) -> Quantizer:
-    """What a served layer rounds its tokens with, outside its own operator.
+    """The function that quantizes a served layer's tokens, outside its operator.
 
-    On a GPU by the calls that vLLM's W8A8 layers make, so that its compiler passes fuse
-    them with the norm before as they do there. To be made while vLLM's configuration
-    is set, as it is when a model is loaded: by it ``QuantFP8`` runs its kernel, or a
-    formula that Inductor can fuse.
+    On a GPU it makes the same calls as vLLM's W8A8 layers, so that vLLM's compiler
+    passes fuse them with the preceding norm in the same way. Create it while vLLM's
+    configuration is set, as it is when a model is loaded: the configuration decides
+    whether ``QuantFP8`` runs its kernel or a formula that Inductor can fuse.
 
     :param dtype: int8 or float8_e4m3fn
     :param device: where the tokens will be
-    :return: a function of tokens [tokens, K] in 16 bits that gives [tokens, K] in
+    :return: a function of tokens [tokens, K] in 16 bits that returns [tokens, K] in
         ``dtype`` and scales fp32 [tokens]
     """
     if device.type != "cuda":
@@ -50,9 +50,9 @@ def _fp8_of_vllm() -> Quantizer:
 
 
 def reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round to nearest, with the largest entry of a token at the end of the range.
+    """Round to nearest, with each token's largest entry at the end of the range.
 
-    In plain torch, on any device.
+    This is plain torch, for any device.
 
     :param x: [tokens, K] in 16 or 32 bits
     :param dtype: int8 or float8_e4m3fn

@@ -1,7 +1,7 @@
 """A 2:4 linear layer for few tokens, in CUDA C++ on the sparse tensor cores.
 
-The kernel, and how it works: ``cuda/decode.cu``. It is compiled by NVRTC for the GPU at
-hand, once per dtype and process, when the first layer is checked at load.
+The kernel and its description are in ``cuda/decode.cu``. NVRTC compiles it for the GPU
+in use, once per dtype and process, when the first layer is checked at load.
 """
 
 import ctypes
@@ -20,16 +20,16 @@ KINDS = {
     torch.int8: "INT8",
     torch.float8_e4m3fn: "FP8",
 }
-MULTIPLE = {2: 16, 1: 32}  # of columns, by bytes per entry: copies are of 16 bytes
+MULTIPLE = {2: 16, 1: 32}  # of columns, by bytes per entry: copies take 16 bytes
 TILES = (1, 2, 4, 8)  # tokens of one block, in eights
-LINE = 128  # as in the source
+LINE = 128  # as in cuda/stage.cuh
 MAX_SPLIT = 16
-FEWEST_STAGES = 4  # of K for one block: a ring that is never full hides nothing
+FEWEST_STAGES = 4  # of K for one block: a ring that never fills hides no latency
 _SOURCES = Path(__file__).parent / "cuda"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NO_TYPE = 3
-_SHARED = 228 * 1024  # bytes of a Hopper multiprocessor; a block takes 1 KB more
-_MULTIPROCESSORS = 132  # where no GPU says: an H100's
+_SHARED = 228 * 1024  # bytes of a Hopper multiprocessor; each block takes 1 KB extra
+_MULTIPROCESSORS = 132  # those of an H100, where there is no GPU to ask
 
 
 class Arguments(ctypes.Structure):
@@ -55,7 +55,7 @@ class Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Block:
-    """What the kernel is compiled for."""
+    """The block size that the kernel is compiled for."""
 
     rows: int = 64  # of the weight, 64 or 128
     stages: int = 4  # of the ring
@@ -66,11 +66,11 @@ class Block:
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """Those of ``TILES`` whose tokens suffice for its threads."""
+        """Those of ``TILES`` with enough tokens for the block's threads."""
         return TILES if self.rows == 64 else TILES[1:]
 
     def shared_memory(self, tile: int, dtype: torch.dtype) -> int:
-        """Bytes of the ring, in which the sums meet afterwards."""
+        """Bytes of the ring, which later also holds the sums."""
         columns = fragments.STAGE[dtype.itemsize]
         expanded = dtype == torch.float8_e4m3fn
         token = columns * (2 if expanded else dtype.itemsize)
@@ -79,8 +79,8 @@ class Block:
         return max(ring, 8 * tile * (self.rows + 4) * 4)
 
     def at_once(self, tile: int, dtype: torch.dtype) -> int:
-        """How many of them a Hopper multiprocessor runs: by registers, as the source's
-        ``max_blocks`` says, and by shared memory.
+        """Blocks that a Hopper multiprocessor runs at once, limited by registers (as in
+        the source's ``max_blocks``) and by shared memory.
         """
         by_registers = max(1, {1: 4, 2: 4, 4: 3, 8: 2}[tile] * 64 // self.rows)
         return min(by_registers, _SHARED // (self.shared_memory(tile, dtype) + 1024))
@@ -91,18 +91,18 @@ BLOCK = Block()  # unmeasured: see integration/gpu/RESULTS.md
 
 @dataclass(frozen=True)
 class Plan:
-    """How one product is divided over blocks."""
+    """How one product is divided among blocks."""
 
     block: Block
     tile: int  # tokens of a block, in eights
     split: int  # blocks that share a sum over K
-    stages: int  # of K, for one of them
+    stages: int  # of K, for one of these blocks
     grid: tuple[int, int, int]
     shared_memory: int  # bytes
 
 
 def unfit(columns: int, dtype: torch.dtype) -> str | None:
-    """Why a weight of K columns cannot be multiplied here; None if it can."""
+    """Why the kernel cannot multiply a weight of K columns; None if it can."""
     if dtype not in KINDS:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
     if columns % MULTIPLE[dtype.itemsize]:
@@ -114,20 +114,20 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a 2:4 weight.
 
     :param weight: [rows, K] in fp16, bf16, int8 or fp8 e4m3, on any device
-    :return: kept values [rows, K/2]; metadata, uint8, of ``fragments.metadata``
-    :raises ValueError: if it is not 2:4, or K no multiple of 16 (8 bits: of 32)
+    :return: kept values [rows, K/2]; metadata, uint8, from ``fragments.metadata``
+    :raises ValueError: if it is not 2:4, or K is not a multiple of 16 (8 bits: of 32)
     """
     if reason := unfit(weight.shape[1], weight.dtype):
-        raise ValueError(f"the decode kernel does not take this weight: {reason}")
+        raise ValueError(f"the decode kernel does not support this weight: {reason}")
     values, nibbles = packing.kept(weight)
     return values, fragments.metadata(nibbles, weight.itemsize)
 
 
 def counters(rows: int, device: torch.device) -> Tensor:
-    """What blocks count themselves in with; zeros before and after every product.
+    """Counters of the blocks that are done; zero before and after every product.
 
-    :return: int32 [blocks of 64 rows], one for each weight: two products that run at
-        the same time must not share it
+    :return: int32 [blocks of 64 rows]; each weight needs its own, because two products
+        that run at the same time must not share it
     """
     return torch.zeros(-(-rows // 64), dtype=torch.int32, device=device)
 
@@ -141,16 +141,16 @@ def plan(
     multiprocessors: int = _MULTIPROCESSORS,
     block: Block = BLOCK,
 ) -> Plan:
-    """Divide a product over blocks, as many as run at once, or one for every tile.
+    """Divide a product among as many blocks as run at once, or one for every tile.
 
-    Unmeasured: see integration/gpu/RESULTS.md.
+    The division is unmeasured: see integration/gpu/RESULTS.md.
     """
     tile = next((n for n in block.tiles if 8 * n >= tokens), TILES[-1])
     stages = -(-columns // fragments.STAGE[dtype.itemsize])
     row_blocks, token_blocks = -(-rows // block.rows), -(-tokens // (8 * tile))
     room = multiprocessors * block.at_once(tile, dtype)
     split = max(1, min(MAX_SPLIT, room // row_blocks, stages // FEWEST_STAGES))
-    if token_blocks > 1:  # counters are of row blocks alone
+    if token_blocks > 1:  # counters exist for row blocks only
         split = 1
     each = -(-stages // split)
     grid = (row_blocks, -(-stages // each), token_blocks)
@@ -158,17 +158,17 @@ def plan(
 
 
 def kernel_name(dtype: torch.dtype, tile: int) -> str:
-    """Name expression of the template."""
+    """Name expression of a template instance."""
     return f"sparse_linear<{KINDS[dtype]}, {tile}>"
 
 
 def compile_kernels(
     dtype: torch.dtype, architecture: str, block: Block = BLOCK
 ) -> tuple[bytes, dict]:
-    """All tiles of one dtype; needs NVRTC, but no GPU.
+    """Compile all tiles of one dtype; this needs NVRTC, but no GPU.
 
     :param architecture: ``sm_80`` or newer; for fp8 ``sm_89`` or newer
-    :return: as of ``nvrtc.compile_cubin``
+    :return: as ``nvrtc.compile_cubin`` does
     """
     return nvrtc.compile_cubin(
         (_SOURCES / "decode.cu").read_text("utf-8"),
@@ -182,7 +182,7 @@ def compile_kernels(
 
 @cache
 def _module(dtype: torch.dtype, device: int, block: Block) -> nvrtc.Module:
-    # of the current device, whose context torch has made current
+    # for the current device, whose context torch has made current
     architecture = nvrtc.architecture(device)
     module = nvrtc.Module(*compile_kernels(dtype, architecture, block))
     for tile in block.tiles:
@@ -211,9 +211,9 @@ def linear(
     """``x W^T`` for a packed W of x's dtype.
 
     :param x: [tokens, K], contiguous
-    :param values: [rows, K/2], contiguous, and
-    :param metadata: as ``pack`` makes them, or stored in other spans
-    :param arrived: of ``counters``
+    :param values: [rows, K/2], contiguous, from ``pack``
+    :param metadata: from ``pack``, or stored in other spans
+    :param arrived: from ``counters``
     :param channel_scale: fp32 [rows], of an 8-bit weight
     :param token_scale: fp32 [tokens], of an 8-bit x
     :param bias: [rows] in 16 or 32 bits

@@ -1,4 +1,4 @@
-"""A 2:4 weight in the forms that its kernels read."""
+"""Convert a 2:4 weight to the forms that its kernels read."""
 
 from typing import NamedTuple
 
@@ -9,29 +9,30 @@ from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.serving.kernels import cuda_decode, cusparselt, fragments, packing
 from llmc_attnmask.serving.kernels.select import Choice
 
-_ROWS = 1024  # of a weight that are compared at once
+_ROWS = 1024  # of a weight, compared at once
 
 
 class Forms(NamedTuple):
-    """What ``op.sparse_linear`` takes of a weight [rows, K]; None where no kernel that
-    was chosen reads it.
+    """The tensors of a weight [rows, K] that ``op.sparse_linear`` takes; None for those
+    that no chosen kernel reads.
     """
 
-    values: Tensor | None  # [rows, K/2], of a decode kernel
-    indices: Tensor | None  # likewise: in which columns they are
-    arrived: Tensor | None  # of the decode kernel in CUDA alone: its counters
-    compressed: Tensor | None  # of cuSPARSELt
-    span: int = 1  # of ``indices`` for the decode kernel in CUDA, see ``fragments``
+    values: Tensor | None  # [rows, K/2], for a decode kernel
+    indices: Tensor | None  # for a decode kernel: the columns of the values
+    arrived: Tensor | None  # counters, for the CUDA decode kernel only
+    compressed: Tensor | None  # for cuSPARSELt
+    span: int = 1  # of ``indices``, for the CUDA decode kernel; see ``fragments``
 
 
 def make(weight: Tensor, choice: Choice, largest: int) -> Forms:
-    """The forms for the kernels of a choice, with all that they need at load.
+    """Make the forms for the chosen kernels, with all that they need at load.
 
-    Where cuSPARSELt has the kept values, or the indices as well, in an order that the
-    decode kernel knows, it reads them there; that is compared for every weight.
+    Where cuSPARSELt stores the kept values, or the indices as well, in an order that
+    the decode kernel can read, the kernel reads them there. Every weight is compared
+    to find out.
 
     :param weight: [rows, K], 2:4
-    :param largest: tokens of one step
+    :param largest: the most tokens of one step
     :raises CuSparseLtError: if cuSPARSELt refuses
     """
     chosen = {choice.few, choice.many}
@@ -60,18 +61,18 @@ def make(weight: Tensor, choice: Choice, largest: int) -> Forms:
 def shares_values(compressed: Tensor, values: Tensor) -> bool:
     """Whether cuSPARSELt's form of a weight begins with its kept values, row by row.
 
-    :param compressed: of ``cusparselt.compress``
-    :param values: [rows, K/2], of ``packing.kept``
+    :param compressed: from ``cusparselt.compress``
+    :param values: [rows, K/2], from ``packing.kept``
     """
     kept = cusparselt.kept_values(compressed, 2 * values.shape[1])
     return torch.equal(layout.bits_of(kept), layout.bits_of(values))
 
 
 def shared_span(compressed: Tensor, weight: Tensor) -> int | None:
-    """In which spans cuSPARSELt's form of a weight has what the decode kernel in CUDA
-    reads; None if in none that it knows.
+    """The span in which cuSPARSELt's form of a weight has what the CUDA decode kernel
+    reads; None if the kernel cannot read it.
 
-    :param compressed: of ``cusparselt.compress``
+    :param compressed: from ``cusparselt.compress``
     :param weight: [rows, K]
     """
     rows, columns = weight.shape
@@ -89,14 +90,14 @@ def shared_span(compressed: Tensor, weight: Tensor) -> int | None:
 
 
 def _within(compressed: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The kept values at the head of cuSPARSELt's form, and what follows them."""
+    """The kept values at the start of cuSPARSELt's form, and what follows them."""
     values = cusparselt.kept_values(compressed, weight.shape[1])
     rest = compressed.view(-1).view(torch.uint8)[weight.nbytes // 2 :]
     return values, rest[: weight.numel() // 8]
 
 
 def _same(values: Tensor, nibbles: Tensor, weight: Tensor) -> bool:
-    if (nibbles & 3 >= nibbles >> 2).any():  # the tensor cores want them in order
+    if (nibbles & 3 >= nibbles >> 2).any():  # the tensor cores need them in order
         return False
     found = packing.expand(values, nibbles)
     return torch.equal(found.float(), weight.float())

@@ -1,11 +1,11 @@
-"""Where the kept values of a 2:4 weight are, as sparse tensor cores want to be told.
+"""The indices of a 2:4 weight, in the order in which sparse tensor cores take them.
 
 A group of four columns has a nibble: ``first | second << 2``, the kept columns. A lane
-of a warp hands ``mma.sp`` a word of eight nibbles; which ones is laid down in the PTX
-manual (matrix fragments for sparse ``mma.m16n8k32`` and ``mma.m16n8k64``). They are
-stored so that a lane finds its word in one piece, in the order of CUTLASS's
-``Sm90GemmSparseConfig`` (sm90_sparse_config.inl), in which cuSPARSELt may have them,
-too. From the slowest to the fastest:
+of a warp passes ``mma.sp`` a word of eight nibbles; the PTX manual specifies which ones
+(matrix fragments for sparse ``mma.m16n8k32`` and ``mma.m16n8k64``). They are stored so
+that a lane finds its word in one piece, in the order of CUTLASS's
+``Sm90GemmSparseConfig`` (sm90_sparse_config.inl), which cuSPARSELt may also use. From
+the slowest to the fastest dimension:
 
 * spans of ``span`` steps of columns, a step being 32 columns in 16 bits and 64 in 8;
 * tiles of 32 rows;
@@ -13,27 +13,27 @@ too. From the slowest to the fastest:
   eight, step of the span, then a word: four groups of row g, and of row g + 8;
 * 8 bits: row of 32, step of the span, then two words: the 16 groups of a step.
 
-Four bits a group: 1/16 of a dense weight's bytes in 16 bits, 1/8 in 8 bits.
+Four bits per group are 1/16 of a dense weight's bytes in 16 bits, and 1/8 in 8 bits.
 """
 
 import torch
 from torch import Tensor
 
-ROWS = 128  # rows are filled up to a multiple: of the kernel's largest block
-STAGE = {2: 128, 1: 256}  # columns likewise, by bytes per entry
-SPANS = (1, 2, 4)  # that the kernel reads
+ROWS = 128  # rows are padded to a multiple of this, the kernel's largest block
+STAGE = {2: 128, 1: 256}  # columns are padded likewise, by bytes per entry
+SPANS = (1, 2, 4)  # that the kernel can read
 STEPS = 4  # of a stage
 TILE = 32  # rows
-_UNUSED = 4  # nibble of a group that is not there: columns 0 and 1
+_UNUSED = 4  # nibble of a padding group: columns 0 and 1
 
 
 def metadata(nibbles: Tensor, itemsize: int, span: int = 1) -> Tensor:
     """Store nibbles in the order in which the kernel reads them.
 
-    :param nibbles: uint8 [rows, K/4], of ``packing.kept``
+    :param nibbles: uint8 [rows, K/4], from ``packing.kept``
     :param itemsize: bytes per entry of the weight
-    :return: uint8 [bytes]; rows are filled up to a multiple of 128, columns to one of
-        128 (16 bits) or 256 (8 bits)
+    :return: uint8 [bytes]; rows are padded to a multiple of 128, columns to one of 128
+        (16 bits) or 256 (8 bits)
     """
     groups = STAGE[itemsize] // 4
     rows_left, groups_left = -nibbles.shape[0] % ROWS, -nibbles.shape[1] % groups
@@ -53,7 +53,7 @@ def metadata(nibbles: Tensor, itemsize: int, span: int = 1) -> Tensor:
 def nibbles(
     metadata: Tensor, rows: int, columns: int, itemsize: int, span: int
 ) -> Tensor:
-    """The nibbles of stored metadata, of shapes that need no filling up.
+    """Read the nibbles back from stored metadata, for shapes that need no padding.
 
     :param metadata: uint8 [rows * columns / 8]
     :param rows: a multiple of 32

@@ -1,6 +1,7 @@
-"""CUDA C++ compiled when it is needed, and launched: NVRTC and the driver.
+"""Compile CUDA C++ at run time with NVRTC, and launch it through the driver.
 
-Both through cuda-bindings, which torch's CUDA builds bring along with NVRTC itself.
+Both are called through cuda-bindings, which torch's CUDA builds install together with
+NVRTC itself.
 """
 
 import ctypes
@@ -17,9 +18,9 @@ class CompilationError(RuntimeError):
 
 
 def missing() -> str | None:
-    """What this environment lacks to compile; None if nothing."""
+    """What this environment lacks for compiling; None if it lacks nothing."""
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "no cuda-bindings here"
+        return "cuda-bindings is not installed"
     return None
 
 
@@ -31,15 +32,15 @@ def compile_cubin(
     architecture: str,
     macros: Mapping[str, int] | None = None,
 ) -> tuple[bytes, dict[str, str]]:
-    """Machine code of templates; needs no GPU.
+    """Compile templates to machine code; this needs no GPU.
 
     :param source: CUDA C++
-    :param name: of the source, for messages
-    :param headers: what it may include, by name
+    :param name: name of the source, for messages
+    :param headers: files that the source may include, by name
     :param kernels: name expressions such as ``f<1>``
     :param architecture: ``sm_90``
-    :param macros: to define, with their values
-    :return: a cubin, and the symbol in it of each expression
+    :param macros: macros to define, with their values
+    :return: a cubin, and each expression's symbol in it
     :raises CompilationError: with the compiler's log
     """
     from cuda.bindings import nvrtc
@@ -91,8 +92,10 @@ class Module:
         }
 
     def allow_shared_memory(self, kernel: str, size: int) -> None:
-        """Let a block have that many bytes, more than the usual 48 KB, and as many
-        blocks run at once as all of a multiprocessor's shared memory has room for.
+        """Allow a block that many bytes, beyond the usual 48 KB.
+
+        As many blocks may then run at once as fit into all of a multiprocessor's shared
+        memory.
         """
         attribute = self._driver.CUfunction_attribute
         for name, value in (
@@ -112,11 +115,11 @@ class Module:
         stream: int,
         arguments: ctypes.Structure,
     ) -> None:
-        """Start a kernel whose one parameter is a structure.
+        """Start a kernel whose only parameter is a structure.
 
-        :param threads: of a block
+        :param threads: threads of a block
         :param shared_memory: bytes of a block
-        :param stream: as ``torch.cuda.Stream.cuda_stream``
+        :param stream: as ``torch.cuda.Stream.cuda_stream`` gives it
         """
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _check(
@@ -135,15 +138,15 @@ class Module:
 
 
 def _check(returned: tuple[Any, ...]) -> Any:
-    """The outputs of a call, which returned a status first."""
+    """The outputs of a call whose first return value is a status."""
     status, *outputs = returned
     if status:
-        raise RuntimeError(f"CUDA answered {status.name} ({int(status)})")
+        raise RuntimeError(f"CUDA returned {status.name} ({int(status)})")
     return outputs[0] if outputs else None
 
 
 @cache
 def architecture(device: int) -> str:
-    """Of a GPU, as the compiler calls it."""
+    """A GPU's architecture, as the compiler names it."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"

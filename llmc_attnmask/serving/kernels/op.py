@@ -1,9 +1,9 @@
 """The one operator that a served sparse layer calls.
 
-A custom operator, so that torch.compile does not look inside, and sees one graph for
-every number of tokens; the kernel is picked when the operator runs, or when a CUDA
-graph of that size is recorded. Tokens are rounded to 8 bits before it, where compilers
-see it and can fuse it with what came before.
+It is a custom operator, so torch.compile does not look inside and sees one graph for
+every number of tokens. The kernel is selected when the operator runs, or when a CUDA
+graph of that size is recorded. Tokens are quantized to 8 bits before the operator,
+where a compiler can see this step and fuse it with what precedes it.
 """
 
 import torch
@@ -29,16 +29,16 @@ def sparse_linear(
     """``x W^T + bias`` for a 2:4 weight of x's dtype; both scales or neither.
 
     :param x: [tokens, K] in fp16 or bf16, int8 or fp8
-    :param values: for a decode kernel: of ``cuda_decode.pack`` or ``packing.pack``, and
-    :param indices: likewise
-    :param arrived: of ``cuda_decode.counters``; None for the decode kernel in Triton
-    :param compressed: of ``cusparselt.compress``
-    :param span: of ``indices`` for the decode kernel in CUDA, see ``fragments``
+    :param values: for a decode kernel, from ``cuda_decode.pack`` or ``packing.pack``
+    :param indices: for a decode kernel, from the same function
+    :param arrived: from ``cuda_decode.counters``; None for the Triton decode kernel
+    :param compressed: from ``cusparselt.compress``
+    :param span: of ``indices``, for the CUDA decode kernel; see ``fragments``
     :param channel_scale: fp32 [rows], of an 8-bit weight
     :param token_scale: fp32 [tokens], of an 8-bit x
     :param bias: [rows] in ``out_dtype``
-    :param few_tokens: up to so many tokens a decode kernel, above it cuSPARSELt
-    :param out_dtype: fp16 or bf16; x's own in 16 bits
+    :param few_tokens: a decode kernel takes up to this many tokens, cuSPARSELt more
+    :param out_dtype: fp16 or bf16; the dtype of a 16-bit x
     :return: [tokens, rows] in ``out_dtype``
     """
     if not x.shape[0]:
@@ -58,7 +58,7 @@ def sparse_linear(
                 out_dtype,
                 span,
             )
-        # only where it runs: a machine without Triton serves other kernels
+        # imported only here: a machine without Triton runs the other kernels
         from llmc_attnmask.serving.kernels import triton_decode
 
         return triton_decode.linear(

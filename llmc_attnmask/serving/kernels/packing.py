@@ -1,14 +1,14 @@
-"""The form in which the decode kernel reads a 2:4 weight, made once at load.
+"""The form in which the Triton decode kernel reads a 2:4 weight, made once at load.
 
 A row of K columns is K/4 groups of four, each with two kept values:
 
 * ``values`` [rows, K/2]: the kept values in their order, as in the checkpoint.
-* ``indices`` uint8 [rows, 32 * ceil(K/256)]: four bits a group, ``first |
+* ``indices`` uint8 [rows, 32 * ceil(K/256)]: four bits per group, ``first |
   second << 2``, where first < second are the kept columns of the group. Byte b of a
   chunk of 256 columns holds group b in its low half and group b + 32 in its high half,
-  so that threads which read neighbouring bytes work on neighbouring groups.
+  so that threads that read neighboring bytes work on neighboring groups.
 
-Bytes against dense: 0.5625 in 16 bits, 0.625 in 8.
+Bytes relative to dense: 0.5625 in 16 bits, 0.625 in 8 bits.
 """
 
 import torch
@@ -20,18 +20,18 @@ GROUPS = 32  # groups that one read of ``indices`` serves; a chunk is two of the
 CHUNK = 2 * GROUPS * 4  # columns
 COLUMNS = 8  # K is a multiple of this
 
-# By the bitmask's code of a group with two bits set: first | second << 2.
+# first | second << 2, by the bitmask's code of a group with two bits set.
 _INDICES = torch.zeros(16, dtype=torch.uint8)
 for _first, _second in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
     _INDICES[1 << _first | 1 << _second] = _first | _second << 2
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack a 2:4 weight; zeros fill groups with fewer than two non-zeros.
+    """Pack a 2:4 weight; zeros fill up groups with fewer than two nonzeros.
 
-    :param weight: [rows, K] of one or two bytes an entry, K a multiple of 8
+    :param weight: [rows, K], one or two bytes per entry, K a multiple of 8
     :return: values [rows, K/2] in the weight's dtype; indices
-    :raises ValueError: if a group has more than two non-zeros, or for another K
+    :raises ValueError: if a group has more than two nonzeros, or for another K
     """
     columns = weight.shape[1]
     if columns % COLUMNS:
@@ -47,12 +47,12 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kept(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The kept values of a 2:4 weight, and where they are.
+    """The kept values of a 2:4 weight and their columns.
 
-    :param weight: [rows, K] of one or two bytes an entry, K a multiple of 4
+    :param weight: [rows, K], one or two bytes per entry, K a multiple of 4
     :return: values [rows, K/2] in the weight's dtype; ``first | second << 2`` of every
         group, uint8 [rows, K/4]
-    :raises ValueError: if a group has more than two non-zeros
+    :raises ValueError: if a group has more than two nonzeros
     """
     rows, columns = weight.shape
     values, bitmask, _ = layout.pack(weight)
@@ -61,10 +61,10 @@ def kept(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, indices: Tensor) -> Tensor:
-    """The dense weight again: kept values in their bits, +0.0 elsewhere.
+    """Restore the dense weight: the kept values bit for bit, +0.0 elsewhere.
 
-    :param values: as ``pack`` makes them, and
-    :param indices: likewise
+    :param values: from ``pack``
+    :param indices: from ``pack``
     :return: [rows, K]
     """
     rows, half = values.shape
@@ -74,11 +74,11 @@ def unpack(values: Tensor, indices: Tensor) -> Tensor:
 
 
 def expand(values: Tensor, nibbles: Tensor) -> Tensor:
-    """The dense weight again, of what ``kept`` found.
+    """Restore the dense weight from what ``kept`` returned.
 
     :param values: [rows, K/2]
     :param nibbles: uint8 [rows, K/4]
-    :return: [rows, K]: kept values in their bits, +0.0 elsewhere
+    :return: [rows, K]: the kept values bit for bit, +0.0 elsewhere
     """
     rows, half = values.shape
     indices = nibbles.long()

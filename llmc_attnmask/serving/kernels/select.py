@@ -1,4 +1,4 @@
-"""Which kernel computes a layer: one function, and the numbers that it goes by."""
+"""Select the kernels of a layer: one function, and the thresholds that it uses."""
 
 import os
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 NO_LIMIT = 2**31 - 1
 
 # Not measured yet: integration/gpu/measure_kernels.sh prints what belongs here.
-DECODE_TOKENS = 64  # up to here the decode kernel, above it cuSPARSELt
-SMALLEST = 2**20  # entries of a weight; launches cost more than memory below
-CAPABILITIES = ((8, 0), (9, 0))  # first and last that may go sparse unasked
-EIGHT_BITS = False  # whether 8-bit layers may, too: against dense fp8 little is to gain
+DECODE_TOKENS = 64  # the decode kernel takes up to this many, cuSPARSELt takes more
+SMALLEST = 2**20  # entries of a weight; below, launches cost more than memory traffic
+CAPABILITIES = ((8, 0), (9, 0))  # first and last that are sparse by default
+EIGHT_BITS = False  # whether 8-bit layers are, too: dense fp8 leaves little to gain
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Machine:
     """Where a layer runs."""
 
     device: str  # as of a torch device
-    capability: tuple[int, int] | None  # of a CUDA GPU
+    capability: tuple[int, int] | None  # of a CUDA GPU; None on a CPU
     nvrtc: bool
     triton: bool
     cusparselt: bool
@@ -50,21 +50,21 @@ class Machine:
 
 @dataclass(frozen=True)
 class Layer:
-    """What of a layer the choice depends on."""
+    """The properties of a layer that the choice depends on."""
 
     rows: int
     columns: int
     dtype: torch.dtype  # of the weight
-    two_of_four: bool  # all rows; of a fused layer all parts
+    two_of_four: bool  # all rows; for a fused layer, all parts
     activations: Literal["16-bit", "8-bit per token", "other"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernels of a layer, and why."""
+    """The kernels of a layer, and the reason."""
 
-    few: Kernel  # up to ``tokens``
-    many: Kernel  # above
+    few: Kernel  # up to ``tokens`` tokens
+    many: Kernel  # above ``tokens``
     tokens: int
     reason: str
 
@@ -85,34 +85,34 @@ def interpreted() -> bool:
 
 
 def forced() -> Wish | None:
-    """What the environment asks for.
+    """The kernel that the environment requests.
 
-    :raises ValueError: if it is none of ``WISHES``
+    :raises ValueError: if it is not one of ``WISHES``
     """
-    wanted = os.environ.get(VARIABLE) or None
+    requested = os.environ.get(VARIABLE) or None
     for wish in WISHES:
-        if wanted == wish:
+        if requested == wish:
             return wish
-    if wanted is None:
+    if requested is None:
         return None
     raise ValueError(
-        f"{VARIABLE} is {wanted!r}; expected one of {', '.join(WISHES)}, or unset"
+        f"{VARIABLE} is {requested!r}; expected one of {', '.join(WISHES)}, or unset"
     )
 
 
-def choose(layer: Layer, machine: Machine, wanted: Wish | None = None) -> Choice:
-    """The kernels for few and for many tokens.
+def choose(layer: Layer, machine: Machine, requested: Wish | None = None) -> Choice:
+    """Choose the kernels for few and for many tokens.
 
-    :param wanted: the kernel to take wherever it can run at all; dense where not.
-        "sparse" stands for the usual two, also where nobody knows that they are faster
+    :param requested: the kernel to take wherever it can run at all; dense elsewhere.
+        "sparse" means the two default kernels, even where no one has measured them
     """
-    if wanted == "dense":
+    if requested == "dense":
         return keep_dense(f"{VARIABLE}=dense")
     reason = _impossible(layer, machine)
-    if reason is None and wanted is not None and wanted != "sparse":
-        return _only(wanted, layer, machine)
+    if reason is None and requested is not None and requested != "sparse":
+        return _only(requested, layer, machine)
     reason = reason or _missing(layer, machine)
-    if wanted != "sparse":
+    if requested != "sparse":
         reason = reason or _unwise(layer, machine)
     if reason is not None:
         return keep_dense(reason)
@@ -121,7 +121,7 @@ def choose(layer: Layer, machine: Machine, wanted: Wish | None = None) -> Choice
 
 def _impossible(layer: Layer, machine: Machine) -> str | None:
     if not layer.two_of_four:
-        return "not 2:4 in all its parts"
+        return "not all of its parts are 2:4"
     if layer.dtype not in DTYPES:
         return f"no sparse kernel for {str(layer.dtype).removeprefix('torch.')}"
     if layer.activations == "other":
@@ -132,7 +132,7 @@ def _impossible(layer: Layer, machine: Machine) -> str | None:
         return None if machine.triton else f"no sparse kernel on {machine.device}"
     least = (8, 9) if layer.dtype == torch.float8_e4m3fn else (8, 0)
     if machine.capability < least:
-        return f"capability {_dotted(machine.capability)} below {_dotted(least)}"
+        return f"capability {_dotted(machine.capability)} is below {_dotted(least)}"
     return None
 
 
@@ -140,21 +140,22 @@ def _missing(layer: Layer, machine: Machine) -> str | None:
     if machine.capability is None:
         return f"no sparse kernel on {machine.device}"
     if not machine.nvrtc or not machine.cusparselt:
-        return f"no {'cuSPARSELt' if machine.nvrtc else 'cuda-bindings'} here"
+        lacking = "cuSPARSELt" if machine.nvrtc else "cuda-bindings"
+        return f"{lacking} is not available"
     if not cusparselt.fits(layer.rows, layer.columns, layer.dtype.itemsize):
-        return f"cuSPARSELt takes no {layer.rows} x {layer.columns}"
-    return None  # the decode kernel takes all that cuSPARSELt does
+        return f"cuSPARSELt does not support {layer.rows} x {layer.columns}"
+    return None  # the decode kernel takes every shape that cuSPARSELt takes
 
 
 def _unwise(layer: Layer, machine: Machine) -> str | None:
     assert machine.capability is not None
     first, last = CAPABILITIES
     if not first <= machine.capability <= last:
-        return f"capability {_dotted(machine.capability)} is untried"
+        return f"capability {_dotted(machine.capability)} is untested"
     if layer.rows * layer.columns < SMALLEST:
-        return f"small: {layer.rows} x {layer.columns}"
+        return f"too small: {layer.rows} x {layer.columns}"
     if layer.dtype.itemsize == 1 and not EIGHT_BITS:
-        return f"8 bits are unmeasured; {VARIABLE}=sparse tries them"
+        return f"8-bit kernels are unmeasured; set {VARIABLE}=sparse to try them"
     return None
 
 
@@ -169,13 +170,13 @@ def _only(kernel: Kernel, layer: Layer, machine: Machine) -> Choice:
             layer.rows, layer.columns, layer.dtype.itemsize
         )
     if missing:
-        return keep_dense(f"{VARIABLE}={kernel}, which cannot run it here")
+        return keep_dense(f"{VARIABLE}={kernel}, which cannot run this layer here")
     tokens = 0 if kernel == "cusparselt" else NO_LIMIT
     return Choice(kernel, kernel, tokens, f"{VARIABLE}={kernel}")
 
 
 def keep_dense(reason: str) -> Choice:
-    """The choice of no sparse kernel."""
+    """The choice that keeps a layer dense."""
     return Choice("dense", "dense", NO_LIMIT, reason)
 
 

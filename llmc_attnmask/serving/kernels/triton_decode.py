@@ -1,13 +1,13 @@
 """A 2:4 linear layer for few tokens, in Triton.
 
-At decode a linear layer waits for its weight to arrive from memory, and a 2:4 weight
-has little more than half of the bytes. This kernel reads those, expands them in
-registers and multiplies with dense tensor-core instructions: with few tokens the
-arithmetic is free. The weight is the left operand, which those instructions take from
-registers; tokens are the right one, padded to 16 by masks.
+During decoding, a linear layer is memory-bound: it waits for its weight, and a 2:4
+weight has little more than half of the bytes. This kernel reads the packed weight,
+expands it in registers and multiplies with dense tensor-core instructions; with few
+tokens the arithmetic is free. The weight is the left operand, which those instructions
+take from registers; the tokens are the right one, padded to 16 by masks.
 
-Entry j of every group of four is a matrix [rows, K/4] of its own, multiplied with every
-fourth column of x from j on, so that nothing need be interleaved.
+Entry j of every group of four forms a matrix [rows, K/4], which is multiplied with
+every fourth column of x from j on, so that nothing needs to be interleaved.
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ WIDE = 128  # programs below which K is split; about the multiprocessors of a bi
 
 @dataclass(frozen=True)
 class Plan:
-    """How one product is divided over programs."""
+    """How one product is divided among programs."""
 
     tokens: int  # columns of one program's tile
     split: int  # programs that share a tile's sum over K
-    chunks: int  # of K, for one of them
+    chunks: int  # of K, for one of these programs
 
 
 def plan(tokens: int, rows: int, columns: int) -> Plan:
-    """Divide a product; unmeasured defaults, see integration/gpu/RESULTS.md."""
+    """Divide a product; the defaults are unmeasured, see integration/gpu/RESULTS.md."""
     block = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     programs = -(-rows // ROWS) * -(-tokens // block)
     chunks = -(-columns // CHUNK)
@@ -77,11 +77,12 @@ def _quarter(x, j: tl.constexpr, kind: tl.constexpr):
     return tl.trans(part.to(kind, bitcast=True))
 
 
-@triton.jit(do_not_specialize=["M"])  # or 1 and multiples of 16 were compiled apart
+# otherwise M = 1 and multiples of 16 would be compiled separately
+@triton.jit(do_not_specialize=["M"])
 def _sparse_linear(
     x_ptr,  # integers of x's width [M, K]
     pairs_ptr,  # integers of twice the weight's width [N, K/4]: both values of a group
-    places_ptr,  # uint8 [N, chunks * GROUPS]
+    indices_ptr,  # uint8 [N, chunks * GROUPS]
     out_ptr,  # [M, N], or partial sums [splits, M, N]
     channel_ptr,  # fp32 [N]
     token_ptr,  # fp32 [M]
@@ -89,7 +90,7 @@ def _sparse_linear(
     M,
     N,
     K,
-    places_stride,
+    indices_stride,
     chunks_each,
     X_KIND: tl.constexpr,
     W_KIND: tl.constexpr,
@@ -118,8 +119,8 @@ def _sparse_linear(
     begin = split * chunks_each
     for chunk in range(begin, tl.minimum(begin + chunks_each, chunks)):
         both = tl.load(
-            places_ptr
-            + n_wide[:, None] * places_stride
+            indices_ptr
+            + n_wide[:, None] * indices_stride
             + (chunk * GROUPS + byte)[None, :],
             mask=n_in[:, None],
             other=0,
@@ -151,9 +152,9 @@ def _sparse_linear(
             total *= tl.load(token_ptr + m, mask=m_in, other=0.0)[None, :]
         if HAS_BIAS:
             total += tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[:, None]
-    place_out = (split * M + m_wide)[None, :] * N + n_wide[:, None]
+    at_out = (split * M + m_wide)[None, :] * N + n_wide[:, None]
     tl.store(
-        out_ptr + place_out,
+        out_ptr + at_out,
         total.to(out_ptr.dtype.element_ty),
         mask=n_in[:, None] & m_in[None, :],
     )
@@ -216,11 +217,11 @@ def linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``x W^T`` for a packed W: x and W of one dtype, or x in 16 bits and W in 8.
+    """``x W^T`` for a packed W: x and W of one dtype, or x in 16 bits and W in 8 bits.
 
     :param x: [tokens, K], contiguous
-    :param values: [rows, K/2] and
-    :param indices: as ``packing.pack`` makes them
+    :param values: [rows, K/2], from ``packing.pack``
+    :param indices: from ``packing.pack``
     :param channel_scale: fp32 [rows], of the weight
     :param token_scale: fp32 [tokens], of x
     :param bias: [rows]

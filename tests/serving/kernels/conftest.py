@@ -20,5 +20,5 @@ def fake(fake_folder) -> Iterator[Fake]:
     made = Fake(fake_folder)
     yield made
     if made.live():
-        gc.collect()  # an exception that a test looked at holds the frames it crossed
+        gc.collect()  # an exception that a test inspected keeps its frames alive
     assert made.live() == 0, "the test left objects of the library"

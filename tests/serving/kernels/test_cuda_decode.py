@@ -1,5 +1,5 @@
 """The kernel itself on the CPU, thread by thread, against float64; and its machine code
-for the GPUs that it is made for.
+for the GPUs that it targets.
 """
 
 import os
@@ -68,7 +68,9 @@ def check(run, tokens, rows, columns, dtype, out_dtype=torch.float32, **how):
         (100, 70, 256),  # more than one block of tokens
     ],
 )
-def test_the_product_is_exact_to_its_sums(emulator, dtype, tokens, rows, columns):
+def test_the_product_is_exact_up_to_rounding_of_its_sums(
+    emulator, dtype, tokens, rows, columns
+):
     check(emulator.linear, tokens, rows, columns, dtype, seed=tokens)
 
 
@@ -86,7 +88,7 @@ def test_metadata_may_be_stored_in_longer_spans(emulator, dtype, span):
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
-def test_a_block_of_another_size_gives_the_same(tmp_path):
+def test_blocks_of_other_sizes_give_the_same_result(tmp_path):
     block = cuda_decode.Block(rows=128, stages=3)
     run = Emulator(tmp_path, block=block).linear
     for dtype in DTYPES:
@@ -109,14 +111,14 @@ def test_every_shape_and_every_order_of_threads(
     emulator, tokens, rows, columns, dtype, out_dtype, bias, multiprocessors, seed
 ):
     if dtype == torch.int8:
-        out_dtype = torch.float32  # such sums are beyond fp16
+        out_dtype = torch.float32  # such sums exceed the range of fp16
     columns *= cuda_decode.MULTIPLE[dtype.itemsize]
     how = {"bias": bias, "multiprocessors": multiprocessors, "seed": seed}
     check(emulator.linear, tokens, rows, columns, dtype, out_dtype, **how)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_results_do_not_vary_with_the_order_of_blocks(emulator, dtype):
+def test_results_do_not_depend_on_the_order_of_blocks(emulator, dtype):
     torch.manual_seed(0)
     packed = cuda_decode.pack(random_2of4(64, 2048, dtype))
     x = random_values((5, 2048), dtype)
@@ -144,7 +146,7 @@ def test_results_do_not_vary_with_the_order_of_blocks(emulator, dtype):
     ],
 )
 def test_the_emulator_notices_mistakes(tmp_path, what, instead):
-    """Each of these runs without complaint, and is wrong, on a GPU."""
+    """Each of these would run silently on a GPU, with wrong results."""
     found = 0
     for source in KERNEL.iterdir():
         text = source.read_text("utf-8")
@@ -158,8 +160,8 @@ def test_the_emulator_notices_mistakes(tmp_path, what, instead):
             check(run, 9, 64, 1024, torch.bfloat16, seed=seed)
 
 
-def test_tokens_that_are_not_there_are_not_read(emulator):
-    """As in a CUDA graph, whose padding has whatever was in its memory."""
+def test_missing_tokens_are_not_read(emulator):
+    """As in a CUDA graph, whose padding has arbitrary memory contents."""
     torch.manual_seed(0)
     packed = cuda_decode.pack(random_2of4(64, 256, torch.bfloat16))
     memory = torch.full((9, 256), float("nan"), dtype=torch.bfloat16)
@@ -172,13 +174,13 @@ def test_tokens_that_are_not_there_are_not_read(emulator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bytes_are_what_is_documented(dtype):
+def test_the_size_in_bytes_is_as_documented(dtype):
     weight = random_2of4(128, 512, dtype)
     packed = sum(part.nbytes for part in cuda_decode.pack(weight))
     assert packed * 16 == weight.nbytes * (9 if dtype.itemsize == 2 else 10)
 
 
-def test_what_does_not_fit_is_refused():
+def test_unsupported_weights_are_refused():
     with pytest.raises(ValueError, match="24 inputs, not a multiple of 16"):
         cuda_decode.pack(torch.zeros(8, 24, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="48 inputs, not a multiple of 32"):
@@ -200,13 +202,13 @@ def test_a_plan_covers_tokens_rows_and_columns(dtype, tokens, rows, columns):
     assert how.shared_memory <= 163 * 1024  # of an A100
 
 
-def test_k_is_split_where_rows_alone_would_not_fill_a_gpu():
+def test_k_is_split_where_rows_alone_do_not_fill_a_gpu():
     assert cuda_decode.plan(1, 28672, 4096, torch.bfloat16).split == 1
     assert cuda_decode.plan(1, 4096, 14336, torch.bfloat16).split > 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_layer_is_served_and_checked_through_it(emulator, monkeypatch, dtype):
+def test_a_layer_is_served_and_checked_with_this_kernel(emulator, monkeypatch, dtype):
     monkeypatch.setattr(cuda_decode, "linear", emulator.linear)
     monkeypatch.setattr(self_check, "_known", {})
     torch.manual_seed(0)
@@ -220,7 +222,8 @@ def test_a_layer_is_served_and_checked_through_it(emulator, monkeypatch, dtype):
     assert self_check.failure(weight, made, *rest) is None
     self_check._known.clear()
     wrong = made._replace(indices=made.indices.flip(0))
-    assert "of the norm at 1 tokens" in str(self_check.failure(weight, wrong, *rest))
+    reason = str(self_check.failure(weight, wrong, *rest))
+    assert "relative error" in reason and "at 1 tokens" in reason
 
 
 GPUS = [
@@ -233,7 +236,9 @@ GPUS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "dtype"), GPUS, ids=str)
-def test_it_compiles_to_sparse_products_without_spills(architecture, dtype, tmp_path):
+def test_the_kernel_compiles_to_sparse_products_without_spills(
+    architecture, dtype, tmp_path
+):
     pytest.importorskip("cuda.bindings.nvrtc")
     nvidia = pytest.importorskip("triton.backends.nvidia")
     tools = Path(nvidia.__path__[0]) / "bin"
@@ -292,8 +297,8 @@ print(float((out - expected).abs().max() / expected.abs().max()) < 1e-6)
 """
 
 
-def test_a_launch_reaches_the_driver_as_it_should(tmp_path):
-    """By the real NVRTC and cuda-bindings, to a driver whose GPU is the emulator."""
+def test_a_launch_reaches_the_driver_correctly(tmp_path):
+    """The real NVRTC and cuda-bindings, and a driver whose GPU is the emulator."""
     pytest.importorskip("cuda.bindings.nvrtc")
     source = SOURCES / "driver.cc"
     driver = shared_library(source, tmp_path, *flags(), "-DONE_KERNEL")
@@ -305,12 +310,12 @@ def test_a_launch_reaches_the_driver_as_it_should(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    # more shared memory than is allowed without being asked for
-    refusal = "CUDA answered CUDA_ERROR_INVALID_VALUE (1)"
+    # more shared memory than is allowed without a request
+    refusal = "CUDA returned CUDA_ERROR_INVALID_VALUE (1)"
     assert done.stdout.splitlines() == [refusal, "True"]
 
 
-def test_a_source_that_does_not_compile_is_named_with_the_compilers_words():
+def test_a_compilation_error_quotes_the_compiler():
     pytest.importorskip("cuda.bindings.nvrtc")
     with pytest.raises(
         nvrtc.CompilationError, match=r"a\.cu does not compile for sm_90"

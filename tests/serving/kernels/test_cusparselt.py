@@ -1,4 +1,4 @@
-"""Products, against a library that computes them on the CPU."""
+"""Products, against a stand-in library that computes on the CPU."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def engine(fake) -> Engine:
 
 
 def prepared(engine, dtype, **options):
-    """A weight, and its compressed form, ready."""
+    """A weight, and its compressed form after ``prepare``."""
     weight = random_2of4(ROWS, COLUMNS, dtype)
     compressed = engine.compress(weight)
     engine.prepare(compressed, COLUMNS, **{"largest": LARGEST, **options})
@@ -50,7 +50,9 @@ def test_sixteen_bits(engine, tokens, dtype):
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_large_and_small_tokens_side_by_side(engine, dtype, out_dtype, with_bias):
+def test_eight_bits_with_large_and_small_tokens_side_by_side(
+    engine, dtype, out_dtype, with_bias
+):
     weight, compressed = prepared(engine, dtype)
     scale = torch.rand(ROWS) * 0.01
     x = torch.randn(3, COLUMNS) * torch.tensor([[1e-3], [1.0], [100.0]])
@@ -61,26 +63,26 @@ def test_large_and_small_tokens_side_by_side(engine, dtype, out_dtype, with_bias
     expected = (tokens.double() @ weight.double().t()) * scale * token_scale[:, None]
     atol = 1e-6
     if bias is not None:
-        atol = 2**-8 * float(expected.abs().max())  # where the sum cancels
+        atol = 2**-8 * float(expected.abs().max())  # where the sum cancels out
         expected += bias.double()
     torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
-@pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), 3e38])
-def test_a_padding_token_of_a_cuda_graph_spoils_no_other(engine, dtype, rubbish):
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 3e38])
+def test_a_padding_token_of_a_cuda_graph_affects_no_other(engine, dtype, garbage):
     _, compressed = prepared(engine, dtype)
     scale = torch.rand(ROWS)
     tokens, token_scale = activations.reference(torch.randn(5, COLUMNS), dtype)
     arguments = (tokens, compressed, scale)
     clean = engine.linear(*arguments, token_scale, None, torch.bfloat16)
-    token_scale[-1] = rubbish
+    token_scale[-1] = garbage
     found = engine.linear(*arguments, token_scale, None, torch.bfloat16)
     assert torch.equal(found[:-1], clean[:-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_memory_below_the_last_token_spoils_none(engine, dtype, monkeypatch):
+def test_memory_after_the_last_token_affects_no_token(engine, dtype, monkeypatch):
     _, compressed = prepared(engine, dtype)
     scales = (torch.rand(ROWS), torch.rand(5)) if dtype.itemsize == 1 else (None, None)
     x = random_values((5, COLUMNS), dtype)
@@ -103,7 +105,7 @@ def test_no_tokens(engine):
     assert found.shape == (0, ROWS)
 
 
-def test_tokens_at_an_address_that_the_library_does_not_take(engine):
+def test_tokens_at_an_address_that_the_library_refuses(engine):
     weight, compressed = prepared(engine, torch.bfloat16)
     memory = random_values((1, 16 * COLUMNS + 1), torch.bfloat16)[0]
     x = memory[1:].view(16, COLUMNS)
@@ -126,7 +128,9 @@ def test_the_kept_values_come_first(engine, dtype):
 
 
 def test_another_dtype_is_refused(engine):
-    with pytest.raises(ValueError, match=r"float32 weight here, only torch.float16"):
+    with pytest.raises(
+        ValueError, match=r"float32 weight here; expected torch.float16"
+    ):
         engine.compress(torch.zeros(ROWS, COLUMNS))
 
 
@@ -152,7 +156,7 @@ def test_buckets_waste_little(largest, fewest):
         assert 0 <= padding < 16 or padding < min(tokens / 4, 128)
 
 
-def test_the_searched_buckets_stand_for_their_neighbours():
+def test_searched_buckets_represent_their_neighbors():
     found = buckets.buckets(1, 8192)
     searched = buckets.representatives(found)
     assert searched == [2048, 512, 128, 32]

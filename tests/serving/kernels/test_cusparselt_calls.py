@@ -1,4 +1,4 @@
-"""What is asked of the library, when, and how long its objects live."""
+"""Which calls the library gets, when, and how long its objects live."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.support.kernels.fake_cusparselt import (
 )
 from tests.support.kernels.matrices import DTYPES
 
-PLAN = [  # the calls that make one plan
+PLAN = [  # the calls that create one plan
     "StructuredDescriptorInit",
     "DenseDescriptorInit",
     "DenseDescriptorInit",
@@ -24,7 +24,7 @@ PLAN = [  # the calls that make one plan
     "MatmulPlanInit",
     "MatmulGetWorkspace",
 ]
-END = [  # and those that end it
+END = [  # and those that destroy it
     "MatmulPlanDestroy",
     "MatmulAlgSelectionDestroy",
     *["MatDescriptorDestroy"] * 3,
@@ -43,16 +43,16 @@ def test_after_prepare_a_product_is_one_call_and_can_be_captured(fake, dtype):
         assert fake.calls() == ["Matmul"] * launches
 
 
-def test_the_stream_is_handed_over(fake):
+def test_the_current_stream_is_passed_on(fake):
     engine = Engine(fake.library())
     compressed = compressed_weight(engine)
     engine.prepare(compressed, COLUMNS, largest=16, search=False)
     fake.reset()  # to a stream that does not exist
     multiply(engine, compressed, 16)
-    assert fake.shared.fake_last_stream() is None  # CPU tensors have the default one
+    assert fake.shared.fake_last_stream() is None  # CPU tensors use the default stream
 
 
-def test_compressing_takes_no_plan_and_leaves_only_the_handle(fake):
+def test_compressing_needs_no_plan_and_leaves_only_the_handle(fake):
     engine = Engine(fake.library())
     fake.reset()
     compressed_weight(engine)
@@ -68,7 +68,7 @@ def test_compressing_takes_no_plan_and_leaves_only_the_handle(fake):
     assert fake.calls().count("Init") == 1
 
 
-def test_a_plan_is_made_and_ended_in_order(fake):
+def test_a_plan_is_created_and_destroyed_in_order(fake):
     engine = Engine(fake.library())
     compressed = compressed_weight(engine)
     fake.reset()
@@ -79,13 +79,13 @@ def test_a_plan_is_made_and_ended_in_order(fake):
     assert fake.calls() == [*PLAN, *END, "Destroy"]
 
 
-def test_eight_bits_ask_for_a_vector_of_scales_before_the_algorithm(fake):
+def test_eight_bits_request_a_vector_of_scales_before_the_algorithm(fake):
     engine = Engine(fake.library())
     compressed = compressed_weight(engine, torch.int8)
     fake.reset()
     engine.prepare(compressed, COLUMNS, largest=16, search=False)
-    wanted = [*PLAN[:4], "MatmulDescSetAttribute", *PLAN[4:]]
-    assert fake.calls() == wanted
+    expected = [*PLAN[:4], "MatmulDescSetAttribute", *PLAN[4:]]
+    assert fake.calls() == expected
 
 
 def test_a_handle_outlives_its_plans(fake):
@@ -98,7 +98,7 @@ def test_a_handle_outlives_its_plans(fake):
     assert fake.live() == 0 and fake.calls()[-1] == "Destroy"
 
 
-def test_layers_of_one_shape_and_type_share_plans_and_search(fake):
+def test_layers_of_the_same_shape_and_type_share_plans_and_search(fake):
     engine = Engine(fake.library())
     first = compressed_weight(engine)
     engine.prepare(first, COLUMNS, largest=64)
@@ -110,7 +110,7 @@ def test_layers_of_one_shape_and_type_share_plans_and_search(fake):
     engine.prepare(second, COLUMNS, largest=20)
     assert fake.calls() == [] and fake.live() == live
     engine.prepare(second, COLUMNS, largest=80)
-    assert fake.calls().count("MatmulPlanInit") == 1  # of the one bucket more
+    assert fake.calls().count("MatmulPlanInit") == 1  # for the additional bucket
     assert "MatmulSearch" not in fake.calls()
     engine.prepare(compressed_weight(engine, torch.float16), COLUMNS, largest=16)
     assert fake.calls().count("MatmulSearch") == 1
@@ -118,7 +118,7 @@ def test_layers_of_one_shape_and_type_share_plans_and_search(fake):
 
 @pytest.mark.parametrize("function", [*dict.fromkeys(PLAN), "MatmulDescSetAttribute"])
 @pytest.mark.parametrize("nth", [1, 2])
-def test_a_failure_leaves_no_half_made_plan(fake, function, nth):
+def test_a_failure_leaves_no_incomplete_plan(fake, function, nth):
     engine = Engine(fake.library())
     compressed = compressed_weight(engine, torch.int8)
     live = fake.live()
@@ -126,7 +126,8 @@ def test_a_failure_leaves_no_half_made_plan(fake, function, nth):
     with pytest.raises(CuSparseLtError, match="ALLOC_FAILED; leave more memory free"):
         engine.prepare(compressed, COLUMNS, largest=32, search=False)
     assert fake.live() == live
-    engine.prepare(compressed, COLUMNS, largest=32, search=False)  # it can be repeated
+    # the call can be repeated
+    engine.prepare(compressed, COLUMNS, largest=32, search=False)
     assert multiply(engine, compressed, 17).shape == (17, ROWS)
 
 
@@ -147,7 +148,7 @@ def test_every_status_has_a_name_and_advice(fake, status):
 
 
 @pytest.mark.parametrize("function", ["Init", "SpMMACompressedSize2", "SpMMACompress2"])
-def test_a_failure_to_compress_leaves_nothing(fake, function):
+def test_a_failure_to_compress_leaves_no_objects(fake, function):
     engine = Engine(fake.library())
     fake.fail(function, 1)
     with pytest.raises(CuSparseLtError, match="NOT_INITIALIZED; check with nvidia-smi"):
@@ -166,7 +167,7 @@ def test_a_destructor_that_fails_is_logged(fake, caplog):
     fake.forget()
 
 
-def test_a_shape_that_the_library_does_not_take(fake):
+def test_a_shape_that_the_library_does_not_support_is_refused(fake):
     engine = Engine(fake.library())
     with pytest.raises(CuSparseLtError, match="NOT_SUPPORTED; the library does not"):
         engine.compress(torch.zeros(8, COLUMNS, dtype=torch.bfloat16))

@@ -21,7 +21,7 @@ from tests.support.kernels.fake_cusparselt import (
 )
 
 
-def test_version_0_7_has_larger_objects_and_one_function_less(fake_folder):
+def test_version_0_7_has_larger_objects_and_lacks_one_function(fake_folder):
     fake = Fake(fake_folder, "-DMINOR=7")
     engine = Engine(fake.library())
     assert engine.library.version == "0.7.1"
@@ -41,17 +41,17 @@ def test_other_versions_are_refused(fake, version):
 
 
 @pytest.mark.parametrize("version", [(0, 7, 0), (0, 8, 1), (0, 10, 0)])
-def test_these_versions_are_taken(fake, version):
+def test_these_versions_are_accepted(fake, version):
     fake.set_version(*version)
     assert fake.library().version == ".".join(map(str, version))
 
 
-def test_a_file_that_is_no_such_library(tmp_path):
+def test_a_file_that_is_not_the_library_is_refused(tmp_path):
     with pytest.raises(UnusableLibraryError, match="cannot load"):
         Library.load(tmp_path / "missing.so")
 
 
-def test_only_a_copy_that_is_loaded_already_is_taken(fake_folder, monkeypatch):
+def test_only_a_copy_that_is_already_loaded_is_used(fake_folder, monkeypatch):
     name = "libfake_cusparselt.so.9"
     soname = f"-Wl,-soname,{name}"
     unloaded = shared_library(SOURCE, fake_folder, soname)
@@ -61,11 +61,13 @@ def test_only_a_copy_that_is_loaded_already_is_taken(fake_folder, monkeypatch):
     fake = Fake(fake_folder, soname)
     monkeypatch.setattr(library, "SONAME", name)
     assert Library.of_torch().version == "0.8.0"
-    assert fake.calls() == ["GetProperty"] * 3  # of that very copy
+    assert fake.calls() == ["GetProperty"] * 3  # in that copy
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a GPU would change")
-def test_a_machine_without_a_gpu():
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="describes a machine without a GPU"
+)
+def test_a_machine_without_a_gpu_says_so():
     assert not cusparselt.available()
     assert cusparselt.version() is None
     assert cusparselt.why_not() == "torch sees no CUDA GPU"

@@ -8,7 +8,7 @@ BOTH = select.Choice("cuda", "cusparselt", 64, "")
 
 
 def library_form(weight, span, spare=0):
-    """As cuSPARSELt may have it: values by rows, then metadata, then what it likes."""
+    """A form that cuSPARSELt may have: values by rows, then metadata, then anything."""
     values, nibbles = packing.kept(weight)
     metadata = fragments.metadata(nibbles, weight.itemsize, span)
     rest = torch.zeros(spare * len(weight), dtype=torch.uint8)
@@ -18,8 +18,8 @@ def library_form(weight, span, spare=0):
 
 @pytest.fixture
 def library(monkeypatch):
-    """Stands for cuSPARSELt, which needs a GPU: what it makes of a weight is the test's
-    to say.
+    """Stands in for cuSPARSELt, which needs a GPU; the test decides what it makes of a
+    weight.
     """
 
     def use(compress):
@@ -31,7 +31,7 @@ def library(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("span", fragments.SPANS)
-def test_one_form_serves_both_kernels_where_the_library_has_a_known_order(
+def test_one_form_serves_both_kernels_if_the_library_uses_a_known_order(
     library, dtype, span
 ):
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def test_one_form_serves_both_kernels_where_the_library_has_a_known_order(
 
 
 def swapped(weight):
-    """Nibbles whose two indices are exchanged: no order that the kernel knows."""
+    """Nibbles whose two indices are swapped, an order that the kernel does not know."""
     found = library_form(weight, 1).view(torch.uint8).view(-1)
     head = weight.nbytes // 2
     tail = found[head:]
@@ -58,18 +58,18 @@ def swapped(weight):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_order_that_is_not_known_costs_metadata_of_our_own(library, dtype):
+def test_an_unknown_order_costs_separate_metadata(library, dtype):
     torch.manual_seed(0)
     weight = random_2of4(128, 512, dtype)
     library(swapped)
     made = forms.make(weight, BOTH, largest=8192)
     assert made.span == 1
-    assert made.values.data_ptr() == made.compressed.data_ptr()  # the values are there
+    assert made.values.data_ptr() == made.compressed.data_ptr()  # the values are in it
     nibbles = fragments.nibbles(made.indices, 128, 512, dtype.itemsize, 1)
     assert torch.equal(packing.expand(made.values, nibbles).float(), weight.float())
 
 
-def test_values_in_another_order_are_held_twice(library):
+def test_values_in_another_order_are_stored_twice(library):
     torch.manual_seed(0)
     weight = random_2of4(128, 512, torch.bfloat16)
     library(lambda w: library_form(w.flip(0), 1))
@@ -79,14 +79,14 @@ def test_values_in_another_order_are_held_twice(library):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 512), (128, 192)])
-def test_shapes_that_the_kernel_fills_up_are_not_shared(rows, columns):
+def test_shapes_that_the_kernel_pads_are_not_shared(rows, columns):
     weight = random_2of4(rows, columns, torch.bfloat16)
     compressed = torch.zeros(rows, columns, dtype=torch.bfloat16)
     assert forms.shared_span(compressed, weight) is None
 
 
-def test_of_a_group_with_more_zeros_the_library_may_keep_others(library):
-    """Which of its zeros are kept is its own choice."""
+def test_the_library_may_keep_other_entries_of_a_group_with_more_zeros(library):
+    """Which zeros the library keeps is its own choice."""
     weight = torch.zeros(128, 512, dtype=torch.bfloat16)
     weight[:, ::4] = 1
 
@@ -99,6 +99,6 @@ def test_of_a_group_with_more_zeros_the_library_may_keep_others(library):
         return torch.cat(parts).view(w.dtype).view(128, -1)
 
     library(compress)
-    assert packing.kept(weight)[1][0, 0] != 0 | 1 << 2  # ours is another
+    assert packing.kept(weight)[1][0, 0] != 0 | 1 << 2  # this package chooses another
     assert forms.make(weight, BOTH, largest=8192).span == 1
     assert forms.shared_span(compress(weight), weight) == 1

@@ -1,4 +1,4 @@
-"""Against CUTLASS's layout, written out as strides, and there and back."""
+"""Against CUTLASS's layout, written out as strides; and the round trip."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ UNUSED = 4
 
 
 def address(row, group, rows, itemsize, span):
-    """Of a nibble, in nibbles: modes of (row, column) from the fastest, as
-    sm90_sparse_config.inl orders them.
+    """The offset of a nibble, in nibbles: modes of (row, column) from the fastest on,
+    in the order of sm90_sparse_config.inl.
     """
     if itemsize == 2:  # atom of 64 rows and 32 * span columns
         within = [
@@ -35,7 +35,7 @@ def address(row, group, rows, itemsize, span):
 
 @pytest.mark.parametrize("itemsize", [1, 2])
 @pytest.mark.parametrize("span", fragments.SPANS)
-def test_nibbles_are_where_cutlass_has_them(itemsize, span):
+def test_nibbles_are_where_cutlass_puts_them(itemsize, span):
     torch.manual_seed(0)
     rows, groups = 256, 128
     nibbles = torch.randint(16, (rows, groups), dtype=torch.uint8)
@@ -49,7 +49,7 @@ def test_nibbles_are_where_cutlass_has_them(itemsize, span):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_and_columns_are_filled_up_with_valid_places(dtype):
+def test_rows_and_columns_are_padded_with_valid_indices(dtype):
     torch.manual_seed(0)
     _, nibbles = packing.kept(random_2of4(70, 288, dtype))
     found = fragments.metadata(nibbles, dtype.itemsize)
@@ -61,7 +61,7 @@ def test_rows_and_columns_are_filled_up_with_valid_places(dtype):
     assert back[70:].eq(UNUSED).all() and back[:, 72:].eq(UNUSED).all()
 
 
-def test_kept_places_are_in_order():
+def test_kept_indices_are_in_order():
     weight = torch.zeros(1, 8, dtype=torch.bfloat16)
     weight[0, 1] = weight[0, 3] = weight[0, 6] = weight[0, 7] = 1
     values, nibbles = packing.kept(weight)

@@ -26,7 +26,7 @@ def _arguments(dtype: torch.dtype, tokens: int = 3) -> tuple:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_is_a_valid_custom_operator(dtype):
+def test_the_operator_is_a_valid_custom_operator(dtype):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if dtype == torch.float8_e4m3fn:
         checks.remove("test_schema")  # it does arithmetic on the arguments
@@ -34,14 +34,14 @@ def test_it_is_a_valid_custom_operator(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_eight_bits_with_scales_give_sixteen(dtype):
+def test_eight_bits_with_scales_give_sixteen_bits(dtype):
     x, values, indices, _, _, _, scale, token_scale, bias, *_ = arguments = _arguments(
         dtype
     )
     found = sparse_linear(*arguments)
     assert x.dtype == dtype and found.dtype == torch.bfloat16
     expected = dense.linear(x, values, indices, scale, token_scale, bias, torch.float32)
-    # the interpreter cuts bfloat16 off where a GPU rounds
+    # the interpreter truncates bfloat16 where a GPU rounds
     torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_a_token_of_zeros_and_a_large_one(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("width", [40, 44])  # the library may want more than 9/16
+@pytest.mark.parametrize("width", [40, 44])  # the library may need more than 9/16
 def test_kept_values_of_a_compressed_matrix_are_its_first_half(dtype, width):
     compressed = torch.arange(32 * width).to(dtype).view(32, -1)
     kept = cusparselt.kept_values(compressed, 64)

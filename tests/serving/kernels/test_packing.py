@@ -17,7 +17,7 @@ def test_unpack_restores_every_bit(dtype, columns):
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 9), (torch.int8, 10)])
-def test_bytes_are_what_is_documented(dtype, share):
+def test_the_size_in_bytes_is_as_documented(dtype, share):
     weight = random_2of4(4, 512, dtype)
     packed = sum(part.nbytes for part in packing.pack(weight))
     assert packed * 16 == weight.nbytes * share
@@ -32,7 +32,7 @@ def test_a_byte_holds_two_groups_of_one_chunk():
     assert indices[0, 3] == (1 | 3 << 2) | (2 | 3 << 2) << 4
 
 
-def test_what_is_not_two_of_four_is_refused():
+def test_a_weight_that_is_not_2of4_is_refused():
     with pytest.raises(ValueError, match="not 2:4"):
         packing.pack(torch.ones(4, 8))
     with pytest.raises(ValueError, match="12 columns"):

@@ -11,7 +11,7 @@ CPU = select.Machine("cpu", None, nvrtc=False, triton=False, cusparselt=False)
 EIGHT = {"dtype": torch.float8_e4m3fn, "activations": "8-bit per token"}
 
 
-def test_few_tokens_and_many_get_different_kernels():
+def test_few_and_many_tokens_get_different_kernels():
     choice = select.choose(LAYER, HOPPER)
     assert (choice.few, choice.many) == ("cuda", "cusparselt")
     assert choice.label == "cuda to 64 tokens, then cusparselt"
@@ -21,35 +21,39 @@ def test_few_tokens_and_many_get_different_kernels():
     ("layer", "machine", "reason"),
     [
         ({}, CPU, "no sparse kernel on cpu"),
-        ({"two_of_four": False}, HOPPER, "not 2:4 in all its parts"),
+        ({"two_of_four": False}, HOPPER, "not all of its parts are 2:4"),
         ({"dtype": torch.float32}, HOPPER, "no sparse kernel for float32"),
         ({"activations": "other"}, HOPPER, "quantization of activations"),
         ({"columns": 4100}, HOPPER, "not a multiple of 8"),
-        ({"rows": 64}, HOPPER, "small: 64 x 4096"),
-        ({"rows": 4104}, HOPPER, "cuSPARSELt takes no 4104 x 4096"),
-        ({}, replace(HOPPER, capability=(7, 5)), "capability 7.5 below 8.0"),
-        ({}, replace(HOPPER, capability=(10, 0)), "capability 10.0 is untried"),
-        (EIGHT, replace(HOPPER, capability=(8, 6)), "capability 8.6 below 8.9"),
-        (EIGHT, HOPPER, "8 bits are unmeasured; LLMC_ATTNMASK_KERNEL=sparse"),
-        ({}, replace(HOPPER, cusparselt=False), "no cuSPARSELt here"),
-        ({}, replace(HOPPER, nvrtc=False), "no cuda-bindings here"),
+        ({"rows": 64}, HOPPER, "too small: 64 x 4096"),
+        ({"rows": 4104}, HOPPER, "cuSPARSELt does not support 4104 x 4096"),
+        ({}, replace(HOPPER, capability=(7, 5)), "capability 7.5 is below 8.0"),
+        ({}, replace(HOPPER, capability=(10, 0)), "capability 10.0 is untested"),
+        (EIGHT, replace(HOPPER, capability=(8, 6)), "capability 8.6 is below 8.9"),
+        (
+            EIGHT,
+            HOPPER,
+            "8-bit kernels are unmeasured; set LLMC_ATTNMASK_KERNEL=sparse",
+        ),
+        ({}, replace(HOPPER, cusparselt=False), "cuSPARSELt is not available"),
+        ({}, replace(HOPPER, nvrtc=False), "cuda-bindings is not available"),
     ],
 )
-def test_everything_else_is_dense_and_says_why(layer, machine, reason):
+def test_every_other_layer_is_dense_with_a_reason(layer, machine, reason):
     choice = select.choose(replace(LAYER, **layer), machine)
     assert not choice.sparse
     assert reason in choice.reason
 
 
-def test_a_wanted_kernel_is_taken_where_it_was_only_unwise():
+def test_a_requested_kernel_is_used_where_it_is_only_unmeasured():
     blackwell = replace(HOPPER, capability=(10, 0), cusparselt=False)
-    for wanted in ("triton", "cuda"):
-        choice = select.choose(LAYER, blackwell, wanted)
-        assert (choice.few, choice.many) == (wanted, wanted)
+    for requested in ("triton", "cuda"):
+        choice = select.choose(LAYER, blackwell, requested)
+        assert (choice.few, choice.many) == (requested, requested)
         assert choice.tokens == select.NO_LIMIT
 
 
-def test_the_usual_kernels_can_be_wanted_where_they_are_unmeasured():
+def test_the_default_kernels_can_be_requested_where_they_are_unmeasured():
     for layer, machine in (
         (replace(LAYER, **EIGHT), HOPPER),
         (LAYER, replace(HOPPER, capability=(10, 0))),
@@ -60,13 +64,13 @@ def test_the_usual_kernels_can_be_wanted_where_they_are_unmeasured():
     assert not select.choose(replace(LAYER, two_of_four=False), HOPPER, "sparse").sparse
 
 
-@pytest.mark.parametrize("wanted", ["triton", "cuda", "cusparselt", "sparse"])
-def test_a_wanted_kernel_that_cannot_run_is_dense(wanted):
-    choice = select.choose(LAYER, CPU, wanted)
+@pytest.mark.parametrize("requested", ["triton", "cuda", "cusparselt", "sparse"])
+def test_a_requested_kernel_that_cannot_run_is_replaced_by_dense(requested):
+    choice = select.choose(LAYER, CPU, requested)
     assert not choice.sparse
 
 
-def test_dense_can_be_wanted():
+def test_dense_can_be_requested():
     assert not select.choose(LAYER, HOPPER, "dense").sparse
 
 

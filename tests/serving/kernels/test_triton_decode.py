@@ -1,5 +1,5 @@
-"""Against float64 on the CPU, in Triton's interpreter; compiled for GPUs it cannot run
-here, but that it compiles is tested."""
+"""The kernel against float64 on the CPU, in Triton's interpreter; and its compilation
+for GPUs, on which it cannot run here."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def _check(tokens, rows, columns, x_dtype, w_dtype, bias, out_dtype, seed):
 
 @pytest.mark.parametrize(("x_dtype", "w_dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 33])
-def test_every_dtype_is_exact_to_its_sums(tokens, x_dtype, w_dtype):
+def test_every_dtype_is_exact_up_to_rounding_of_its_sums(tokens, x_dtype, w_dtype):
     _check(tokens, 70, 264, x_dtype, w_dtype, True, torch.float32, seed=tokens)
 
 
@@ -57,12 +57,12 @@ def test_every_dtype_is_exact_to_its_sums(tokens, x_dtype, w_dtype):
 )
 def test_every_shape(tokens, rows, eighths, pair, bias, out_dtype, seed):
     if pair == (torch.int8, torch.int8):
-        out_dtype = torch.float32  # unscaled sums are beyond fp16
+        out_dtype = torch.float32  # unscaled sums exceed the range of fp16
     _check(tokens, rows, 8 * eighths, *pair, bias, out_dtype, seed)
 
 
-def test_memory_that_was_used_before_does_not_show(monkeypatch):
-    # every allocation starts as NaN or a large integer instead of what was there
+def test_reused_memory_does_not_affect_the_result(monkeypatch):
+    # every allocation starts as NaN or a large integer instead of arbitrary memory
     def poisoned(*shape, dtype, device):
         value = float("nan") if dtype.is_floating_point else 2**30
         return torch.full(shape, value, dtype=dtype, device=device)
@@ -72,7 +72,7 @@ def test_memory_that_was_used_before_does_not_show(monkeypatch):
         _check(5, 70, 1032, dtype, dtype, False, torch.float32, seed=0)
 
 
-def test_k_is_split_where_rows_alone_would_not_fill_a_gpu():
+def test_k_is_split_where_rows_alone_do_not_fill_a_gpu():
     small = triton_decode.plan(1, 4096, 4096)
     assert small.split > 1
     large = triton_decode.plan(1, 28672, 4096)
@@ -89,7 +89,7 @@ def test_a_plan_covers_all_of_k(tokens, rows, columns):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-def test_it_compiles_for_gpus(capability):
+def test_the_kernel_compiles_for_gpus(capability):
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     run = subprocess.run(
         [

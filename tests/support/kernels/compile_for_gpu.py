@@ -1,5 +1,5 @@
-"""Compile the decode kernel for a GPU that need not be here, and check that it uses
-the tensor cores.
+"""Compile the decode kernel for a GPU, which need not be present, and check that it
+uses the tensor cores.
 
     TRITON_INTERPRET=0 python -m tests.support.kernels.compile_for_gpu 90
 """
@@ -43,12 +43,12 @@ def compile_kernel(capability: int, x: str, weight: str, tokens: int, partial: b
     signature = {
         "x_ptr": x_pointer,
         "pairs_ptr": pairs,
-        "places_ptr": "*u8",
+        "indices_ptr": "*u8",
         "out_ptr": total if partial else "*bf16",
         "channel_ptr": "*fp32",
         "token_ptr": "*fp32",
         "bias_ptr": "*bf16",
-        **dict.fromkeys(("M", "N", "K", "places_stride", "chunks_each"), "i32"),
+        **dict.fromkeys(("M", "N", "K", "indices_stride", "chunks_each"), "i32"),
         **dict.fromkeys(constants, "constexpr"),
     }
     source = ASTSource(
@@ -64,14 +64,14 @@ def compile_kernel(capability: int, x: str, weight: str, tokens: int, partial: b
 def main() -> None:
     capability = int(sys.argv[1])
     eight = "fp8" if capability >= 89 else "int8"
-    wanted = "wgmma.mma_async" if capability == 90 else "mma.sync"
+    instruction = "wgmma.mma_async" if capability == 90 else "mma.sync"
     for kinds, tokens, partial in (
         (("bf16", "bf16"), 64, False),
         ((eight, eight), 16, True),
         (("bf16", eight), 16, False),
     ):
         ptx = compile_kernel(capability, *kinds, tokens, partial).asm["ptx"]
-        assert wanted in ptx, f"{kinds}, {tokens} tokens: no {wanted}"
+        assert instruction in ptx, f"{kinds}, {tokens} tokens: no {instruction}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Compiles the attention kernels as they are launched; needs no GPU.
+"""Compile the attention kernels as they are launched; this needs no GPU.
 
     TRITON_INTERPRET=0 python -m tests.support.kernels.compile_fused CAPABILITY
 
-Prints one JSON object: kernel and variant -> registers a thread, bytes of local memory
-a thread (spilled registers and others), bytes of shared memory a program.
+Prints one JSON object: kernel and variant -> registers per thread, bytes of local
+memory per thread (spilled registers and others), bytes of shared memory per program.
 """
 
 import json
@@ -32,7 +32,7 @@ _COUNTS = ("heads", "groups", "length", "keys")
 
 
 def _source(kernel, width: int, whole: bool, flags: set[str]) -> ASTSource:
-    """With the specializations that Triton makes at a launch with float32 tensors."""
+    """Compile with the specializations that Triton makes at a launch with float32."""
     signature, constants, multiples = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -42,7 +42,7 @@ def _source(kernel, width: int, whole: bool, flags: set[str]) -> ASTSource:
                 name, name in flags
             )
             continue
-        aligned = True  # tensors and, padded, the mask's rows
+        aligned = True  # tensors and the mask's padded rows
         if name in _FLOATS:
             signature[name], aligned = "fp32", False
         elif name in _COUNTS:

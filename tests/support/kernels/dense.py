@@ -1,6 +1,6 @@
 """The reference for the sparse kernels: the same product with the dense weight.
 
-When vLLM serves a layer densely it is with vLLM's own kernel, not with this.
+When vLLM serves a layer dense, it uses its own kernel, not this one.
 """
 
 import torch
@@ -18,7 +18,7 @@ def linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``x W^T`` in float64, rounded once; parameters as of ``triton_decode.linear``."""
+    """``x W^T`` in float64, rounded once; parameters as in ``triton_decode.linear``."""
     out = x.double() @ packing.unpack(values, indices).double().t()
     if channel_scale is not None:
         out *= channel_scale.double()

@@ -1,4 +1,4 @@
-"""The decode kernel in CUDA on a CPU, by the primitives in ``emulation``."""
+"""The CUDA decode kernel on a CPU, with the primitives in ``emulation``."""
 
 import ctypes
 from pathlib import Path
@@ -10,11 +10,11 @@ from tests.support.compiler import shared_library
 
 SOURCES = Path(__file__).parent / "emulation"
 KERNEL = Path(cuda_decode.__file__).parent / "cuda"
-_LINEAR = cuda_decode.linear  # tests put the emulator's in its place
+_LINEAR = cuda_decode.linear  # tests replace it with the emulator's
 
 
 def flags(kernel: Path = KERNEL) -> list[str]:
-    """For the compiler; the emulation's primitives are found before the kernel's.
+    """The compiler's flags, which find the emulation's primitives before the kernel's.
 
     :param kernel: folder of the kernel's sources
     """
@@ -23,7 +23,7 @@ def flags(kernel: Path = KERNEL) -> list[str]:
 
 
 class Emulator:
-    """Launches of the kernel, thread by thread."""
+    """Launches the kernel, thread by thread."""
 
     def __init__(
         self,
@@ -33,9 +33,9 @@ class Emulator:
         block: cuda_decode.Block = cuda_decode.BLOCK,
     ):
         """
-        :param folder: where it is compiled
-        :param options: for the compiler
-        :param kernel: as of ``flags``
+        :param folder: where the kernel is compiled
+        :param options: further options of the compiler
+        :param kernel: as in ``flags``
         """
         self.block = block
         macros = (f"-DBLOCK_ROWS={block.rows}", f"-DRING_STAGES={block.stages}")
@@ -49,10 +49,10 @@ class Emulator:
         )
 
     def linear(self, *arguments, multiprocessors: int = 4, seed: int = 0, **how):
-        """``cuda_decode.linear`` of CPU tensors, launched here.
+        """Run ``cuda_decode.linear`` on CPU tensors, with launches in the emulator.
 
         :param multiprocessors: more of them split K more often
-        :param seed: for the order of threads and blocks
+        :param seed: of the order of threads and blocks
         """
 
         def launch(plan, dtype, given, _):

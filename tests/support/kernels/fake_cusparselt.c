@@ -1,8 +1,8 @@
 /* A stand-in for libcusparseLt.so.0 that computes on the CPU.
 
    It has the signatures, sizes and constants of cusparseLt.h 0.8 (0.7 with
-   -DMINOR=7), as far as the package uses them. It is stricter than the library: every
-   object knows where it was made and whether it was destroyed, and every shape, type
+   -DMINOR=7), those that the package uses. It is stricter than the library: every
+   object knows where it was created and whether it was destroyed, and every shape, type
    and pointer is checked. Functions that begin with fake_ are for the test. */
 
 #include "fake_objects.h"
@@ -151,7 +151,7 @@ int cusparseLtMatmulPlanInit(const void *handle, void *plan, const Matmul *matmu
 
 int cusparseLtMatmulPlanDestroy(Plan *plan) {
     ENTER();
-    NEED(valid_plan(plan), INVALID); /* before anything that it is made of */
+    NEED(valid_plan(plan), INVALID); /* before anything that it consists of */
     return destroy(plan, PLAN);
 }
 
@@ -162,7 +162,7 @@ int cusparseLtMatmulGetWorkspace(const void *handle, const Plan *plan, size_t *s
     return SUCCESS;
 }
 
-/* ---- compression: kept values by rows, then four bits a group ---- */
+/* ---- compression: kept values by rows, then four bits per group ---- */
 
 static int64_t values_bytes(const Matrix *a) {
     return a->rows * a->columns / 2 * item_size(a->type);

@@ -1,4 +1,4 @@
-"""fake_cusparselt.c from Python: compiled, loaded, and told what to do."""
+"""Compile, load and control fake_cusparselt.c from Python."""
 
 import ctypes
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.support.compiler import shared_library
 from tests.support.kernels.matrices import random_2of4, random_values
 
 SOURCE = Path(__file__).with_suffix(".c")
-ROWS, COLUMNS = 32, 64  # of the weight of most tests
+ROWS, COLUMNS = 32, 64  # of the weight in most tests
 
 
 class Fake:
@@ -26,7 +26,7 @@ class Fake:
         self.reset()
 
     def reset(self) -> None:
-        """Forget calls, failures, version and capture; objects live on."""
+        """Forget calls, failures, version and capture; objects stay alive."""
         self.shared.fake_reset()
 
     def library(self) -> Library:
@@ -38,20 +38,20 @@ class Fake:
         return [line.removeprefix("cusparseLt") for line in lines]
 
     def live(self) -> int:
-        """How many objects were made and not destroyed."""
+        """How many objects were created and not destroyed."""
         return self.shared.fake_live()
 
     def forget(self) -> None:
-        """Let what a destructor that was made to fail has left not count as live."""
+        """Stop counting what a destructor that was made to fail has left behind."""
         self.shared.fake_forget()
 
     def fail(self, function: str, status: int, nth: int = 1) -> None:
-        """Let the nth call of a function from now on answer with this status."""
+        """Make the nth call of a function from now on return this status."""
         self.shared.fake_fail(f"cusparseLt{function}".encode(), nth, status)
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Here no function works but the one that only launches."""
+        """Within, every function fails except the one that only launches."""
         self.shared.fake_capture(True)
         yield
         self.shared.fake_capture(False)

@@ -1,4 +1,4 @@
-/* The objects of fake_cusparselt.c, how each is checked, and what the test can ask. */
+/* The objects of fake_cusparselt.c and their checks, and the test's functions. */
 
 #pragma once
 
@@ -31,7 +31,7 @@ typedef struct Header {
     const void *where;
     Kind kind;
     struct Header *handle;
-    int children; /* of a handle: what was made with it and not destroyed */
+    int children; /* of a handle: objects created with it and not destroyed */
 } Header;
 
 typedef struct {
@@ -73,7 +73,7 @@ static struct {
 
 const char *fake_calls(void) { return calls; }
 int fake_live(void) { return live; }
-/* what a destructor that was made to fail has left */
+/* stop counting what a destructor that was made to fail has left */
 void fake_forget(void) { live = 0; }
 void *fake_last_stream(void) { return last_stream; }
 /* while set, only cusparseLtMatmul succeeds */
@@ -83,7 +83,7 @@ void fake_version(int new_major, int new_minor, int new_patch) {
     major = new_major, minor = new_minor, patch = new_patch;
 }
 
-/* let the nth call of a function from now on fail */
+/* make the nth call of a function from now on fail */
 void fake_fail(const char *function, int nth, int status) {
     strncpy(failure.function, function, sizeof failure.function - 1);
     failure.nth = nth, failure.status = status;
@@ -119,7 +119,7 @@ static int enter(const char *function) {
 
 static int aligned(const void *pointer) { return pointer && !((uintptr_t)pointer % 16); }
 
-/* the whole object is written, so that memory too small for it is overrun */
+/* the whole object is written, so that memory that is too small is overrun */
 static void *make(void *where, Kind kind, const void *handle) {
     Header *header = where;
     memset(where, 0xab, SIZE);

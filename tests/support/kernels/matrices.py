@@ -15,7 +15,7 @@ def random_values(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 def random_2of4(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Two of four kept at random indices, of which a few are zeros themselves."""
+    """Keep two of four at random indices; a few kept values are zeros themselves."""
     weight = random_values((rows, columns), dtype)
     order = torch.rand(rows, columns // 4, 4).argsort(-1)
     pruned = (order < 2).view(rows, columns) | (torch.rand(rows, columns) < 0.05)

@@ -1,31 +1,31 @@
 // A 2:4 linear layer for few tokens: out[n, r] = sum_k x[n, k] W[r, k].
 //
-// At decode a linear layer waits for its weight to arrive from memory, and a 2:4 weight
-// has little more than half of the bytes. They go straight to the sparse tensor cores:
-// nothing is expanded, so that almost no integer work stands between two loads.
+// During decoding, a linear layer is memory-bound: it waits for its weight, and a 2:4
+// weight has little more than half of the bytes. They go straight to the sparse tensor
+// cores: nothing is expanded, so that almost no integer work stands between two loads.
 //
 // A block computes ROWS rows of W for 8 * NB tokens. Its K is cut into stages of 128
-// bytes of kept values a row, copied asynchronously into a ring in shared memory; its
-// warps share a stage by rows, 32 each, and by K, half each, and add up at the end.
-// Blocks that share a tile's K (gridDim.y of them) leave partial sums; the last one adds
-// them, in the order of K, so that no second launch is needed and results do not vary.
+// bytes of kept values per row, copied asynchronously into a ring in shared memory. Its
+// warps divide a stage by rows, 32 each, and by K, half each, and add up at the end.
+// Blocks that share a tile's K (gridDim.y of them) write partial sums; the last one adds
+// them in the order of K, so that no second launch is needed and results do not vary.
 //
 // Fragments are those of the PTX manual for mma.sp.m16n8k32 (16 bits) and m16n8k64
-// (8 bits); fragments.py says how their metadata are stored. Hopper has no mma of fp8
-// outside wgmma, and PTX's would be translated to conversions of both operands for
-// every token: fp8 is expanded to fp16 here, exactly, tokens once and weights once.
+// (8 bits); fragments.py describes how their metadata are stored. Hopper has no mma of
+// fp8 outside wgmma, and PTX's instruction would become conversions of both operands for
+// every token. Here fp8 is expanded to fp16, exactly, tokens once and weights once.
 //
-// What only a GPU can do is in primitives.cuh, of which the tests have their own, so that
-// they run this file on a CPU.
+// What only a GPU can do is in primitives.cuh. The tests have their own version of that
+// file, with which they run this one on a CPU.
 
 #include <stage.cuh>
 
-constexpr int PAD = 4;                       // words: eight rows of sums in other banks
+constexpr int PAD = 4;                       // words: eight rows of sums in different banks
 
 struct Arguments {
   const uint8* x;                            // [tokens, columns]
   const uint8* values;                       // [rows, columns / 2]
-  const uint8* metadata;                     // of fragments.py, rows filled up to ROWS
+  const uint8* metadata;                     // of fragments.py, rows padded to ROWS
   const float* channel_scale;                // [rows], or null
   const float* token_scale;                  // [tokens], or null
   const void* bias;                          // [rows] of bias_type
@@ -51,7 +51,7 @@ __device__ __forceinline__ void write(void* pointer, int64 at, int type, float v
   uint16 bits;
   if (type == HALF) {
     bits = to_half(value);
-  } else {                                   // to nearest even; NaN stays one
+  } else {                                   // to nearest even; NaN stays NaN
     const uint32 whole = to_bits(value);
     bits = value != value ? 0x7fff : (whole + 0x7fff + (whole >> 16 & 1)) >> 16;
   }
@@ -67,7 +67,7 @@ __device__ __forceinline__ void finish(const Arguments& g, int token, int row, S
   write(g.out, static_cast<int64>(token) * g.rows + row, g.out_type, value);
 }
 
-// As many as shared memory lets run at once.
+// As many as shared memory allows at once.
 __device__ constexpr int max_blocks(int tile) {
   const int blocks = (tile <= 2 ? 4 : tile == 4 ? 3 : 2) * 64 / ROWS;
   return blocks ? blocks : 1;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
   const Share<LINE, ROWS> values(g.values, first_row, g.rows, g.columns / 2 * S::ITEM);
   const Share<S::COLUMNS * S::ITEM, TOKENS> tokens(g.x, first_token, g.tokens,
                                                    static_cast<int64>(g.columns) * S::ITEM);
-  // a span of a tile of 32 rows is in one piece; then come those of the other tiles
+  // a span of a 32-row tile is one piece, followed by those of the other tiles
   const int piece = g.span * (S::TILE / STEPS), spans = STEPS / g.span;
   const int at = threadIdx.x % (S::TILE / CHUNK) * CHUNK;
   const int64 tile = first_row / 32 + threadIdx.x / (S::TILE / CHUNK);
@@ -135,10 +135,10 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
   await_copies<0>();
   __syncthreads();
 
-  // Both halves of K meet in shared memory, which also turns rows into neighbours.
+  // Both halves of K meet in shared memory, which also makes rows neighbors.
   Sum* const together = reinterpret_cast<Sum*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  auto there = [&](int i) -> Sum& {          // of sums[m][n][k], in one number
+  auto there = [&](int i) -> Sum& {          // of sums[m][n][k], by one index
     const int m = i / (4 * NB), n = i / 4 % NB, k = i % 4;
     const int row = warp % ROW_WARPS * 32 + m * 16 + lane / 4 + k / 2 * 8;
     return together[(n * 8 + lane % 4 * 2 + k % 2) * (ROWS + PAD) + row];
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
   if (!last) return;
   if (splits > 1) {
     __threadfence();                         // the others' sums are there
-    __syncthreads();                         // everyone knows, so ours may come back
+    __syncthreads();                         // all threads know, so sums may come back
     constexpr int EACH = TOKENS * ROWS / THREADS, BATCH = EACH < 8 ? EACH : 8;
 #pragma unroll 1
     for (int from = 0; from < EACH; from += BATCH) {

@@ -1,5 +1,5 @@
-// What only a GPU can do, as far as decode.cu needs it. The tests have a file of the same
-// name, by which they run the rest on a CPU: tests/support/kernels/emulation.
+// The operations of decode.cu that only a GPU has. The tests have a file of the same name,
+// with which they run the rest on a CPU: tests/support/kernels/emulation.
 #pragma once
 
 #include <types.cuh>
@@ -10,7 +10,7 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes; zeros instead if not inside
+// Copies 16 bytes, or zeros if not inside.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(shared_address(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
@@ -32,13 +32,13 @@ __device__ __forceinline__ Pack load_global(const void* pointer) {
   return p;
 }
 
-// What another block wrote: not from this multiprocessor's cache.
+// Reads what another block wrote, not this multiprocessor's cache.
 template <class Word>
 __device__ __forceinline__ Word load_fresh(const Word* pointer) {
   return __ldcg(pointer);
 }
 
-// Each lane names a row of 8 x 16 bytes; four such matrices, one register of each.
+// Four matrices of 8 x 16 bytes: each lane names one row, and gets one register of each.
 __device__ __forceinline__ void load_matrices(uint32 (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -53,7 +53,7 @@ __device__ __forceinline__ void load_matrices(uint32 (&out)[4], const void* row)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),   \
                  "r"(b[2]), "r"(b[3]), "r"(metadata), "n"(SELECTOR))
 
-template <Kind KIND, int SELECTOR>           // which pair of lanes has the metadata
+template <Kind KIND, int SELECTOR>           // the pair of lanes that has the metadata
 __device__ __forceinline__ void sparse_mma(
     float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[4], uint32 metadata) {
   if constexpr (KIND == BF16) {

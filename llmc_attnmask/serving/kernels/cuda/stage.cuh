@@ -1,4 +1,4 @@
-// A stage of K of one block: how it comes to shared memory, and its product.
+// A stage of K of one block: how it gets to shared memory, and its product.
 #pragma once
 
 #include <primitives.cuh>
@@ -12,7 +12,7 @@ constexpr int STAGES = RING_STAGES;          // of the ring
 constexpr int ROW_WARPS = ROWS / 32;
 constexpr int THREADS = 2 * 32 * ROW_WARPS;
 constexpr int LINE = 128;                    // bytes of a row's kept values in a stage
-constexpr int CHUNK = 16;                    // bytes that are copied at once
+constexpr int CHUNK = 16;                    // bytes of one copy
 constexpr int STEPS = LINE / 32;             // matrix products along a stage
 
 template <Kind KIND>
@@ -34,24 +34,24 @@ struct Sizes<INT8> {
   using Sum = int;
 };
 
-// Where a 16-byte chunk of a row lies in shared memory: rows that are read together
-// (eight neighbours, the same chunk) are in other banks.
+// The offset of a row's 16-byte chunk in shared memory: rows that are read together
+// (eight neighbors, the same chunk) are in different banks.
 template <int BYTES>
-__device__ __forceinline__ int place(int row, int chunk) {
+__device__ __forceinline__ int offset(int row, int chunk) {
   return row * BYTES + CHUNK * (chunk ^ (row & 7));
 }
 
-// A thread's share of a tile of COUNT rows, of which every stage has BYTES, and which
-// starts at `first` of a matrix [rows, bytes]. The thread has the same chunk of every
-// PASS-th row, so that all its addresses are one and constants.
+// A thread's share of a tile of COUNT rows that starts at row `first` of a matrix
+// [rows, bytes]; each stage has BYTES of every row. The thread has the same chunk of every
+// PASS-th row, so that its addresses are one base plus constants.
 template <int BYTES, int COUNT>
 struct Share {
   static constexpr int CHUNKS = BYTES / CHUNK, PASS = THREADS / CHUNKS;
   static constexpr int EACH = COUNT / PASS;
-  static_assert(PASS % 8 == 0 && COUNT % PASS == 0, "the swizzle has to be the same");
+  static_assert(PASS % 8 == 0 && COUNT % PASS == 0, "the swizzle must be the same");
   const uint8 *matrix, *from;                // all of it; this thread's, of stage 0
-  int64 stride;                              // from a row to the next of this thread
-  int rows, left;                            // of this thread; bytes from here on
+  int64 stride;                              // from one row of this thread to its next
+  int rows, left;                            // of this thread; bytes from its chunk on
   int to;
 
   __device__ __forceinline__ Share(const uint8* whole, int first, int count, int64 bytes) {
@@ -61,7 +61,7 @@ struct Share {
     stride = PASS * bytes;
     rows = max(0, (count - first - row + PASS - 1) / PASS);
     left = static_cast<int>(bytes) - chunk * CHUNK;
-    to = place<BYTES>(row, chunk);
+    to = offset<BYTES>(row, chunk);
   }
 
   __device__ __forceinline__ bool inside(int stage, int i) const {
@@ -79,8 +79,8 @@ struct Share {
   }
 };
 
-// Tokens of fp8 on their way to shared memory, where they are fp16: in every 64 columns
-// first the even groups of four, then the odd ones, as the two products want them.
+// Tokens of fp8 on their way to shared memory, where they are fp16: of every 64 columns,
+// first the even groups of four, then the odd ones, as the two products need them.
 template <int TOKENS>
 struct ExpandedTokens {
   using Tokens = Share<Sizes<FP8>::COLUMNS, TOKENS>;
@@ -102,21 +102,21 @@ struct ExpandedTokens {
       constexpr int BYTES = Sizes<FP8>::TOKEN;
       uint8* const row = slot + i * Tokens::PASS * BYTES;
       const Pack& p = held[i];
-      *reinterpret_cast<Pack*>(row + place<BYTES>(token, even)) =
+      *reinterpret_cast<Pack*>(row + offset<BYTES>(token, even)) =
           Pack{expand_fp8(p.a), expand_fp8(p.a >> 16), expand_fp8(p.c),
                expand_fp8(p.c >> 16)};
-      *reinterpret_cast<Pack*>(row + place<BYTES>(token, even + 4)) =
+      *reinterpret_cast<Pack*>(row + offset<BYTES>(token, even + 4)) =
           Pack{expand_fp8(p.b), expand_fp8(p.b >> 16), expand_fp8(p.d),
                expand_fp8(p.d >> 16)};
     }
   }
 };
 
-// Where a lane finds its words of the metadata in a stage, in words from its start.
+// Where a lane finds its words of a stage's metadata, in words from the stage's start.
 template <Kind KIND>
 struct Words {
   int first[STEPS / 2];                      // by step of this warp's half
-  int eight_rows;                            // further on, in 8 bits
+  int eight_rows;                            // the words of eight rows, in 8 bits
 
   __device__ __forceinline__ explicit Words(int span) {
     using S = Sizes<KIND>;
@@ -139,8 +139,8 @@ struct Words {
     }
   }
 
-  // For the products of rows 0 to 15 and 16 to 31. One word serves both in 16 bits,
-  // in lanes 0 and 1, and in 2 and 3, of four.
+  // Words for the products of rows 0 to 15 and 16 to 31. In 16 bits one word serves both,
+  // in lanes 0 and 1 of four, and in lanes 2 and 3.
   __device__ __forceinline__ void load(uint32 (&word)[2], const uint32* stage, int i) const {
     using S = Sizes<KIND>;
     const uint32* const own = stage + first[i];
@@ -177,7 +177,7 @@ __device__ __forceinline__ void multiply_stage(
     uint32 a[2][4], word[2];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
-      load_matrices(a[m], values + place<LINE>(rows * 32 + m * 16 + lane % 16,
+      load_matrices(a[m], values + offset<LINE>(rows * 32 + m * 16 + lane % 16,
                                                2 * step + lane / 16));
     words.load(word, reinterpret_cast<const uint32*>(metadata), i);
     if constexpr (S::EXPANDED) {
@@ -192,10 +192,10 @@ __device__ __forceinline__ void multiply_stage(
 #pragma unroll
       for (int n = 0; n < NB; ++n) {
         uint32 b[4];
-        load_matrices(b, x + place<S::TOKEN>(n * 8 + lane % 8, 8 * step + lane / 8));
+        load_matrices(b, x + offset<S::TOKEN>(n * 8 + lane % 8, 8 * step + lane / 8));
         sparse_mma<FP16, 0>(sums[0][n], even[0], b, word[0]);
         sparse_mma<FP16, 0>(sums[1][n], even[1], b, word[1]);
-        load_matrices(b, x + place<S::TOKEN>(n * 8 + lane % 8, 8 * step + 4 + lane / 8));
+        load_matrices(b, x + offset<S::TOKEN>(n * 8 + lane % 8, 8 * step + 4 + lane / 8));
         sparse_mma<FP16, 1>(sums[0][n], odd[0], b, word[0]);
         sparse_mma<FP16, 1>(sums[1][n], odd[1], b, word[1]);
       }
@@ -203,7 +203,7 @@ __device__ __forceinline__ void multiply_stage(
 #pragma unroll
       for (int n = 0; n < NB; ++n) {
         uint32 b[4];
-        load_matrices(b, x + place<S::TOKEN>(n * 8 + lane % 8, 4 * step + lane / 8));
+        load_matrices(b, x + offset<S::TOKEN>(n * 8 + lane % 8, 4 * step + lane / 8));
         sparse_mma<KIND, 0>(sums[0][n], a[0], b, word[0]);
         sparse_mma<KIND, S::ITEM == 1 ? 0 : 1>(sums[1][n], a[1], b, word[1]);
       }

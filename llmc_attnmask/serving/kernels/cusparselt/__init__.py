@@ -1,8 +1,9 @@
-"""A 2:4 linear layer for many tokens: the sparse tensor cores, through cuSPARSELt.
+"""A 2:4 linear layer for many tokens, on the sparse tensor cores through cuSPARSELt.
 
-The library that torch ships, bound anew: torch makes a plan in every call and never
-searches for the fastest algorithm. Here both are done once per shape by ``prepare``,
-when a model is loaded; ``linear`` then only launches, eagerly or into a CUDA graph.
+This is another binding of the library that torch ships: torch's own makes a plan in
+every call and never searches for the fastest algorithm. Here ``prepare`` does both once
+per shape, when a model is loaded; ``linear`` then only launches, eagerly or into a CUDA
+graph.
 """
 
 from functools import lru_cache
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 MULTIPLE = {2: (16, 8), 1: (32, 16)}  # of rows and columns, of tokens; by item size
-LARGEST_TOKENS = 8192  # that one launch multiplies, unless ``prepare`` says otherwise
+LARGEST_TOKENS = 8192  # of one launch, unless ``prepare`` is given another number
 
 
 def available() -> bool:
@@ -55,7 +56,7 @@ def version() -> str | None:
 
 
 def engine() -> Engine:
-    """This process's plans.
+    """The engine with this process's plans.
 
     :raises UnusableLibraryError: if the library that torch ships cannot be used
     """
@@ -84,7 +85,7 @@ def compress(weight: Tensor) -> Tensor:
 
     :param weight: [rows, K] in fp16, bf16, int8 or fp8, contiguous, on a GPU
     :return: [rows, 9/16 K or more], for 8 bits [rows, 10/16 K or more]: the library
-        says how much it wants
+        says how much it needs
     :raises ValueError: for another dtype
     :raises CuSparseLtError: if the library refuses, as it does a shape that does not
         fit
@@ -93,9 +94,9 @@ def compress(weight: Tensor) -> Tensor:
 
 
 def kept_values(compressed: Tensor, columns: int) -> Tensor:
-    """The first half of K columns of ``compressed``, as [rows, K/2] without a copy.
+    """The first K/2 columns' worth of ``compressed``, as [rows, K/2] without a copy.
 
-    Where they are the kept values row by row, the decode kernel may read them there.
+    Where these are the kept values row by row, the decode kernel may read them here.
 
     :param columns: K
     """
@@ -111,17 +112,18 @@ def prepare(
     fewest: int = 1,
     search: bool = True,
 ) -> None:
-    """Make ready what ``linear`` needs for a weight of this shape and type.
+    """Prepare what ``linear`` needs for a weight of this shape and type.
 
-    Once per layer after ``compress``; layers of the same shape and type share it, so
-    that only the first takes time. Never while a CUDA graph is captured.
+    Call it once per layer after ``compress``. Layers of the same shape and type share
+    the result, so only the first call takes time. Never call it while a CUDA graph is
+    captured.
 
-    :param compressed: as ``compress`` makes it
+    :param compressed: from ``compress``
     :param columns: K
-    :param largest: tokens of one launch; ``linear`` takes more in pieces
-    :param fewest: tokens from which on ``linear`` will be called; fewer still work
-    :param search: whether to look for the fastest algorithms, for 20 seconds in all
-        shapes of this process together
+    :param largest: most tokens of one launch; ``linear`` splits more into pieces
+    :param fewest: fewest tokens that ``linear`` will usually get; fewer still work
+    :param search: whether to search for the fastest algorithms, for about 20 seconds
+        over all shapes of this process
     :raises CuSparseLtError: if the library refuses
     :raises RuntimeError: while a CUDA graph is captured
     """
@@ -139,11 +141,11 @@ def linear(
     """``x W^T`` for a compressed W of x's dtype; both scales with 8 bits, else neither.
 
     :param x: [tokens, K], contiguous
-    :param compressed: as ``compress`` makes it, and ``prepare`` has seen its shape
+    :param compressed: from ``compress``, after ``prepare`` for its shape and type
     :param channel_scale: fp32 [rows], contiguous, of an 8-bit weight
     :param token_scale: fp32 [tokens], of an 8-bit x
     :param bias: [rows] in ``out_dtype``
     :return: [tokens, rows] in ``out_dtype``, which is x's dtype in 16 bits
-    :raises RuntimeError: for a shape and type that ``prepare`` has not seen
+    :raises RuntimeError: for a shape and type without a call of ``prepare``
     """
     return engine().linear(x, compressed, channel_scale, token_scale, bias, out_dtype)

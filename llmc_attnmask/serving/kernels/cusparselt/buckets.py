@@ -1,21 +1,21 @@
-"""Numbers of tokens that have a plan; others are padded to the next one."""
+"""The numbers of tokens that have a plan; others are padded to the next one."""
 
 import bisect
 
 # (up to, in steps of): every step is a multiple of what the library takes in any type.
-# Fine where CUDA graphs of few tokens are recorded, which are of multiples of 8 and 16;
-# then at most the 128 tokens of a tile, which the kernels would fill up themselves.
+# Steps are small where CUDA graphs of few tokens are recorded, for multiples of 8 and
+# 16; later they are at most the 128 tokens of a tile, to which the kernels pad anyway.
 _STEPS = ((256, 16), (1024, 64))
 _LAST_STEP = 128
-# Searched for an algorithm; more tokens than 2048 fill the GPU in the same way, and the
-# search's own tensors must fit next to the model.
+# The buckets with a search of their own. More than 2048 tokens fill the GPU in the same
+# way, and the search's tensors must fit into memory next to the model.
 _SEARCHED = (32, 128, 512, 2048)
 
 
 def buckets(fewest: int, largest: int) -> list[int]:
-    """The numbers of tokens, ascending.
+    """The buckets' numbers of tokens, ascending.
 
-    :param fewest: no bucket is needed for fewer tokens
+    :param fewest: fewer tokens need no bucket of their own
     :param largest: the last bucket is this, rounded up to a multiple of 16
     :raises ValueError: unless 1 <= fewest <= largest
     """
@@ -35,12 +35,12 @@ def buckets(fewest: int, largest: int) -> list[int]:
 
 
 def fitting(ascending: list[int], tokens: int) -> int:
-    """The smallest bucket for so many tokens, which are at most the last bucket's."""
+    """The smallest bucket that fits the tokens, which must not exceed the last one."""
     return ascending[bisect.bisect_left(ascending, tokens)]
 
 
 def representatives(ascending: list[int]) -> list[int]:
-    """The buckets whose algorithm is searched, descending: long prompts matter most."""
+    """The buckets with a search of their own, descending: long prompts matter most."""
     chosen = {nearest(ascending, tokens) for tokens in _SEARCHED}
     return sorted(chosen, reverse=True)
 

@@ -1,4 +1,4 @@
-"""Plans of all shapes on all devices, made when a model is loaded, and their use."""
+"""Makes the plans of all shapes when a model is loaded, and multiplies with them."""
 
 import time
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ SEARCH_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class _Prepared:
-    """The plans of one problem."""
+    """The plans for one problem."""
 
     buckets: list[int]  # ascending
     plans: dict[int, Plan]  # by bucket
 
     def pieces(self, tokens: int) -> Iterator[tuple[int, Plan]]:
-        """Where each piece of the tokens starts, and its plan."""
+        """Yield where each piece of the tokens starts, and its plan."""
         largest = self.buckets[-1]
         for start in range(0, tokens, largest):
             bucket = fitting(self.buckets, min(tokens - start, largest))
@@ -45,14 +45,14 @@ class _Prepared:
 class Engine:
     """2:4 products with one copy of the library.
 
-    Its plans live as long as it does, shared by all layers of a shape and type.
+    Layers of the same shape and type share plans, which live as long as the engine.
     """
 
     def __init__(
         self, library: lib.Library, search_seconds: float = SEARCH_SECONDS
     ) -> None:
         """
-        :param search_seconds: no search is begun after so many seconds of searching
+        :param search_seconds: after this many seconds of searching, no search starts
         """
         self.library = library
         self.seconds_left = search_seconds
@@ -63,10 +63,10 @@ class Engine:
     def compress(self, weight: Tensor) -> Tensor:
         """The library's own form of a 2:4 weight.
 
-        It is made without a plan, so it serves every algorithm.
+        It is made without a plan, so it suits every algorithm.
 
         :param weight: [rows, K] in fp16, bf16, int8 or fp8, contiguous
-        :return: [rows, as many columns as the library wants], in the weight's dtype
+        :return: [rows, as many columns as the library needs], in the weight's dtype
         :raises ValueError: for another dtype
         :raises CuSparseLtError: if the library refuses, as it does another shape
         """
@@ -98,13 +98,13 @@ class Engine:
         fewest: int = 1,
         search: bool = True,
     ) -> None:
-        """Make the plans for a weight of this shape and type, unless they are there.
+        """Make the plans for a weight of this shape and type, unless they exist.
 
-        :param compressed: of ``compress``; only the search reads it
+        :param compressed: from ``compress``; only the search reads it
         :param columns: K
-        :param largest: more tokens than these are multiplied in pieces
-        :param fewest: fewer tokens than these are padded to the bucket of these
-        :param search: whether to look for the fastest algorithms first
+        :param largest: more tokens than this are multiplied in pieces
+        :param fewest: fewer tokens than this are padded to this number's bucket
+        :param search: whether to search for the fastest algorithms first
         :raises CuSparseLtError: if the library refuses
         :raises RuntimeError: while a CUDA graph is captured
         """
@@ -117,7 +117,7 @@ class Engine:
             return
         if compressed.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"cuSPARSELt plans for {problem} are wanted while a CUDA graph is "
+                f"cuSPARSELt plans for {problem} are needed while a CUDA graph is "
                 "captured; call prepare when the model is loaded"
             )
         with _on(problem.device):
@@ -131,9 +131,9 @@ class Engine:
         self._prepared[problem] = _Prepared(sorted(plans), plans)
 
     def searched(self, compressed: Tensor, columns: int) -> list[int]:
-        """The numbers of tokens whose algorithm was searched, for weights of a shape.
+        """The numbers of tokens that were searched for weights of this shape.
 
-        :param compressed: of ``compress``
+        :param compressed: from ``compress``
         :param columns: K
         """
         shape = compressed.device, compressed.shape[0], columns, compressed.dtype
@@ -148,14 +148,14 @@ class Engine:
         bias: Tensor | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        """As ``cusparselt.linear``."""
+        """Multiply; see ``cusparselt.linear``."""
         product = self._product(x.contiguous(), compressed, channel_scale)
         if token_scale is None:
-            # Not by the library: it takes the bias's address into the plan, which
+            # The library cannot add it: it stores the bias's address in the plan, which
             # layers share.
             return product if bias is None else product.add_(bias)
-        # Nothing may be taken from all tokens at once: in a CUDA graph some are
-        # padding, with whatever was in their memory.
+        # No value may depend on all tokens at once: in a CUDA graph some are padding,
+        # with arbitrary memory contents.
         scale = token_scale[:, None]
         if product.dtype == out_dtype:
             out = product
@@ -200,7 +200,7 @@ class Engine:
     def _search(
         self, handle: Handle, problem: Problem, compressed: Tensor, tokens: list[int]
     ) -> Iterator[tuple[int, Algorithm]]:
-        """The fastest algorithm of some numbers of tokens, while there is time."""
+        """Find the fastest algorithm for some numbers of tokens, while time remains."""
         scale = None
         if problem.scaled:
             scale = compressed.new_ones(problem.rows, dtype=torch.float32)
@@ -209,15 +209,16 @@ class Engine:
                 return
             start = time.monotonic()
             try:
-                # as random as real tokens: zeros save power, and make clocks faster
+                # as random as real tokens: zeros save power, which raises the clocks
                 x = _random(bucket, problem)
                 out = x.new_empty(bucket, problem.rows, dtype=problem.out_dtype)
                 plan = Plan(handle, problem, bucket)
                 algorithm = plan.searched(compressed, x, scale, out)
             except (lib.CuSparseLtError, torch.OutOfMemoryError) as error:
                 lib.logger.warning(
-                    "No search for the fastest algorithm of %s with %d tokens: %s",
-                    *(problem, bucket, str(error)),  # not what its frames hold
+                    "The algorithm search for %s with %d tokens failed: %s",
+                    # as text: the error's frames hold tensors
+                    *(problem, bucket, str(error)),
                 )
                 continue
             finally:
@@ -228,25 +229,25 @@ class Engine:
 def _plan(
     handle: Handle, problem: Problem, tokens: int, algorithms: dict[int, Algorithm]
 ) -> Plan:
-    """With the algorithm of the nearest search, as far as it takes so many tokens."""
+    """Make a plan with the algorithm of the nearest search, if the plan accepts it."""
     if algorithms:
         found = algorithms[nearest(list(algorithms), tokens)]
-        # its configuration alone may do where its split of K does not
+        # its configuration alone may work where its split of K does not
         configuration = tuple(item for item in found if item[0] == lib.CONFIGURATION)
         for algorithm in dict.fromkeys((found, configuration)):
             try:
                 return Plan(handle, problem, tokens, algorithm)
             except lib.CuSparseLtError as error:
                 lib.logger.info(
-                    "%s with %d tokens does without %s: %s",
+                    "%s with %d tokens cannot use the algorithm %s: %s",
                     *(problem, tokens, algorithm, str(error)),
                 )
     return Plan(handle, problem, tokens)
 
 
 def _padded(x: Tensor, tokens: int) -> Tensor:
-    """x itself if it has so many tokens; else a copy with anything below it, which
-    reaches no other token."""
+    """x itself if it has this many tokens; else a copy whose extra rows are arbitrary
+    and affect no other token."""
     if x.shape[0] == tokens and x.data_ptr() % lib.ALIGNMENT == 0:
         return x
     padded = x.new_empty(tokens, x.shape[1])
@@ -256,7 +257,8 @@ def _padded(x: Tensor, tokens: int) -> Tensor:
 
 def _random(tokens: int, problem: Problem) -> Tensor:
     device = problem.device
-    generator = torch.Generator(device).manual_seed(0)  # the model's own stays as it is
+    # a generator of its own leaves the model's alone
+    generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(
         tokens,
         problem.columns,

@@ -1,7 +1,7 @@
-"""The shared library: which one, what it can be asked, and what its answers mean.
+"""The shared library: how it is found, its functions, and its error statuses.
 
 Signatures, constants and sizes are those of cusparseLt.h 0.7.1, 0.8.0, 0.8.1, 0.9.1 and
-0.10.0, which agree in all that is used here.
+0.10.0, which agree in everything that is used here.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ _STATUSES = {
     ),
     INVALID_VALUE: (
         "CUSPARSE_STATUS_INVALID_VALUE",
-        f"please report it with the version; {_ELSEWHERE}",
+        f"please report this with the version; {_ELSEWHERE}",
     ),
     4: (
         "CUSPARSE_STATUS_ARCH_MISMATCH",
@@ -62,19 +62,19 @@ _STATUSES = {
     ),
     7: (
         "CUSPARSE_STATUS_INTERNAL_ERROR",
-        f"please report it with the version; {_ELSEWHERE}",
+        f"please report this with the version; {_ELSEWHERE}",
     ),
     8: (
         "CUSPARSE_STATUS_MATRIX_TYPE_NOT_SUPPORTED",
-        f"the library does not take this type on this GPU; {_ELSEWHERE}",
+        f"the library does not support this type on this GPU; {_ELSEWHERE}",
     ),
     9: (
         "CUSPARSE_STATUS_ZERO_PIVOT",
-        f"please report it with the version; {_ELSEWHERE}",
+        f"please report this with the version; {_ELSEWHERE}",
     ),
     NOT_SUPPORTED: (
         "CUSPARSE_STATUS_NOT_SUPPORTED",
-        f"the library does not take this shape or type on this GPU; {_ELSEWHERE}",
+        f"the library does not support this shape or type on this GPU; {_ELSEWHERE}",
     ),
     11: (
         "CUSPARSE_STATUS_INSUFFICIENT_RESOURCES",
@@ -118,7 +118,7 @@ _SINCE_0_8 = "cusparseLtMatmulAlgSelectionDestroy"
 
 
 class CuSparseLtError(RuntimeError):
-    """A call that the library answered with an error.
+    """The library returned an error status.
 
     :ivar function: the library's function
     :ivar status: its cusparseStatus_t
@@ -126,7 +126,7 @@ class CuSparseLtError(RuntimeError):
 
     def __init__(self, function: str, status: int, version: str) -> None:
         name, advice = _STATUSES.get(
-            status, (f"status {status}", f"a status not known here; {_ELSEWHERE}")
+            status, (f"status {status}", f"an unknown status; {_ELSEWHERE}")
         )
         super().__init__(f"{function} of cuSPARSELt {version}: {name}; {advice}")
         self.function = function
@@ -134,12 +134,12 @@ class CuSparseLtError(RuntimeError):
 
 
 class UnusableLibraryError(RuntimeError):
-    """There is no library here that this module can work with."""
+    """This machine has no library that this module can use."""
 
 
 class Opaque:
-    """Memory for one object of the library; it stays where it is, for the library
-    keeps its address."""
+    """Memory for one object of the library; it must not move, because the library keeps
+    its address."""
 
     def __init__(self) -> None:
         self._memory = ctypes.create_string_buffer(_SIZE + ALIGNMENT)
@@ -148,17 +148,17 @@ class Opaque:
 
 
 class Library:
-    """The functions of one copy of the library, typed and with their answers checked.
+    """The functions of one copy of the library, typed and with checked statuses.
 
-    One call at a time: NVIDIA says nothing about a handle that several threads use.
+    Calls are serialized: NVIDIA does not document whether threads may share a handle.
     """
 
     def __init__(self, shared: ctypes.CDLL) -> None:
         """
-        :raises UnusableLibraryError: if it is of another version than those known here,
-            or lacks a function
+        :raises UnusableLibraryError: if its version is not supported here, or it lacks
+            a function
         """
-        # entered again where the garbage collector runs a destructor within a call
+        # reentrant, because the garbage collector may run a destructor within a call
         self._lock = threading.RLock()
         self.version = "of unknown version"
         self._functions = {}
@@ -173,14 +173,14 @@ class Library:
         self.version = ".".join(map(str, parts))
         if not OLDEST <= parts < NEXT_MAJOR:
             raise UnusableLibraryError(
-                f"cuSPARSELt {self.version} is not supported: this package knows "
-                f"versions from {'.'.join(map(str, OLDEST))} to below 1.0; install a "
-                "torch that ships one of these"
+                f"cuSPARSELt {self.version} is not supported: this package needs "
+                f"a version from {'.'.join(map(str, OLDEST))} to below 1.0; install a "
+                "torch that ships one"
             )
 
     @classmethod
     def load(cls, path: Path) -> "Library":
-        """The library at ``path``.
+        """Load the library at ``path``.
 
         :raises UnusableLibraryError: if it cannot be loaded or used
         """
@@ -191,9 +191,9 @@ class Library:
 
     @classmethod
     def of_torch(cls) -> "Library":
-        """The copy that torch has loaded, wherever it came from; never another.
+        """The copy that torch has loaded, wherever it comes from, and never another.
 
-        :raises UnusableLibraryError: if torch has loaded none that can be used
+        :raises UnusableLibraryError: if torch has not loaded a usable one
         """
         try:
             return cls(ctypes.CDLL(SONAME, mode=os.RTLD_NOLOAD))
@@ -211,7 +211,7 @@ class Library:
             raise CuSparseLtError(name, status, self.version)
 
     def destroy(self, name: str, memory: Opaque) -> None:
-        """Call ``name``, if there is one, in a destructor, which cannot fail."""
+        """Call ``name``, if it exists, in a destructor, which only logs errors."""
         if name not in self._functions:
             return
         try:

@@ -1,8 +1,8 @@
 """Objects of the library, each with an owner in Python that destroys it.
 
-One product is ``D = alpha A B``: A the 2:4 weight [rows, K], B the transposed tokens
-[K, tokens], D [rows, tokens] stored by columns, which is [tokens, rows] as torch stores
-it. torch's own binding describes it to the library in the same way.
+One product is ``D = alpha A B``: A is the 2:4 weight [rows, K], B the transposed tokens
+[K, tokens], and D [rows, tokens] is stored by columns, which torch stores as
+[tokens, rows]. torch's own binding describes the product in the same way.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmc_attnmask.serving.kernels.cusparselt import library as lib
 
-# (attribute, value) of an algorithm, where it is another than the default
+# (attribute, value) of an algorithm, where it differs from the default
 Algorithm = tuple[tuple[int, int], ...]
 
 _ONE, _ZERO = c_float(1.0), c_float(0.0)
@@ -25,7 +25,7 @@ _ONE, _ZERO = c_float(1.0), c_float(0.0)
 
 @dataclass(frozen=True)
 class Problem:
-    """What products of one weight's shape have in common."""
+    """What products with weights of one shape have in common."""
 
     device: torch.device
     rows: int
@@ -41,8 +41,8 @@ class Problem:
     def out_dtype(self) -> torch.dtype:
         """The dtype of D.
 
-        Of 8 bits bfloat16: without the tokens' scales it can leave the range of fp16,
-        and 32 bits (for fp8 fp32, for int8 only int32) would double the traffic of D.
+        For 8 bits it is bfloat16: without the tokens' scales, D can leave the range of
+        fp16, and 32 bits (fp32 for fp8, only int32 for int8) would double its traffic.
         """
         return torch.bfloat16 if self.scaled else self.dtype
 
@@ -60,18 +60,18 @@ _TYPES = {
 
 
 def value_type(dtype: torch.dtype) -> int:
-    """The library's name of a dtype.
+    """The library's number for a dtype.
 
-    :raises ValueError: if the library multiplies no such matrices here
+    :raises ValueError: if this binding does not multiply matrices of this dtype
     """
     if dtype not in _TYPES:
-        wanted = ", ".join(map(str, _TYPES))
-        raise ValueError(f"cuSPARSELt takes no {dtype} weight here, only {wanted}")
+        known = ", ".join(map(str, _TYPES))
+        raise ValueError(f"cuSPARSELt takes no {dtype} weight here; expected {known}")
     return _TYPES[dtype]
 
 
 class Handle:
-    """The library on one device, which is the current one while this is made."""
+    """The library on one device, the current device at the time of creation."""
 
     def __init__(self, library: lib.Library) -> None:
         self.library = library
@@ -85,7 +85,7 @@ class Handle:
         self.library.call(name, self.address, *arguments)
 
     def destroy(self, name: str, memory: lib.Opaque) -> None:
-        """Destroy an object made with this handle, which lives until then."""
+        """Destroy an object made with this handle, which stays alive until then."""
         self.library.destroy(name, memory)
 
 
@@ -94,7 +94,7 @@ def weight_descriptor(
 ) -> lib.Opaque:
     """Describe a 2:4 weight stored by rows.
 
-    :param made: destroys the descriptor when it is closed
+    :param made: destroys the descriptor when the stack is closed
     """
     described = lib.Opaque()
     handle.call(
@@ -114,14 +114,14 @@ class Plan:
     ) -> None:
         """
         :param algorithm: as ``searched`` returns it
-        :raises CuSparseLtError: if the library refuses; nothing is left behind then
+        :raises CuSparseLtError: if the library refuses; then nothing is left behind
         """
         self.problem = problem
         self.tokens = tokens
         self.handle = handle
         with ExitStack() as made:
             self._make(made, algorithm)
-            # in the reverse order of making, and the handle outlives them all
+            # in reverse order of creation; the handle outlives them all
             _when_dropped(self, made.pop_all().close)
 
     def _make(self, made: ExitStack, algorithm: Algorithm) -> None:
@@ -153,7 +153,7 @@ class Plan:
         )
         if problem.scaled:
             # A vector, because a single scale is read on the host. The rows of D are
-            # channels; the tokens' scales belong to its columns, and have no place here
+            # channels; the tokens' scales belong to its columns and cannot be given
             self._set(
                 "cusparseLtMatmulDescSetAttribute", matmul, lib.ALPHA_IS_A_VECTOR, 1
             )
@@ -190,9 +190,11 @@ class Plan:
     def searched(
         self, compressed: Tensor, x: Tensor, scale: Tensor | None, out: Tensor
     ) -> Algorithm:
-        """The fastest algorithm, tried one after the other on the current stream.
+        """The fastest algorithm, found by trying each on the current stream.
 
-        :return: what to give to another plan; arguments as of ``multiply``
+        The parameters are those of ``multiply``.
+
+        :return: the algorithm for other plans
         """
         before = self._settings()
         self._launch("cusparseLtMatmulSearch", compressed, x, scale, out)
@@ -209,8 +211,8 @@ class Plan:
     ) -> None:
         workspace = None
         if self.workspace_bytes:
-            # of torch's allocator: it knows streams and graphs, and does not wait for
-            # the GPU; this call's launches are done with it before a later tensor's
+            # from torch's allocator, which respects streams and graphs and never waits
+            # for the GPU; this call's kernels finish with it before a later tensor's
             workspace = x.new_empty(self.workspace_bytes, dtype=torch.uint8)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         self.handle.call(
@@ -218,14 +220,14 @@ class Plan:
             self._plan.address,
             byref(_ONE) if scale is None else scale.data_ptr(),
             *(compressed.data_ptr(), x.data_ptr(), byref(_ZERO)),
-            *(out.data_ptr(), out.data_ptr()),  # C, which beta = 0 leaves out, and D
+            *(out.data_ptr(), out.data_ptr()),  # C, ignored as beta = 0, and D
             None if workspace is None else workspace.data_ptr(),
             byref(c_void_p(stream)),
             1,
         )
 
     def _settings(self) -> dict[int, int]:
-        """Of the selected algorithm, without what this GPU's kernels do not have."""
+        """Settings of the selected algorithm, except those that this GPU lacks."""
         found = {}
         for attribute in lib.ALGORITHM_ATTRIBUTES:
             value = c_int32()
@@ -249,5 +251,5 @@ class Plan:
 
 
 def _when_dropped(owner: object, destroy: Callable[..., None], *what: object) -> None:
-    # not when the interpreter ends: the driver may have gone before
+    # not at interpreter exit, when the driver may be gone already
     weakref.finalize(owner, destroy, *what).atexit = False

@@ -1,5 +1,5 @@
 // A CUDA driver with the five functions that a launch needs, on whose GPU the emulator
-// runs. It takes cubins for what they are, not for what they do.
+// runs. It checks that cubins are cubins, and does not run their code.
 
 #include <stdio.h>
 

@@ -1,4 +1,4 @@
-// Runs decode.cu on a CPU: a launch, block after block.
+// Runs decode.cu on a CPU: a launch, one block after another.
 
 #include <decode.cu>
 
@@ -74,14 +74,14 @@ static void (*choose(int kind, int blocks))(Arguments) {
 }
 #endif
 
-// Launch it; what a GPU would have refused, or null.
+// Launch the kernel; returns what a GPU would have refused, or null.
 extern "C" const char* emulate(int kind, int token_blocks, const Arguments* given,
                                const unsigned* grid, size_t bytes, int seed) {
   srand(seed);
   failure = nullptr;
   kernel = choose(kind, token_blocks);
   arguments = *given;
-  // what the kernel leaves out shows as NaN
+  // what the kernel does not write shows as NaN
   const size_t results = static_cast<size_t>(given->tokens) * given->rows;
   memset(given->out, 0xff, results * (given->out_type == FLOAT ? 4 : 2));
   if (given->partial) memset(given->partial, 0xff, results * 4 * grid[1]);

@@ -1,4 +1,5 @@
-// What the primitives of serving/kernels/cuda do on a GPU, from the PTX manual, one thread at a time.
+// The primitives of serving/kernels/cuda as the PTX manual defines them, one thread at a
+// time.
 //
 // The threads of a block are fibers. One runs until it meets a barrier or an
 // instruction of its whole warp; the order in which they run is shuffled, so that a
@@ -25,7 +26,7 @@ struct Three { unsigned x, y, z; };
 static Three threadIdx, blockIdx, gridDim;
 static unsigned char* shared_memory;
 static size_t shared_bytes;
-static const char* failure;                  // the first thing that a GPU would not do
+static const char* failure;                  // the first thing that a GPU would refuse
 #define SHARED_MEMORY(name) unsigned char* const name = shared_memory
 
 static inline void expect(bool right, const char* what) {
@@ -176,7 +177,7 @@ static inline uint32 expand_fp8(uint32 two) {
   return fp8_to_half(two) | static_cast<uint32>(fp8_to_half(two >> 8)) << 16;
 }
 
-// The operand with k elements of ITEM bytes in a row, as one lane has it.
+// One element of an operand's register, as one lane holds it.
 static inline double element(const uint32* registers, int reg, int part, Kind kind) {
   const uint32 word = registers[reg];
   if (kind == INT8) return static_cast<signed char>(word >> 8 * part);
@@ -187,7 +188,7 @@ static inline double element(const uint32* registers, int reg, int part, Kind ki
 // 9.7.14.6: the product of a whole warp.
 template <class Sum>
 static inline void product(const Operands* lanes, Kind kind, int selector) {
-  const int K = kind == INT8 ? 64 : 32, each = kind == INT8 ? 4 : 2;  // elements a register
+  const int K = kind == INT8 ? 64 : 32, each = kind == INT8 ? 4 : 2;  // elements per register
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < 8; ++column) {
       Sum* d = static_cast<Sum*>(lanes[row % 8 * 4 + column / 2].d);
@@ -200,7 +201,7 @@ static inline void product(const Operands* lanes, Kind kind, int selector) {
           nibble = lanes[row % 8 * 4 + selector * 2 + group / 4].metadata >>
                    (row / 8 * 16 + group % 4 * 4);
         const int indices[2] = {static_cast<int>(nibble & 3),
-                               static_cast<int>(nibble >> 2 & 3)};
+                                static_cast<int>(nibble >> 2 & 3)};
         expect(indices[0] < indices[1], "metadata that is not ordered");
         for (int kept = 0; kept < 2; ++kept) {
           const int c = group * 2 + kept;    // column of the compressed operand
