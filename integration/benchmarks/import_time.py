@@ -1,9 +1,9 @@
-"""Processor seconds that importing takes, each import in fresh processes, in turn.
+"""Measure the processor seconds of imports, each in fresh processes, in turn.
 
     python integration/benchmarks/import_time.py
 
-Prints the median of several runs of each statement, and what ours adds to that of
-llm-compressor.
+Prints the median of several runs of each statement, and what this package adds to
+llm-compressor's import.
 """
 
 import argparse
@@ -35,13 +35,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
-    for _ in range(args.runs):  # in turn: whatever else runs slows all of them
+    for _ in range(args.runs):  # in turn, so that other work slows all of them
         for name, statement in STATEMENTS.items():
             times[name].append(seconds(statement))
     for name, measured in times.items():
         print(f"{name:15}{statistics.median(measured):8.3f} s")
     added = [b - a for a, b in zip(times["llmcompressor"], times["both"], strict=True)]
-    print(f"ours adds      {statistics.median(added):8.3f} s to llm-compressor's")
+    print(f"added          {statistics.median(added):8.3f} s to llm-compressor's")
 
 
 if __name__ == "__main__":

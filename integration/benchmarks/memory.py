@@ -1,17 +1,17 @@
-"""Peak memory of ``llmc-attnmask prune`` on a model of 2.5 GB, under a limit.
+"""Measure the peak memory of ``llmc-attnmask prune`` on a 2.5 GB model, under a limit.
 
     python integration/benchmarks/memory.py [--limit 6] [--out memory.json]
 
-Writes a random Llama in bfloat16, layer by layer, and prunes it in a process whose
-address space is limited as by ``ulimit -v 6291456``. Two recipes: ``light`` is q and k
-with survivors as they are, ``block`` every Linear, with recovery of one block, whose
-memory is free again afterwards. Both with few steps and samples, as steps cost time and
-no memory. Model and calibration activations are in memory or on disk. Printed of each
-process, in MB:
+It writes a random Llama in bfloat16, layer by layer, and prunes it in a process whose
+address space is limited as by ``ulimit -v 6291456``. There are two recipes: ``light``
+prunes q and k and leaves survivors as they are; ``block`` prunes every Linear and
+recovers one block, whose memory is free again afterwards. Both take few steps and
+samples, because steps cost time but no memory. Model and calibration activations are in
+memory or on disk. Printed for each process, in MB:
 
-- resident: the peak of what was in memory, files mapped from disk included
-- anonymous: the same without them, which the system can drop at any time
-- address space: what the limit counts; libraries alone take the part named first
+- resident: the peak of what was in memory, including files mapped from disk
+- anonymous: the same without those files, which the system can drop at any time
+- address space: what the limit counts; imports alone take the amount printed first
 """
 
 import argparse
@@ -55,7 +55,7 @@ _FIELDS = {"VmHWM": "resident", "RssAnon": "anonymous", "VmPeak": "address_space
 
 @dataclass
 class Result:
-    """One process; memory in bytes."""
+    """The result of one process; memory in bytes."""
 
     recipe: str
     model: str
@@ -68,7 +68,7 @@ class Result:
 
 
 def synthesize(directory: Path, layers: int, hidden: int, intermediate: int) -> int:
-    """A random Llama, one file per layer, with the shipped model's tokenizer.
+    """Write a random Llama, one file per layer, with the shipped model's tokenizer.
 
     :return: bytes of its weights
     """
@@ -85,7 +85,7 @@ def synthesize(directory: Path, layers: int, hidden: int, intermediate: int) -> 
         head_dim=128,
     )
     config.save_pretrained(directory)
-    # Whatever is read from a file while weights are on disk maps the whole file.
+    # Reading anything from a file while weights are on disk maps the whole file.
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +112,7 @@ def synthesize(directory: Path, layers: int, hidden: int, intermediate: int) -> 
 def measure(
     command: list[str], limit: int, log: Path
 ) -> tuple[int, float, dict[str, int]]:
-    """Run a command within an address space of so many bytes.
+    """Run a command in an address space limited to this many bytes.
 
     :return: exit code, seconds, peaks in bytes
     """
@@ -121,7 +121,7 @@ def measure(
         if limit:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-    # reserved for threads that never allocate: up to 64 MB of address space each
+    # arenas of threads that never allocate reserve 64 MB of address space each
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
     peaks = dict.fromkeys(_FIELDS.values(), 0)
     start = time.perf_counter()
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--limit", type=float, default=6.0, help="GiB; 0 is none")
+    parser.add_argument("--limit", type=float, default=6.0, help="GiB; 0 for no limit")
     parser.add_argument("--layers", type=int, default=35)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=4096)
@@ -157,7 +157,7 @@ def main() -> None:
         "--places",
         nargs="+",
         default=["cpu/cpu", "cpu/disk", "disk/disk"],
-        help="of model/activations",
+        help="where model/activations are kept",
     )
     parser.add_argument("--folder", type=Path, help="where to write. [default: TMPDIR]")
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
@@ -195,7 +195,7 @@ def main() -> None:
 
 
 def _imports(limit: int, folder: Path) -> str:
-    """Peaks of a process that only imports what pruning does."""
+    """Peaks of a process that only imports what pruning imports."""
     command = [sys.executable, "-c", "import llmc_attnmask.oneshot.prune"]
     *_, peaks = measure(command, limit, folder / "log")
     return ", ".join(f"{name} {value / 1e6:.0f}" for name, value in peaks.items())

@@ -1,9 +1,9 @@
-"""How fast and in how much memory ``pack`` and ``unpack`` convert a checkpoint.
+"""Measure the speed and memory with which ``pack`` and ``unpack`` convert a checkpoint.
 
-Writes a synthetic sharded 2:4 checkpoint in bfloat16, copies its files with shutil,
-packs it and unpacks it again; each in a process of its own and ``--repeats`` times in
-turn, of which the fastest counts. What is written stays in the page cache: none of the
-three calls fsync. With ``--sync`` the time until ``sync`` returns is part of each.
+It writes a synthetic sharded 2:4 checkpoint in bfloat16, copies its files with shutil,
+packs it and unpacks it again. Each runs in its own process, ``--repeats`` times in
+turn, and the fastest run counts. What is written stays in the page cache, because none
+of the three calls fsync; with ``--sync``, the time until ``sync`` returns is included.
 On a busy machine the ratios mean little: copying hardly needs a processor.
 """
 
@@ -65,7 +65,7 @@ print(json.dumps({
 
 
 def synthesize(directory: Path, gigabytes: float) -> int:
-    """A Llama-shaped checkpoint of about that size; its bytes."""
+    """Write a Llama-shaped checkpoint of about this size; returns its bytes."""
     directory.mkdir()
     generator = torch.Generator().manual_seed(0)
     layer_bytes = 2 * sum(rows * columns for rows, columns in _SHAPES.values())
@@ -111,7 +111,7 @@ def digests(directory: Path) -> dict[str, str]:
 def _digests(directory: Path) -> Iterator[tuple[str, str]]:
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, it is no mapping
+            for name in tensors.keys():  # noqa: SIM118, it is not a mapping
                 content = tensors.get_tensor(name).view(torch.uint8).numpy()
                 yield name, hashlib.sha256(content).hexdigest()
 
@@ -153,7 +153,7 @@ def main() -> None:
                 f"peak {max(r['peak_mb'] for r in results):.0f} MB "
                 f"({max(r['imports_mb'] for r in results):.0f} MB imports); "
                 f"seconds: {seconds}; "
-                f"of processor time {min(r['cpu'] for r in results):.2f}"
+                f"processor seconds {min(r['cpu'] for r in results):.2f}"
             )
 
 

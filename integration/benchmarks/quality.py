@@ -1,11 +1,11 @@
-"""Accuracy of every method on one model, in one table.
+"""Measure the accuracy of every method on one model, in one table.
 
     make bench-quality MODEL=... CALIB=... EVAL=... [SEEDS="0 1 2"]
 
-Scope q/k or whole block, at 2:4, 50 % and 60 % unstructured; stock magnitude, Wanda and
-SparseGPT through ``oneshot``, then ours. Every run is a process of its own, so that its
-peak memory is its own. Methods without randomness run once, the others once per seed:
-mean and range.
+The scope is q/k or the whole block, at 2:4, 50 % and 60 % unstructured. Stock
+magnitude, Wanda and SparseGPT run through ``oneshot``, then this package's methods.
+Every run has its own process, so that its peak memory is its own. Methods without
+randomness run once, the others once per seed, with mean and range.
 """
 
 import argparse
@@ -45,7 +45,7 @@ ERROR_WINDOWS = 128
 
 @dataclass(frozen=True)
 class Run:
-    """What to do, and on what."""
+    """One run and its data."""
 
     model: str
     method: str
@@ -59,7 +59,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of one run."""
+    """The result of one run."""
 
     attention_error: float  # relative, mean over layers, evaluation text
     perplexity: float
@@ -98,7 +98,7 @@ def modifiers(run: Run, model: PreTrainedModel) -> list[Any]:
     return recipes[run.method]
 
 
-METHODS = {  # with randomness or not
+METHODS = {  # name -> whether it has randomness
     "dense": False,
     "magnitude": False,
     "Wanda": False,
@@ -113,7 +113,7 @@ METHODS = {  # with randomness or not
 
 
 def measure(run: Run) -> Result:
-    """Prune and evaluate, in this process."""
+    """Prune and evaluate in this process."""
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     model = AutoModelForCausalLM.from_pretrained(run.model, dtype="auto")
     recipe = modifiers(run, model)
@@ -275,7 +275,7 @@ def main() -> None:
         found.append(row)
         lines.append(markdown(row))
         print(lines[-1], flush=True)
-        # after every row: a long run that is cut off leaves what it has
+        # after every row, so that an interrupted run leaves what it has
         (args.out / "quality.json").write_text(json.dumps(found, indent=2) + "\n")
         (args.out / "quality.md").write_text("\n".join(lines) + "\n")
 

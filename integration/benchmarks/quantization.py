@@ -1,10 +1,11 @@
-"""What quantizing a pruned model costs, with and without its masks, in one table.
+"""Measure what quantizing a pruned model costs, with and without its masks.
 
     make bench-quantization MODEL=... CALIB=... EVAL=...
 
-The model is pruned once by a recipe; every row quantizes a copy of it, in a process of
-its own. "stock" is llm-compressor's GPTQModifier, which fills pruned entries in; it is
-the accuracy to aim at. Calibration sets are disjoint: set i of n has every n-th window.
+A recipe prunes the model once; every row of the table quantizes a copy of it, in its
+own process. "stock" is llm-compressor's GPTQModifier, which fills in pruned entries; it
+sets the accuracy to aim for. Calibration sets are disjoint: set i of n has every n-th
+window.
 """
 
 import argparse
@@ -62,7 +63,7 @@ GUARDED = ("initialize", "update_event", "finalize")  # methods of Modifier
 
 @dataclass(frozen=True)
 class Run:
-    """What to do, and on what."""
+    """One run and its data."""
 
     pruned: str  # folder
     scheme: str
@@ -73,7 +74,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of one run."""
+    """The result of one run."""
 
     broken: int  # pruned entries that are no longer zero
     perplexity: float
@@ -90,7 +91,7 @@ def prune_once(args: argparse.Namespace, calibration: Tensor, output: Path) -> N
 
 
 def measure(run: Run) -> Result:
-    """Quantize and evaluate, in this process."""
+    """Quantize and evaluate in this process."""
     tokenizer = AutoTokenizer.from_pretrained(run.pruned)
     model = AutoModelForCausalLM.from_pretrained(run.pruned, dtype="auto")
     masks = {
@@ -120,10 +121,10 @@ def measure(run: Run) -> Result:
 
 @contextmanager
 def masks_unguarded() -> Iterator[None]:
-    """Let modifiers break masks meanwhile, to measure what that gains.
+    """Let modifiers break masks within the block, to measure what that gains.
 
     Importing the package wraps three methods of every modifier to guard the masks; the
-    originals take their place.
+    block puts the originals back.
     """
     guarded = {name: getattr(Modifier, name) for name in GUARDED}
     for name, method in guarded.items():
@@ -146,16 +147,16 @@ def divergence(
     total = 0.0
     for batch in tqdm(windows.split(16), desc="divergence", leave=False):
         ids = batch.to(reference.device)
-        wanted, found = (
+        expected, found = (
             m(input_ids=ids, use_cache=False).logits.log_softmax(-1)
             for m in (reference, model)
         )
-        total += float((wanted.exp() * (wanted - found)).sum())
+        total += float((expected.exp() * (expected - found)).sum())
     return total / windows.numel()
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row a scheme and method, with its runs; the pruned model first."""
+    """Yield one row per scheme and method, with its runs; the pruned model first."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     sets = args.calibration_sets
     calibration = calibration_windows(
@@ -257,7 +258,7 @@ def main() -> None:
         found.append(row)
         lines.append(markdown(row))
         print(lines[-1], flush=True)
-        # after every row: a long run that is cut off leaves what it has
+        # after every row, so that an interrupted run leaves what it has
         (args.out / "quantization.json").write_text(json.dumps(found, indent=2) + "\n")
         (args.out / "quantization.md").write_text("\n".join(lines) + "\n")
 

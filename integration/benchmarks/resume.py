@@ -2,7 +2,7 @@
 
     python integration/benchmarks/resume.py --kills 20
 
-Moments are spread over the time that a whole run takes, start-up and saving included.
+The moments are spread over the duration of a whole run, including start-up and saving.
 A resumed run that differs in one byte of one file counts as a failure.
 """
 
@@ -21,7 +21,7 @@ from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "block_2of4_w8a8_int8.yaml"
 QUIET = {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TQDM_DISABLE": "1"}
-# files that say when or how long something ran, which differs between equal runs
+# files that record times and durations, which differ between equal runs
 REPORTS = {"README.md", "report.html", "report.json"}
 
 
@@ -70,7 +70,7 @@ def main() -> None:
         print(f"a whole run takes {whole:.1f} s", flush=True)
         for kill in range(args.kills):
             output = Path(folder, f"killed-{kill}")
-            # stratified, so that they cover the whole run
+            # stratified, so that the moments cover the whole run
             moment = (kill + moments.random()) / args.kills * whole
             process = start(output, args.recipe)
             try:
@@ -91,7 +91,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     equal = sum(row["equal"] for row in rows)
-    print(f"{equal} of {len(rows)} resumed runs equal the uncut one to the byte")
+    print(f"{equal} of {len(rows)} resumed runs are byte-identical to the whole run")
     sys.exit(equal != len(rows))
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that a GPU machine without network lacks, in one ignored folder: build/gpu.
+# Collect what a GPU machine without network lacks in one ignored folder, build/gpu.
 #
 #     bash integration/gpu/bundle.sh
 #
-# That machine has Python 3.12, torch 2.11 (CUDA 13), Triton 3.6 and transformers. What
-# is fetched stays in build/wheels; PIP_FIND_LINKS may name a folder of wheels. There:
+# That machine has Python 3.12, torch 2.11 (CUDA 13), Triton 3.6 and transformers. Downloads
+# stay in build/wheels; PIP_FIND_LINKS may name a folder of wheels. There:
 #
 #     python3 integration/gpu/bundle/unpack.py DEST
 #     PYTHONPATH=DEST/site-kernels python3 ...      # llm-compressor
@@ -19,16 +19,16 @@ HERE=integration/gpu/bundle
 
 PLATFORMS=(--platform manylinux2014_x86_64 --platform manylinux2010_x86_64
     --platform manylinux1_x86_64)
-for minor in {5..39}; do # pip takes no older one than is named
+for minor in {5..39}; do # pip accepts only the platforms that are named
     PLATFORMS+=(--platform "manylinux_2_${minor}_x86_64")
 done
 
-# packing takes minutes: a part is packed again when what makes it has changed
+# packing takes minutes, so a part is packed again only if its inputs changed
 for part in common kernels serving; do
     made_by=$(cat "$HERE/$part.txt" "$HERE"/{trim,pack,fatbin}.py | cksum)
     if [ "$(cat "$WHEELS/$part.made_by" 2>/dev/null)" = "$made_by" ] &&
         compgen -G "$OUT/$part-*.tar.xz" >/dev/null; then
-        echo "$part: as before"
+        echo "$part: unchanged"
         continue
     fi
     rm -f "$WHEELS/$part.made_by"
@@ -46,6 +46,6 @@ rm -rf "$WHEELS/package"
 size=$(cat "$OUT"/*.tar.xz | wc -c)
 echo "$OUT: $((size >> 20)) MiB of $((LIMIT >> 20))"
 if ((size > LIMIT)); then
-    echo "too large by $(((size - LIMIT) >> 10)) KiB: leave more out in $HERE/trim.py" >&2
+    echo "too large by $(((size - LIMIT) >> 10)) KiB: exclude more in $HERE/trim.py" >&2
     exit 1
 fi

@@ -1,4 +1,4 @@
-"""What a step is given: where it runs, until when, and where its figures go."""
+"""The context of a step: its device, its deadline, and where its figures go."""
 
 import json
 import time
@@ -17,14 +17,14 @@ ENOUGH = 2.0  # seconds that must be left for one more case
 
 
 class GpuLostError(RuntimeError):
-    """After an illegal access nothing of this process runs on the GPU any more."""
+    """After an illegal access, this process can no longer use the GPU."""
 
 
 @dataclass
 class Context:
     """One step of one call.
 
-    ``trial``: on a CPU, with small shapes, to find mistakes; such rows are no figures.
+    ``trial``: on a CPU, with small shapes, to find mistakes; its rows are not results.
     """
 
     step: str
@@ -32,7 +32,7 @@ class Context:
     device: str = "cuda"
     deadline: float = float("inf")  # of time.monotonic
     gpu: str | None = None
-    done: set[str] = field(default_factory=set)  # cases that are not to be run again
+    done: set[str] = field(default_factory=set)  # cases that must not run again
     _left_out: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -40,7 +40,7 @@ class Context:
         return self.device == "cpu"
 
     def left(self) -> float:
-        """Seconds until this step is cut off."""
+        """Seconds until this step times out."""
         return self.deadline - time.monotonic()
 
     def record(self, **figures: Any) -> None:
@@ -51,19 +51,19 @@ class Context:
         append(self.folder, row | figures)
 
     def rows(self) -> list[Row]:
-        """What this and earlier steps have recorded."""
+        """The rows that this and earlier steps recorded."""
         path = self.folder / FILE
         return read(path).rows if path.exists() else []
 
     def attempt(
         self, case: dict[str, Any], work: Callable[[], dict[str, Any]]
     ) -> dict[str, Any] | None:
-        """Record the figures of a case, or why there are none, and go on.
+        """Record the figures of a case, or why there are none, and continue.
 
-        A case that was recorded before the step was taken up again is not run.
+        A case that was recorded before the step was resumed does not run.
 
         :param case: what identifies it, recorded with the figures
-        :return: the figures; None without them
+        :return: the figures; None if there are none
         :raises GpuLostError: if the failure took the GPU from this process
         """
         if json.dumps(case) in self.done:
@@ -73,7 +73,7 @@ class Context:
             return None
         try:
             figures = work()
-        except Exception as error:  # whatever it is, the next case is worth trying
+        except Exception as error:  # whatever it is, try the next case
             self.fail(case, error)
             return None
         self.record(**case, **figures)
@@ -111,7 +111,7 @@ class Context:
         )
 
     def finish(self) -> None:
-        """Record how many cases found no time."""
+        """Record how many cases were skipped for lack of time."""
         if self._left_out:
             self.record(
                 failed="no time left",
@@ -121,10 +121,10 @@ class Context:
 
 
 def known(rows: list[Row], step: str) -> set[str]:
-    """The cases of a step that have a row, as ``Context.done`` wants them.
+    """The cases of a step that have a row, in the form of ``Context.done``.
 
-    A row begins with what identifies its case; figures come after it, so that every
-    beginning of a row may be a case.
+    A row starts with what identifies its case, followed by figures, so every prefix of
+    a row may be a case.
     """
     found = set()
     for row in rows:
@@ -138,5 +138,5 @@ def known(rows: list[Row], step: str) -> set[str]:
 
 
 def short(error: BaseException) -> str:
-    """Kind and message in one line of at most 300 characters."""
+    """Type and message on one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

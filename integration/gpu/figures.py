@@ -1,4 +1,4 @@
-"""The rows of one GPU, by what is asked of them. Needs neither torch nor a GPU."""
+"""Look up the figures of one GPU. This needs neither torch nor a GPU."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ DTYPES = ("bf16", "fp8", "int8")
 REFERENCE = {"bf16": "bf16", "fp8": "fp8", "int8": "fp8"}  # torch's int8 has no scales
 DENSE = ("dense", "dense vllm")
 SPARSE = ("cuda", "cusparselt", "cusparselt unsearched", "triton")
-MANY = 65  # tokens from here on run eagerly in a server, fewer in a CUDA graph
+MANY = 65  # a server runs this many tokens or more eagerly, fewer in a CUDA graph
 NOT_YET = "not yet"
 
 
 @dataclass(frozen=True)
 class Best:
-    """The fastest sparse kernel of a case against dense."""
+    """The fastest sparse kernel of a case, compared with dense."""
 
     kernel: str
     us: float
@@ -26,12 +26,12 @@ class Best:
 
     @property
     def ratio(self) -> float:
-        """Above 1 it is faster."""
+        """Speed relative to dense; above 1, the kernel is faster."""
         return self.dense / self.us
 
 
 class Figures:
-    """What was measured on one GPU; of what was measured again, the last."""
+    """What was measured on one GPU; the last of repeated measurements counts."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = list(rows)
@@ -46,21 +46,21 @@ class Figures:
                     row["mode"],
                 ] = row["us"]
 
-    def of(self, step: str, **wanted: Any) -> list[Row]:
+    def of(self, step: str, **given: Any) -> list[Row]:
         """Rows of a step with these entries that did not fail, in order."""
-        entries = {"step": step, **wanted}.items()
+        entries = {"step": step, **given}.items()
         return [
             row for row in self.rows if entries <= row.items() and "failed" not in row
         ]
 
-    def last(self, step: str, key: str, **wanted: Any) -> Any:
+    def last(self, step: str, key: str, **given: Any) -> Any:
         """The last figure of that name; None without one."""
-        found = [row[key] for row in self.of(step, **wanted) if key in row]
+        found = [row[key] for row in self.of(step, **given) if key in row]
         return found[-1] if found else None
 
     def dense(self, shape: str, dtype: str, tokens: int, mode: str) -> float | None:
-        """Microseconds of the fastest dense product, torch's or vLLM's, of the type to
-        compare with or of the same one.
+        """Microseconds of the fastest dense product, torch's or vLLM's, of the same
+        type or of the type to compare with.
         """
         found = (
             self.times.get((shape, kind, tokens, kernel, mode))
@@ -70,8 +70,8 @@ class Figures:
         return min((us for us in found if us), default=None)
 
     def correctness(self) -> list[Row]:
-        """The last row of every case of the step `correct`; of a kernel that failed as
-        a whole none that is older than a success.
+        """The last row of every case of the step `correct`, without failures of a whole
+        kernel that are older than a success.
         """
         last: dict[tuple[Any, ...], Row] = {}
         for row in self.rows:
@@ -87,7 +87,7 @@ class Figures:
         return list(last.values())
 
     def setups(self) -> list[dict[str, Any]]:
-        """Depths and ways of running of the engines, the deepest first."""
+        """The engines' numbers of layers and ways of running, the deepest first."""
         found = {(row["layers"], row["as_installed"]) for row in self.of("engine")}
         return [
             {"layers": layers, "as_installed": as_installed}
@@ -99,7 +99,7 @@ class Figures:
     ) -> Best | None:
         """The fastest sparse kernel of a size; None if it or dense was not timed.
 
-        :param mode: by default as a server runs so many tokens
+        :param mode: by default, the one in which a server runs this many tokens
         """
         mode = mode or ("eager" if tokens >= MANY else "graph")
         dense = self.dense(shape, dtype, tokens, mode)
@@ -114,37 +114,37 @@ class Figures:
         return Best(kernel, us, dense)
 
     def sizes(self) -> list[tuple[str, str, int]]:
-        """Shape, type and tokens of everything timed, in the tables' order."""
+        """Shape, type and tokens of everything that was timed, in the tables' order."""
         found = {(shape, dtype, tokens) for shape, dtype, tokens, *_ in self.times}
         return sorted(
             found, key=lambda s: (DTYPES.index(s[1]), SHAPES.index(s[0]), s[2])
         )
 
     def failures(self) -> list[Row]:
-        """Rows of what failed and did not succeed later."""
+        """Rows of cases that failed and did not succeed later."""
         found = []
         for index, row in enumerate(self.rows):
             if "failed" not in row:
                 continue
             case = record.case(row, "seconds")
             later = self.rows[index + 1 :]
-            mended = case and any(
+            fixed = case and any(
                 {"step": row["step"], **case}.items() <= other.items()
                 and "failed" not in other
                 for other in later
             )
-            if not mended:
+            if not fixed:
                 found.append(row)
         return found
 
 
 def by_gpu(rows: Iterable[Row], trials: bool = False) -> dict[str, list[Row]]:
-    """Rows by GPU; rows that know none go to the GPU before them.
+    """Group rows by GPU; rows without one belong to the preceding GPU.
 
-    :param trials: instead, those of trials on a CPU
+    :param trials: return the rows of trials on a CPU instead
     """
     if trials:
-        return {"a trial, no figures": [row for row in rows if row.get("trial")]}
+        return {"a trial, not results": [row for row in rows if row.get("trial")]}
     found: dict[str, list[Row]] = {}
     gpu = None
     for row in rows:

@@ -1,7 +1,8 @@
-"""Every kernel behind one interface, for checking and for timing.
+"""All kernels behind one interface, for checking and timing.
 
-``KERNELS`` has the sparse ones and the dense ones that they must beat. A kernel packs a
-weight once and then multiplies tokens with it; where it cannot run it says why.
+``KERNELS`` has the sparse kernels and the dense ones that they must beat. A kernel
+packs a weight once and then multiplies tokens with it; where it cannot run, it says
+why.
 """
 
 import importlib
@@ -51,33 +52,33 @@ class Packed:
         """``x W^T``.
 
         :param x: [tokens, K] in the weight's dtype
-        :param token_scale: fp32 [tokens] of 8 bits
+        :param token_scale: fp32 [tokens], for 8 bits
         :return: [tokens, rows] in ``weight.out_dtype``
         """
         return self.kernel.linear(self.parts, self.weight, x, token_scale)
 
     @property
     def nbytes(self) -> int:
-        """In GPU memory, scales apart."""
+        """Bytes in GPU memory, without scales."""
         return sum(part.nbytes for part in self.parts)
 
     def copy(self) -> "Packed":
-        """The same weight somewhere else in memory."""
+        """The same weight at another address."""
         return replace(self, parts=tuple(part.clone() for part in self.parts))
 
     def prepare(self, tokens: list[int]) -> None:
-        """What a server does once, at load, for the numbers of tokens to come."""
+        """Prepare for these numbers of tokens, as a server does once at load."""
         self.kernel.prepare(self.parts, self.weight, tokens)
 
 
 def pack(name: str, weight: Weight) -> Packed:
-    """A weight as kernel ``name`` reads it."""
+    """Pack a weight in the form that kernel ``name`` reads."""
     kernel = KERNELS[name]
     return Packed(kernel, weight, kernel.pack(weight))
 
 
 def missing(name: str, dtype: torch.dtype, shape: tuple[int, int], device: str) -> str:
-    """Why a kernel cannot run such a weight here; empty if it can."""
+    """Why a kernel cannot run on such a weight here; empty if it can."""
     return KERNELS[name].missing(dtype, *shape, device) or ""
 
 
@@ -110,7 +111,7 @@ def _dense(parts: Parts, weight: Weight, x: Tensor, scale: Tensor | None) -> Ten
 
 def _vllm_missing(dtype: torch.dtype, _: int, __: int, device: str) -> str | None:
     if dtype.itemsize != 1:
-        return "multiplies 8 bits only"
+        return "supports only 8 bits"
     if device != "cuda":
         return "needs a GPU"
     if find_spec("vllm") is None:
@@ -140,7 +141,7 @@ def _triton_missing(
     if find_spec("triton") is None:
         return "Triton is not installed"
     if columns % packing.COLUMNS:
-        return f"{columns} columns are no multiple of {packing.COLUMNS}"
+        return f"{columns} columns are not a multiple of {packing.COLUMNS}"
     if device != "cuda" and not select.interpreted():
         return "needs a GPU, or TRITON_INTERPRET=1"
     return _no_fp8(dtype, device)
@@ -161,14 +162,14 @@ def _cusparselt_missing(
     if why := cusparselt.why_not():
         return why
     if not cusparselt.fits(rows, columns, dtype.itemsize):
-        return f"cuSPARSELt takes no {rows} x {columns}"
+        return f"cuSPARSELt does not support {rows} x {columns}"
     return _no_fp8(dtype, device)
 
 
 def _cusparselt(
     parts: Parts, weight: Weight, x: Tensor, scale: Tensor | None
 ) -> Tensor:
-    # through the operator, as it is served: its own time counts in an eager call
+    # through the operator, as when serving: its own time counts in an eager call
     return op.sparse_linear(
         *(x, None, None, None, parts[0], 1),
         *(weight.scale, scale, None, 0, weight.out_dtype),
@@ -176,8 +177,8 @@ def _cusparselt(
 
 
 def searched(packed: Packed) -> list[int] | None:
-    """For how many tokens cuSPARSELt's algorithm was searched; once the time for that
-    is spent, it takes its default. None of other kernels.
+    """The numbers of tokens with a search for cuSPARSELt's algorithm; once the time for
+    searches is spent, it uses its default. None for other kernels.
     """
     if packed.kernel is not KERNELS["cusparselt"]:
         return None
@@ -190,7 +191,8 @@ def _search(parts: Parts, weight: Weight, tokens: list[int]) -> None:
 
 @lru_cache(maxsize=1)
 def _unsearched() -> Engine:
-    return Engine(Library.of_torch())  # whose plans are not those of `cusparselt`
+    # with plans of its own, not those of `cusparselt`
+    return Engine(Library.of_torch())
 
 
 def _take_the_default(parts: Parts, weight: Weight, tokens: list[int]) -> None:
@@ -243,7 +245,7 @@ def _cuda(
 
 
 SPARSE = ("cuda", "cusparselt", "triton")
-BLOCKS = {  # other sizes of the decode kernel's blocks, to choose from
+BLOCKS = {  # candidates for the decode kernel's block size
     f"cuda {block.rows} x {block.stages}": block
     for block in (
         *(cuda_decode.Block(64, stages) for stages in (3, 5, 6)),

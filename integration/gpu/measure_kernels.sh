@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The kernels and pruning on one GPU, within five minutes.
+# Measure the kernels and pruning on one GPU, within five minutes.
 #
 #     bash integration/gpu/measure_kernels.sh OUT [--cpu]
 #
-# Appends figures to OUT/results.jsonl; see steps.sh. Pruning needs llm-compressor: from
-# the bundle if there is one (bundle.sh), else installed for PYTHON.
+# This appends figures to OUT/results.jsonl; see steps.sh. Pruning needs llm-compressor,
+# from the bundle if there is one (bundle.sh), otherwise installed for PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . integration/gpu/steps.sh

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# vLLM on one GPU, a 2:4 model against the same weights dense, in less than six minutes.
+# Measure vLLM on one GPU, a 2:4 model against the same weights dense, within six minutes.
 #
 #     bash integration/gpu/measure_serving.sh OUT [--cpu | --as-installed]
 #
-# Appends figures to OUT/results.jsonl; see steps.sh. vLLM comes from the bundle if there
-# is one (bundle.sh), else it is the one installed for PYTHON; --as-installed lets that
-# one choose its attention kernels, compile, and record the CUDA graphs it wants.
-# LAYERS (32, all of Llama-3.1-8B) is the depth of the model. With few of them a step takes
-# as long as vLLM's own work on the CPU, and nothing that a GPU does shows.
+# This appends figures to OUT/results.jsonl; see steps.sh. vLLM comes from the bundle if
+# there is one (bundle.sh), otherwise it is the one installed for PYTHON. --as-installed
+# lets the installed one choose its attention kernels, compilation and CUDA graphs.
+# LAYERS (32, all of Llama-3.1-8B) is the depth of the model. With few layers, vLLM's own
+# work on the CPU takes as long as the GPU's, and hides the effect of the kernels.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . integration/gpu/steps.sh
@@ -24,7 +24,7 @@ if [ ${#HOW[@]} -eq 0 ] && bundled; then
     . integration/gpu/bundle/vllm.env
     set +a
 fi
-# 8-bit layers stay dense unless they are told not to
+# 8-bit layers stay dense unless sparse kernels are requested
 BF16=(--dtype bf16 --layers "$LAYERS")
 FP8=(--dtype fp8 --layers "$LAYERS")
 
@@ -35,7 +35,7 @@ if [ $BUNDLED = yes ]; then
         "$PYTHON" integration/gpu/bundle/unpack.py "$SITES" --only serving
 fi
 step vllm             40     15 site="$SITE" vllm
-# a library that the driver refuses must not take the kernels' figures along
+# a library that the driver refuses must not cost the kernels' figures
 if [ $STATUS -ne 0 ]; then AGAIN=""; else AGAIN=$SITE; fi
 step decode-again     30     10 site="$AGAIN" \
     decode --shapes gate_up_proj down_proj --tokens 1 8 16 --dtypes bf16 fp8

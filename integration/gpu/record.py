@@ -1,9 +1,9 @@
-"""Figures on disk the moment they are known: one JSON object a line.
+"""Write figures to disk as soon as they are known: one JSON object per line.
 
     python integration/gpu/record.py OUT --step NAME --failed WHY [--seconds N]
 
-appends the row of a step that ended badly, which that step no longer could. Imports
-nothing heavy: the shell scripts call it between two steps.
+appends the row of a step that failed without recording it. It imports nothing heavy,
+because the shell scripts call it between two steps.
 """
 
 import argparse
@@ -22,12 +22,12 @@ Row = dict[str, Any]
 
 
 def append(folder: Path, row: Row) -> None:
-    """Add a row to the folder's file; when this returns it is on the disk.
+    """Add a row to the folder's file; when this returns, it is on the disk.
 
-    Several processes may append at once. What one that was killed left of its last line
-    is closed, so that it spoils no other.
+    Several processes may append at once. If a killed process left part of a line, that
+    line is ended first, so that it damages no other.
 
-    :param folder: made if it is not there
+    :param folder: created if it does not exist
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
@@ -51,7 +51,7 @@ def _ends_within_a_line(path: Path) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    # NaN and infinity are no JSON
+    # JSON has no NaN and no infinity
     return (
         str(value) if isinstance(value, float) and not math.isfinite(value) else value
     )
@@ -59,16 +59,16 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Read:
-    """What a file holds."""
+    """The content of a file."""
 
     rows: list[Row]
-    broken: int  # lines that are no row: a process was killed within them
+    broken: int  # lines that are not a row, because a process was killed while writing
 
 
 def read(path: Path) -> Read:
-    """The rows of a file, as far as they were written whole.
+    """Read the rows of a file that were written completely.
 
-    :raises FileNotFoundError: if there is none
+    :raises FileNotFoundError: if there is no such file
     """
     rows: list[Row] = []
     broken = 0
@@ -87,9 +87,9 @@ def read(path: Path) -> Read:
 
 
 def case(row: Row, *others: str) -> Row:
-    """What identifies a row's case and what was found, without what every row has.
+    """A row without the entries that every row has: its case and its figures.
 
-    :param others: names that do not count either
+    :param others: further entries to drop
     """
     return {k: v for k, v in row.items() if k not in _EVERYWHERE and k not in others}
 
@@ -107,7 +107,9 @@ def main() -> None:
     parser.add_argument("--failed", required=True)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--gpu", help="its name")
-    parser.add_argument("--trial", action="store_true", help="as of step.py --cpu")
+    parser.add_argument(
+        "--trial", action="store_true", help="the row of a trial, as with step.py --cpu"
+    )
     args = parser.parse_args()
     row: Row = {"step": args.step, "date": today(), "gpu": args.gpu or None}
     if args.trial:

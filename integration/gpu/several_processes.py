@@ -1,10 +1,10 @@
-"""One process against several: time, and whether the checkpoints are the same.
+"""Compare one process with several: time, and whether the checkpoints are equal.
 
     python integration/gpu/several_processes.py [--processes 2] [--model DIR]
 
-Prunes a model by the same command alone and under torchrun. On GPUs it needs as many as
-processes, and says so if there are fewer; with ``--cpu`` it runs on cores, one thread
-each unless OMP_NUM_THREADS says otherwise. Prints JSON.
+It prunes a model with the same command alone and under torchrun, and prints JSON. It
+needs one GPU per process, and says so if there are fewer; with ``--cpu`` it runs on
+cores, one thread each unless OMP_NUM_THREADS is set.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def seconds(command: list[str], environment: dict[str, str]) -> float:
 
 
 def differences(first: Path, second: Path) -> dict[str, float]:
-    """Between the weights of two checkpoints of one model."""
+    """Differences between the weights of two checkpoints of one model."""
     found = {"masks": 0, "entries": 0, "largest": 0.0}
     names = [path.name for path in sorted(first.glob("*.safetensors"))]
     for name in names:
@@ -65,8 +65,8 @@ def main() -> None:
         environment.setdefault("OMP_NUM_THREADS", "1")
     elif torch.cuda.device_count() < args.processes:
         print(
-            f"skipped: {torch.cuda.device_count()} CUDA devices, and this measures "
-            f"{args.processes}"
+            f"skipped: {torch.cuda.device_count()} CUDA devices, but {args.processes} "
+            "processes need one each"
         )
         return
     command = ["-m", "llmc_attnmask", "prune", args.model, "--recipe", str(args.recipe)]

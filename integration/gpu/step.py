@@ -1,10 +1,10 @@
-"""Run one step of measuring, and append its figures to OUT/results.jsonl.
+"""Run one measuring step, and append its figures to OUT/results.jsonl.
 
     python integration/gpu/step.py NAME --out OUT [--seconds N] [options of the step]
 
-``--list`` names the steps. Each is a file in ``steps``; what it takes beyond these
-options it says itself (``NAME --help``). Without a GPU it says so and measures nothing;
-``--cpu`` runs it with small shapes to find mistakes, and marks its rows as a trial.
+``--list`` lists the steps. Each is a file in ``steps`` and documents its own options
+(``NAME --help``). Without a GPU a step says so and measures nothing; ``--cpu`` runs it
+with small shapes to find mistakes, and marks its rows as a trial.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 STARTED = time.monotonic()
-# The folder of this file would hide other people's modules, `kernels` for one.
+# This file's folder would shadow modules of other packages, such as `kernels`.
 sys.path[0] = str(Path(__file__).parents[2])
 
-STEPS = {  # name -> module of `steps`, function of it
+STEPS = {  # name -> module of `steps`, and its function
     "machine": ("machine", "run"),
     "compile": ("compiling", "run"),
     "correct": ("correct", "run"),
@@ -33,7 +33,7 @@ STEPS = {  # name -> module of `steps`, function of it
     "checkpoint": ("checkpoint", "run"),
     "engine": ("engine", "run"),
 }
-MARGIN = 1.5  # seconds before its limit at which a step begins nothing new
+MARGIN = 1.5  # seconds before the limit; from then on, a step starts nothing new
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -43,19 +43,19 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         add_help=not any(name in sys.argv[1:2] for name in STEPS),
     )
     parser.add_argument("name", nargs="?", choices=STEPS)
-    parser.add_argument("--list", action="store_true", help="name the steps")
+    parser.add_argument("--list", action="store_true", help="list the steps")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
-    parser.add_argument("--seconds", type=float, help="it is cut off after so many")
-    parser.add_argument("--cpu", action="store_true", help="try it, with small shapes")
+    parser.add_argument("--seconds", type=float, help="time limit of the step")
     parser.add_argument(
-        "--resume", action="store_true", help="leave out cases that are recorded"
+        "--cpu", action="store_true", help="try the step with small shapes"
     )
+    parser.add_argument("--resume", action="store_true", help="skip recorded cases")
     args, others = parser.parse_known_args()
     if args.list:
         print("\n".join(STEPS))
         sys.exit()
     if args.name is None:
-        parser.error("no step is named; --list names them")
+        parser.error("no step is given; --list lists them")
     return args, others
 
 
@@ -95,8 +95,8 @@ def main() -> None:
         getattr(module, function)(context, options)
     except GpuLostError as lost:
         if context.left() < 3 * MARGIN:
-            sys.exit(f"{args.name}: {lost}; no time is left to start again")
-        print(f"{args.name}: {lost}; starting again behind it", flush=True)
+            sys.exit(f"{args.name}: {lost}; no time is left to restart")
+        print(f"{args.name}: {lost}; restarting after this case", flush=True)
         again = [sys.executable, __file__, args.name, "--out", str(args.out)]
         if args.seconds is not None:
             again += ["--seconds", str(limit - (time.monotonic() - STARTED))]

@@ -1,15 +1,14 @@
-# Read by measure_kernels.sh and measure_serving.sh: steps, each cut off at its limit.
+# Sourced by measure_kernels.sh and measure_serving.sh: steps, each with a time limit.
 #
 #     begin OUT SECONDS [--cpu]
 #     step NAME LIMIT LEAST [site=FOLDER] STEP [OPTIONS...]     of step.py
-#     step NAME LIMIT LEAST run COMMAND...                      anything
+#     step NAME LIMIT LEAST run COMMAND...                      any command
 #     finish
 #
-# LIMIT is when the step is cut off, in seconds; LEAST is how many must be left of all
-# SECONDS for it to be started. What a step prints goes to OUT/log.txt, what goes wrong
-# to OUT/results.jsonl, where the steps' own figures are. Without a GPU the steps are
-# only named; with --cpu they are tried, with small shapes. STATUS is the exit code of the
-# step before.
+# LIMIT is the step's time limit in seconds; LEAST is how many of all SECONDS must be left
+# for it to start. Output goes to OUT/log.txt, failures to OUT/results.jsonl, where the
+# steps' own figures are. Without a GPU the steps are only listed; with --cpu they are
+# tried with small shapes. STATUS is the exit code of the preceding step.
 
 PYTHON=${PYTHON:-python3}
 SITES=${SITES:-${TMPDIR:-/tmp}/llmc-attnmask-sites} # where the bundle is unpacked
@@ -30,13 +29,13 @@ begin() {
     if [ "${3:-}" = --cpu ]; then
         GPU=""
         TRIAL=(--cpu)
-        SITES="" # the bundle is for another machine: what is installed here is tried
+        SITES="" # the bundle is for another machine, so the installed packages are tried
         export TRITON_INTERPRET=1
     else
         GPU=$(gpu_name)
     fi
     if ! running; then
-        echo "No CUDA GPU on this machine. On one, within $TOTAL s, it would run:"
+        echo "No CUDA GPU on this machine. On one, these steps would run within $TOTAL s:"
         return
     fi
     mkdir -p "$OUT"
@@ -65,7 +64,7 @@ step() {
     if [ "$left" -lt "$least" ]; then
         STATUS=1
         echo "== $name"
-        failed "$name" "not started: $left s were left, it needs $least" 0
+        failed "$name" "not started: $left s left, it needs $least s" 0
         return
     fi
     if [ "$left" -lt "$limit" ]; then limit=$left; fi
@@ -89,7 +88,7 @@ step() {
     local seconds=$((SECONDS - begun))
     case $status in
     0) echo "   $seconds s" ;;
-    124) failed "$name" "cut off after $seconds s" $seconds ;;
+    124) failed "$name" "timed out after $seconds s" $seconds ;;
     137) failed "$name" "killed after $seconds s" $seconds ;;
     *)
         failed "$name" "exit code $status: $(tail -c +$((size + 1)) "$OUT/log.txt" |

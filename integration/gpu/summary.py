@@ -1,11 +1,11 @@
-"""Tables of what the steps have recorded; written into RESULTS.md.
+"""Make tables of what the steps recorded, and write them into RESULTS.md.
 
     python integration/gpu/summary.py [FILE.jsonl...] [--results RESULTS.md]
     python integration/gpu/summary.py FILE.jsonl --print      # only to the terminal
 
-Without a file those in ``measured`` are taken, which is what RESULTS.md shows. Several
-files count as one, in their order; of what was measured again the last counts. Rows of
-a trial on a CPU are left out: they are no figures. Tables stand between
+Without a file, those in ``measured`` are read, which is what RESULTS.md shows. Several
+files count as one, in their order; the last of repeated measurements counts. Rows of a
+trial on a CPU are skipped, because they are not results. Tables stand between
 ``<!-- table: NAME -->`` and ``<!-- end of table -->``, one for each GPU.
 """
 
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# The folder of this file would hide other people's modules, `kernels` for one.
+# This file's folder would shadow modules of other packages, such as `kernels`.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[2])
 
@@ -31,7 +31,7 @@ _TABLE = re.compile(
 
 
 def read_all(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
-    """Rows of all files, and what is to be said about them."""
+    """Read the rows of all files, and collect remarks about them."""
     rows: list[Row] = []
     remarks = []
     for path in paths:
@@ -39,18 +39,18 @@ def read_all(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
         rows += found.rows
         if found.broken:
             remarks.append(
-                f"{path.name}: {found.broken} lines are broken and left out; a step "
-                "was killed while it wrote them"
+                f"{path.name}: {found.broken} broken lines are skipped; a step was "
+                "killed while it wrote them"
             )
         if trials := sum(bool(row.get("trial")) for row in found.rows):
             remarks.append(
-                f"{path.name}: {trials} rows are of a trial on a CPU and left out"
+                f"{path.name}: {trials} rows of a trial on a CPU are skipped"
             )
     return rows, remarks
 
 
 def tables(rows: Sequence[Row], trials: bool = False) -> dict[str, str]:
-    """Every table by name, for each GPU under its name."""
+    """Every table by its name; each table has a part per GPU, under the GPU's name."""
     measured = by_gpu(rows, trials)
     if not measured:
         return {name: make(Figures([])) for name, (_, make) in TABLES.items()}
@@ -63,9 +63,9 @@ def tables(rows: Sequence[Row], trials: bool = False) -> dict[str, str]:
 
 
 def written(text: str, made: dict[str, str]) -> str:
-    """A document with its tables made anew.
+    """Replace the tables of a document.
 
-    :raises KeyError: if it has a place for a table that there is not
+    :raises KeyError: if the document has a marker of an unknown table
     """
     return _TABLE.sub(lambda m: f"{m[1]}{made[m[2]]}\n{m[3]}", text)
 
@@ -76,7 +76,9 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--print", action="store_true", help="write no document")
+    parser.add_argument(
+        "--print", action="store_true", help="print only; do not write RESULTS.md"
+    )
     parser.add_argument(
         "--trials", action="store_true", help="print the trials on a CPU instead"
     )
@@ -90,7 +92,7 @@ def main() -> None:
     if not args.print and not args.trials:
         text = args.results.read_text(encoding="utf-8")
         args.results.write_text(written(text, made), encoding="utf-8")
-        print(f"{args.results} is written")
+        print(f"wrote {args.results}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Markdown tables of what was measured on one GPU; without figures they say so."""
+"""Markdown tables of what was measured on one GPU; without figures, they say so."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ _KERNELS = {
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """Markdown; the first ``left`` columns are words, the others numbers."""
+    """A Markdown table; the first ``left`` columns are words, the others numbers."""
     lines = [list(row) for row in rows]
     if not lines:
         return NOT_YET
@@ -23,7 +23,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> st
 
 
 def number(value: Any, digits: int) -> str:
-    """A number, or nothing where there is none."""
+    """Format a number; empty for anything else."""
     return f"{value:.{digits}f}" if isinstance(value, int | float) else ""
 
 
@@ -31,7 +31,7 @@ _NOT_NAMED = ("seconds", "left_out", "first")
 
 
 def state(figures: Figures) -> str:
-    """What can be said of everything below."""
+    """When the tables were measured, if at all."""
     dates = sorted({row["date"] for row in figures.rows})
     if not dates:
         return "**Nothing here has been measured yet.**"
@@ -47,7 +47,7 @@ def reached(figures: Figures) -> str:
 
 
 def machine(figures: Figures) -> str:
-    """Card, versions and ceilings."""
+    """The card, versions and peak rates."""
     versions = figures.last("machine", "versions")
     if not versions:
         return NOT_YET
@@ -66,7 +66,7 @@ def machine(figures: Figures) -> str:
 
 
 def correctness(figures: Figures) -> str:
-    """The largest error of each kernel over all shapes, or what is wrong."""
+    """The largest error of each kernel over all shapes, or what failed."""
     rows = []
     cases = figures.correctness()
     names = dict.fromkeys((row["kernel"], row.get("dtype")) for row in cases)
@@ -75,14 +75,14 @@ def correctness(figures: Figures) -> str:
         failed = [r["failed"] for r in own if "failed" in r]
         wrong = [r for r in own if r.get("right") is False]
         if missing := [r["missing"] for r in own if "missing" in r]:
-            verdict = f"not here: {missing[-1]}"
+            verdict = f"not available: {missing[-1]}"
         elif failed:
             verdict = f"**failed**: {_cell(failed[0])}"
         elif wrong:
             sizes = ", ".join(
                 f"{r['tokens']} x {r['rows']} x {r['columns']}" for r in wrong[:3]
             )
-            verdict = f"**wrong** in {len(wrong)}, for one {sizes}"
+            verdict = f"**wrong** in {len(wrong)}, such as {sizes}"
         else:
             verdict = "right"
         eager, graph = (_largest(own, mode) for mode in ("eager", "graph"))
@@ -104,7 +104,7 @@ def _cell(text: str) -> str:
 
 
 def times(step: str) -> Callable[[Figures], str]:
-    """Microseconds of all kernels, replayed in a graph and called from Python."""
+    """Make a table of microseconds, replayed in a graph and called from Python."""
 
     def made(figures: Figures) -> str:
         kernels = _KERNELS[step]
@@ -141,7 +141,7 @@ def times(step: str) -> Callable[[Figures], str]:
 
 
 def blocks(figures: Figures) -> str:
-    """Microseconds of the decode kernel with blocks of other sizes, in a graph."""
+    """Microseconds of the decode kernel with other block sizes, in a graph."""
     found = figures.of("blocks", mode="graph")
     kernels = list(dict.fromkeys(row["kernel"] for row in found))
     times = {
@@ -163,7 +163,7 @@ def blocks(figures: Figures) -> str:
 
 
 def memory(figures: Figures) -> str:
-    """Bytes of one weight over dense, by kernel, and what of it is shared."""
+    """Bytes of one weight relative to dense, by kernel, and which part is shared."""
     rows = []
     for dtype in DTYPES:
         for kernel in ("cuda", "cusparselt", "triton"):
@@ -183,12 +183,12 @@ def memory(figures: Figures) -> str:
                     *(number(seconds, 3), number(prepared, 3)),
                 )
             )
-    header = ("type", "kernel", "decode reads there", "bytes over dense", "s to pack")
+    header = ("type", "kernel", "shared with decode", "bytes over dense", "s to pack")
     return table((*header, "s to prepare"), rows, left=3)
 
 
 def _shared(stored: Sequence[Row]) -> str:
-    """What of cuSPARSELt's form the decode kernel can use."""
+    """The part of cuSPARSELt's form that the decode kernel can read."""
     if not stored:
         return ""
     if spans := sorted({str(row["span"]) for row in stored if row.get("span")}):
@@ -219,7 +219,7 @@ def pruning(figures: Figures) -> str:
 
 
 def serving(figures: Figures) -> str:
-    """Engines of the same weights, stock and ours."""
+    """Engines with the same weights, stock and with the plugin."""
     keys = ("dtype", "layers", "as_installed")
     setups = dict.fromkeys(
         (*(row[key] for key in keys), row["kernel"])
@@ -258,13 +258,13 @@ def _serving_cases(
     yield "s to start", "seconds", 1, {"of": "start"}
     for key, what in (
         ("first_tokens_equal", "first tokens equal to stock"),
-        ("equal_until_they_part", "answers equal until they part"),
+        ("equal_until_they_part", "answers equal until they differ"),
     ):
         yield what, key, 3, {"of": "tokens"}
 
 
 def counters(figures: Figures) -> str:
-    """Of Nsight Compute, every launch of a case."""
+    """Counters of Nsight Compute for every launch of a case."""
     keys = ("duration", "dram_percent", "alu_percent", "warps_percent", "registers")
     rows = [
         (
@@ -280,7 +280,7 @@ def counters(figures: Figures) -> str:
 
 
 def failures(figures: Figures) -> str:
-    """What has no figures, and why; kernels that are not there once each."""
+    """Cases without figures, and why; each missing kernel only once."""
     rows = []
     for row in figures.failures():
         case = ", ".join(f"{k} {v}" for k, v in record.case(row, *_NOT_NAMED).items())
@@ -299,12 +299,12 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "gpu-correct": ("Against float64", correctness),
     "gpu-decode": ("Few tokens, microseconds", times("decode")),
     "gpu-prefill": ("Many tokens, microseconds", times("prefill")),
-    "gpu-blocks": ("Other blocks of the decode kernel, microseconds", blocks),
+    "gpu-blocks": ("Other block sizes of the decode kernel, microseconds", blocks),
     "gpu-memory": ("One weight", memory),
     "gpu-serving": ("vLLM", serving),
     "gpu-attention": ("Attention error and its gradient", attention),
     "gpu-pruning": ("Pruning", pruning),
     "gpu-counters": ("Hardware counters", counters),
-    "gpu-failed": ("Failed or left out", failures),
+    "gpu-failed": ("Failed or skipped", failures),
     "gpu-targets": ("Targets", reached),
 }

@@ -1,4 +1,4 @@
-"""What the kernels, serving and pruning have to reach, and what they do reach."""
+"""The targets of the kernels, serving and pruning, and what they reach."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ KERNEL = {"bf16": None, "fp8": "sparse"}  # LLMC_ATTNMASK_KERNEL of the served m
 
 @dataclass(frozen=True)
 class Target:
-    """A row of the table; ``reached`` says "missed" where it is."""
+    """A row of the table; ``reached`` says "missed" if the target is missed."""
 
     what: str
     target: str
@@ -22,7 +22,7 @@ class Target:
 
 
 def ratios(found: Iterable[Best | None], least: float) -> str:
-    """Slowest to fastest of all cases, judged by the slowest."""
+    """The range from the slowest to the fastest case; the slowest one decides."""
     cases = list(found)
     known = [case.ratio for case in cases if case is not None]
     if not known:
@@ -30,10 +30,10 @@ def ratios(found: Iterable[Best | None], least: float) -> str:
     text = f"{min(known):.2f} to {max(known):.2f}"
     if len(known) < len(cases):
         text += f" ({len(known)} of {len(cases)} sizes)"
-    return _judged(text, min(known) >= least)
+    return _decided(text, min(known) >= least)
 
 
-def _judged(text: str, enough: bool) -> str:
+def _decided(text: str, enough: bool) -> str:
     return text if enough else f"{text}, {MISSED}"
 
 
@@ -50,7 +50,7 @@ def prefill(dtype: str, least: float) -> Callable[[Figures], str]:
 
 
 def slower(figures: Figures) -> str:
-    """The worst size, and how many are worse than 3 % slower."""
+    """The worst size, and how many sizes are more than 3 % slower than dense."""
     known = [
         (best.ratio, f"{dtype} {shape}, {tokens} tokens: {best.kernel}")
         for shape, dtype, tokens in figures.sizes()
@@ -61,14 +61,14 @@ def slower(figures: Figures) -> str:
     ratio, where = min(known)
     below = sum(ratio < 0.97 for ratio, _ in known)
     text = f"{ratio:.2f} ({where}); {below} of {len(known)} sizes below 0.97"
-    return _judged(text, not below)
+    return _decided(text, not below)
 
 
 def against_stock(
     figures: Figures, key: str, dtype: str, **case: Any
 ) -> tuple[float, str] | None:
-    """A figure of the served model over the stock engine's, of the deepest model of
-    which both are known, and what that was.
+    """A figure of the served model relative to the stock engine's, for the deepest
+    model with both figures, and which model that was.
     """
     case = {"dtype": dtype, **case}
     for setup in figures.setups():
@@ -83,32 +83,32 @@ def against_stock(
 
 
 def memory(dtype: str, most: float) -> Callable[[Figures], str]:
-    """Linear layers of the served model over those of the stock engine."""
+    """Bytes of the linear layers relative to the stock engine's."""
 
     def reached(figures: Figures) -> str:
         found = against_stock(figures, "linear_gb", dtype, of="memory")
         if found is None:
             return NOT_YET
-        return _judged(f"{found[0]:.3f} ({found[1]})", found[0] <= most)
+        return _decided(f"{found[0]:.3f} ({found[1]})", found[0] <= most)
 
     return reached
 
 
 def speed(batch: int, least: float) -> Callable[[Figures], str]:
-    """Tokens per second over the stock engine's, bf16."""
+    """Tokens per second relative to the stock engine's, in bf16."""
 
     def reached(figures: Figures) -> str:
         case = {"of": "decode", "batch": batch}
         found = against_stock(figures, "tokens_per_s", "bf16", **case)
         if found is None:
             return NOT_YET
-        return _judged(f"{found[0]:.2f} ({found[1]})", found[0] >= least)
+        return _decided(f"{found[0]:.2f} ({found[1]})", found[0] >= least)
 
     return reached
 
 
 def pruning(figures: Figures) -> str:
-    """32 times the measured layer."""
+    """32 times the time of the measured layer."""
     case = {"samples": 128, "length": 2048, "width": 4096}
     seconds = figures.last("prune", "seconds_per_layer", **case)
     peak = figures.last("prune", "peak_gb", **case)
@@ -116,7 +116,7 @@ def pruning(figures: Figures) -> str:
         return NOT_YET
     minutes = LAYERS * seconds / 60
     text = f"{minutes:.0f} minutes ({seconds:.1f} s a layer), {peak:.1f} GB"
-    return _judged(text, minutes <= 20 and peak <= 60)
+    return _decided(text, minutes <= 20 and peak <= 60)
 
 
 FP8 = "over dense fp8"

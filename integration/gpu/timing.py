@@ -1,7 +1,7 @@
-"""How long a call takes, on a GPU by its own events, on a CPU by the clock.
+"""Time calls, on a GPU with its events, on a CPU with the clock.
 
 Inputs and weights must rotate: a call that finds its weight in a cache measures the
-cache. ``calls`` are such rotated calls of one kernel, and all times are of one call.
+cache. ``calls`` are such rotating calls of one kernel, and all times are per call.
 """
 
 import gc
@@ -19,7 +19,7 @@ BUDGET = 60.0  # milliseconds that the repetitions of one figure may take
 
 
 def repetitions(milliseconds: float) -> int:
-    """How often to repeat what takes so long once."""
+    """How often to repeat a measurement that takes this long once."""
     least, most = REPLAYS
     return max(least, min(most, round(BUDGET / max(milliseconds, 1e-3))))
 
@@ -27,7 +27,7 @@ def repetitions(milliseconds: float) -> int:
 class Timer:
     """Median microseconds of one call.
 
-    :param device: "cuda" or "cpu"; on a CPU there are no graphs, and both ways of
+    :param device: "cuda" or "cpu"; on a CPU there are no graphs, so both ways of
         calling are the same
     """
 
@@ -35,9 +35,9 @@ class Timer:
         self.device = device
 
     def graph(self, calls: Sequence[Call]) -> float:
-        """Within a recorded and replayed CUDA graph, as a server's decoding runs.
+        """Time calls in a recorded and replayed CUDA graph, as a server decodes.
 
-        Every call is made once before, so that nothing is compiled while recording.
+        Every call runs once before, so that nothing is compiled while recording.
         """
         if self.device != "cuda":
             return self.eager(calls)
@@ -50,7 +50,7 @@ class Timer:
                 call()
         graph.replay()
 
-        def twice() -> None:  # the launch of the second hides behind the first
+        def twice() -> None:  # the second launch overlaps with the first replay
             graph.replay()
             graph.replay()
 
@@ -59,7 +59,7 @@ class Timer:
         return found
 
     def eager(self, calls: Sequence[Call]) -> float:
-        """Called one by one from Python: what the CPU needs for a call counts too."""
+        """Time calls made one by one from Python, including the CPU's work for each."""
 
         def loop() -> None:
             for call in calls:
@@ -70,7 +70,7 @@ class Timer:
 
     def _median(self, function: Call) -> float:
         collects = gc.isenabled()
-        gc.disable()  # not in between; collecting each time would take seconds in all
+        gc.disable()  # not during a measurement; collecting every time takes seconds
         try:
             count = repetitions(self._once(function) / 1000)
             return statistics.median(self._once(function) for _ in range(count))

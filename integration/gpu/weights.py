@@ -8,7 +8,7 @@ from torch import Tensor
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.serving.kernels import activations
 
-SHAPES = {  # rows, columns; as vLLM fuses them
+SHAPES = {  # rows, columns, as vLLM fuses the layers
     "gate_up_proj": (28672, 4096),
     "down_proj": (4096, 14336),
     "qkv_proj": (6144, 4096),
@@ -21,8 +21,8 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-ROTATED = 2**28  # bytes of dense weights that one round reads; several times any L2
-CALLS = 24  # in one round, at least: what starts a replay is shared by them
+ROTATED = 2**28  # bytes of dense weights in one round, several times any L2 cache
+CALLS = 24  # at least, in one round: they share the cost of starting a replay
 CALLS_PREFILL = 4
 
 _PAIRS = torch.tensor(  # which two of four are kept
@@ -40,9 +40,9 @@ _PAIRS = torch.tensor(  # which two of four are kept
 
 @dataclass(frozen=True)
 class Weight:
-    """A 2:4 weight and, of 8 bits, the scales of its rows.
+    """A 2:4 weight and, for 8 bits, the scales of its rows.
 
-    ``dense`` [rows, K]; ``scale`` fp32 [rows], or None of 16 bits.
+    ``dense`` [rows, K]; ``scale`` fp32 [rows], or None for 16 bits.
     """
 
     dense: Tensor
@@ -50,7 +50,7 @@ class Weight:
 
     @property
     def out_dtype(self) -> torch.dtype:
-        """Of the product."""
+        """The dtype of the product."""
         return self.dense.dtype if self.dense.itemsize == 2 else torch.bfloat16
 
     def product(self, x: Tensor, token_scale: Tensor | None) -> Tensor:
@@ -69,7 +69,7 @@ def random_values(rows: int, columns: int, dtype: torch.dtype, device: str) -> T
 
 
 def random_weight(rows: int, columns: int, dtype: torch.dtype, device: str) -> Weight:
-    """Two of four kept at random indices."""
+    """A weight with two of four kept at random indices."""
     dense = random_values(rows, columns, dtype, device)
     choice = torch.randint(len(_PAIRS), (rows, columns // 4), device=device)
     pruned = ~_PAIRS.to(device)[choice].view(rows, columns)
@@ -83,7 +83,7 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype, device: str) -> W
 def random_tokens(
     count: int, columns: int, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor | None]:
-    """[count, columns] in ``dtype``, and of 8 bits the tokens' scales."""
+    """[count, columns] in ``dtype`` and, for 8 bits, the tokens' scales."""
     x = torch.randn(count, columns, device=device, dtype=torch.bfloat16)
     if dtype.itemsize == 2:
         return x.to(dtype), None
@@ -91,5 +91,5 @@ def random_tokens(
 
 
 def copies(rows: int, columns: int, itemsize: int) -> int:
-    """Weights that must rotate so that no cache holds them."""
+    """How many weights must rotate so that no cache holds them."""
     return max(2, -(-ROTATED // (rows * columns * itemsize)))

@@ -1,10 +1,10 @@
 """The paper's synthetic experiment: `python integration/paper/experiment.py OUT`.
 
-For several n and d, light and heavy-tailed inputs and sparsities from 0.3 to 0.9, the
-relative attention error ||A(W') - A(W)||_F^2 / ||A(W)||_F^2 after magnitude, Wanda,
-SparseGPT (llm-compressor's own functions) and the paper's method, all unstructured on
-the same fused weight. The paper's lambda is chosen per case from ``L2_PENALTIES`` by
-the error on the same inputs, which every method sees.
+For several n and d, light- and heavy-tailed inputs and sparsities from 0.3 to 0.9, it
+measures the relative attention error ||A(W') - A(W)||_F^2 / ||A(W)||_F^2 of magnitude,
+Wanda, SparseGPT (llm-compressor's own functions) and the paper's method, all
+unstructured on the same fused weight. For each case, the paper's lambda is the one of
+``L2_PENALTIES`` with the lowest error on the same inputs, which every method sees.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TAILS = ("light", "heavy")  # normal; Student's t with 3 degrees of freedom
 L2_PENALTIES = (1e-4, 1e-3, 1e-2)
 SEEDS = (0, 1, 2)
 STEPS = 500
-CONVERGENCE_STEPS = 4000  # the last loss of a run this long stands for L*
+CONVERGENCE_STEPS = 4000  # the last loss of a run this long serves as L*
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ BASELINES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def measure(n: int, d: int, tail: str, seed: int) -> Iterator[Row]:
-    """All methods and sparsities on one instance."""
+    """Measure all methods and sparsities on one instance."""
     inputs, weight = synthetic(n, d, tail, seed)
     norm = causal_attention(inputs, weight).square().sum()
     problems = [FusedProblem(inputs, weight, penalty) for penalty in L2_PENALTIES]

@@ -3,8 +3,8 @@
     python integration/serving/generate.py JOBS RESULTS
 
 JOBS is a JSON list of {"model": DIR, "options": {...of LLM}, "lora": DIR or null};
-RESULTS becomes a list of lists, one result a prompt: tokens, and the logprobs of the
-likeliest at every step.
+RESULTS becomes a list of lists with one result per prompt: the tokens, and the logprobs
+of the likeliest ones at every step.
 """
 
 import gc
@@ -28,7 +28,7 @@ def generate(model: str, options: dict[str, Any], lora: str | None) -> list[Any]
         dtype="bfloat16",
         max_model_len=128,
         enforce_eager=True,
-        gpu_memory_utilization=0.2,  # of the RAM, which others use, too
+        gpu_memory_utilization=0.2,  # of the RAM, which other processes use, too
         enable_lora=lora is not None,
         **options,
     )

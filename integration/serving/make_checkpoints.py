@@ -2,9 +2,9 @@
 
     python integration/serving/make_checkpoints.py OUT
 
-Folders in OUT, each NAME-dense and NAME-packed: bf16, int8 and fp8, the whole decoder
-at 2:4; mixed, only q and k; biased, a random Qwen2 whose q, k and v have biases. And
-adapter, a LoRA adapter.
+OUT gets the folders NAME-dense and NAME-packed for bf16, int8 and fp8, with the whole
+decoder at 2:4; mixed, with only q and k; and biased, a random Qwen2 whose q, k and v
+have biases. It also gets adapter, a LoRA adapter.
 """
 
 import json
@@ -59,7 +59,8 @@ def biased(folder: Path) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_()
-    model.save_pretrained(folder)  # llm-compressor saves only what came from a folder
+    # llm-compressor saves only models loaded from a folder
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 
@@ -92,13 +93,13 @@ def make_adapter(folder: Path) -> None:
 
 
 def make(out: Path, name: str, model: PreTrainedModel, modifiers: list) -> None:
-    """Write NAME-packed and NAME-dense, the latter with the note in config.json."""
+    """Write NAME-packed and NAME-dense, the latter with the marker in config.json."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     windows = calibration_windows(load_texts(BUILTIN), tokenizer, 4, 128)
     compress(model, tokenizer, modifiers, windows)
     pruned = save(model, tokenizer, out / name)
     packed = out / f"{name}-packed"
-    if name == "mixed":  # which our own `pack` leaves dense
+    if name == "mixed":  # which `pack` leaves dense
         pack_each(pruned, packed)
     else:
         to_packed(pruned, packed)

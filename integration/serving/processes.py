@@ -1,6 +1,6 @@
 """vLLM processes for the serving tests.
 
-Every process has its own environment: with or without the plugin, one rank or two.
+Every process has its own environment: with or without the plugin, on one or two ranks.
 """
 
 import json
@@ -86,7 +86,7 @@ def generate(run: Run, checkpoints: Path, folder: Path) -> Output:
             *(sys.executable, HERE / "generate.py"),
             *(folder / "jobs.json", folder / "results.json"),
         ],
-        cwd=folder,  # not the repository, whose folder the editable install is
+        cwd=folder,  # not the repository, from which the editable install is imported
         env=os.environ | ENVIRONMENT | run.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

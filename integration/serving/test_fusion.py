@@ -1,5 +1,5 @@
-"""vLLM's compiler sees how our layers quantize their tokens, and fuses it with the norm
-before; on the CPU, up to the graph that it would generate code for.
+"""vLLM's compiler sees how sparse layers quantize their tokens, and fuses this with the
+preceding norm; on the CPU, up to the graph that it would generate code for.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from llmc_attnmask.serving.kernels import activations, packing, select
 from llmc_attnmask.serving.linear import Sparse24LinearMethod
 from llmc_attnmask.serving.table import KernelTable
 
-GPU = torch.device("cuda")  # whose calls are made here on CPU tensors
+GPU = torch.device("cuda")  # its calls are made here on CPU tensors
 ROWS, COLUMNS = 32, 64
 EPSILON = 1e-6
 OURS = "llmc_attnmask.sparse_linear.default"
@@ -41,13 +41,13 @@ SCHEMAS = (
 )
 
 
-class Stop(Exception):  # noqa: N818 - no error, only no code to generate
-    """Raised in Inductor when the graph has been seen."""
+class Stop(Exception):  # noqa: N818 - not an error: only no code to generate
+    """Raised in Inductor once the graph has been seen."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _cuda_operators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Operators that have the CUDA build's schemas, and never run."""
+    """Operators with the CUDA build's schemas, which never run."""
     library = torch.library.Library("stand_in", "DEF")
     with pytest.MonkeyPatch.context() as patch:
         # what Inductor leaves behind when it is stopped
@@ -94,8 +94,8 @@ def _layer(dtype: torch.dtype) -> tuple[Sparse24LinearMethod, Any]:
 
 
 def _compiled(function: Callable, passes: list[Callable[[fx.Graph], object]]) -> str:
-    """The graph of a function of tokens, other tokens and the weight of a norm, when
-    Inductor has run its passes and then vLLM's.
+    """The graph of a function of tokens, other tokens and the weight of a norm, after
+    Inductor's passes and then vLLM's.
     """
     graphs = []
 
@@ -123,7 +123,7 @@ def _compiled(function: Callable, passes: list[Callable[[fx.Graph], object]]) ->
 
 @enable_fake_mode
 def _per_token_patterns() -> PatternMatcherPass:
-    """Of vLLM's RMSNormQuantFusionPass, those for scales of one token each."""
+    """The patterns of vLLM's RMSNormQuantFusionPass with one scale per token."""
     from vllm.compilation.passes.fusion import rms_quant_fusion
 
     patterns = PatternMatcherPass()
@@ -137,7 +137,7 @@ def _per_token_patterns() -> PatternMatcherPass:
 
 @pytest.mark.parametrize("configured", [KERNEL, FORMULA], indirect=True, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
-def test_vllm_fuses_fp8_with_the_norm_before(
+def test_vllm_fuses_fp8_with_the_preceding_norm(
     configured: VllmConfig, residual: bool
 ) -> None:
     method, layer = _layer(torch.float8_e4m3fn)
@@ -160,7 +160,7 @@ def test_vllm_fuses_fp8_with_the_norm_before(
 
 
 @pytest.mark.parametrize("configured", [FORMULA], indirect=True, ids=str)
-def test_int8_is_quantized_by_vllms_operator_outside_of_ours(
+def test_int8_is_quantized_by_vllms_operator_outside_the_sparse_one(
     configured: VllmConfig,
 ) -> None:
     method, layer = _layer(torch.int8)
@@ -171,4 +171,4 @@ def test_int8_is_quantized_by_vllms_operator_outside_of_ours(
     graph = _compiled(block, [NoOpEliminationPass(configured)])
     quantized, ours = graph.index("_C.dynamic_scaled_int8_quant"), graph.index(OURS)
     assert graph.index("rms_norm.default") < quantized < ours
-    assert graph.count("aten.clone") == 0  # tokens are contiguous as they come
+    assert graph.count("aten.clone") == 0  # the tokens are contiguous already

@@ -1,4 +1,4 @@
-"""What of vLLM's insides the plugin rests on: a failure here says what has moved."""
+"""The internals of vLLM that the plugin depends on; a failure shows what changed."""
 
 import inspect
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from llmc_attnmask.serving.kernels import activations, select
 from llmc_attnmask.serving.linear import Sparse24LinearMethod
 from llmc_attnmask.serving.table import KernelTable
 
-GPU = torch.device("cuda")  # whose calls are made here on CPU tensors
+GPU = torch.device("cuda")  # its calls are made here on CPU tensors
 Stock = compressed_tensors.CompressedTensorsConfig
 Method = linear.LinearMethodBase
 
@@ -66,8 +66,8 @@ Method = linear.LinearMethodBase
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )  # fmt: skip
-def test_functions_take_what_we_pass(function: Callable, passed: str) -> None:
-    """By the same names where we override, and nothing more that must be given."""
+def test_functions_take_what_the_plugin_passes(function: Callable, passed: str) -> None:
+    """The same names where the plugin overrides, and no further required parameters."""
     found = list(inspect.signature(function).parameters.values())
     names = passed.split()
     assert [parameter.name for parameter in found][: len(names)] == names
@@ -76,13 +76,13 @@ def test_functions_take_what_we_pass(function: Callable, passed: str) -> None:
         assert variable or other.default is not other.empty, other
 
 
-def test_what_we_override_is_called_as_before() -> None:
+def test_overridden_methods_are_called_as_before() -> None:
     for name in ("get_name", "from_config", "apply_vllm_mapper", "get_quant_method"):
         ours = inspect.signature(getattr(Sparse24Config, name)).parameters
         assert list(ours) == list(inspect.signature(getattr(Stock, name)).parameters)
 
 
-def test_attributes_that_we_read() -> None:
+def test_attributes_that_the_plugin_reads_exist() -> None:
     config = VllmConfig()
     assert config.load_config.load_format == "auto"
     assert isinstance(QUANTIZATION_METHODS, list)
@@ -99,7 +99,7 @@ def test_attributes_that_we_read() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_vllm_quantizes_tokens_as_our_kernels_were_checked(dtype: torch.dtype) -> None:
+def test_vllm_quantizes_tokens_like_the_reference(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 64, dtype=torch.bfloat16)
     with set_current_vllm_config(VllmConfig()):
@@ -113,8 +113,8 @@ def test_vllm_quantizes_tokens_as_our_kernels_were_checked(dtype: torch.dtype) -
     assert (apart > 0).float().mean() < 0.02  # halves, rounded to either side
 
 
-def test_our_layers_are_handed_no_tokens_that_are_quantized_already() -> None:
-    """Once a producer fuses scales of tokens into the activation, we want it, too."""
+def test_sparse_layers_get_no_tokens_that_are_already_quantized() -> None:
+    """If vLLM ever fuses tokens' scales into activations, the plugin must follow."""
     fused = pytest.importorskip(
         "vllm.model_executor.layers.fusion.fused_act_quant", reason="not before 0.32"
     )
@@ -122,7 +122,7 @@ def test_our_layers_are_handed_no_tokens_that_are_quantized_already() -> None:
     assert kFp8DynamicTokenSym.scale.group_shape == GroupShape.PER_TOKEN
 
 
-def test_the_weight_cache_is_refused_with_what_to_do() -> None:
+def test_the_weight_cache_is_refused_with_advice() -> None:
     cache = pytest.importorskip(
         "vllm.model_executor.model_loader.weight_cache.protocol",
         reason="not before 0.32",
@@ -136,7 +136,7 @@ def test_the_weight_cache_is_refused_with_what_to_do() -> None:
         cache.check_ipc_quant_support(model)
 
 
-def test_a_compiled_graph_is_used_again_only_with_the_kernels_it_was_made_for() -> None:
+def test_a_compiled_graph_is_reused_only_with_the_kernels_it_was_made_for() -> None:
     config = VllmConfig()
     hashes = set()
     with set_current_vllm_config(config):

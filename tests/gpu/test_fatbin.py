@@ -1,4 +1,4 @@
-"""The machine code that the bundle leaves out, on containers made by hand."""
+"""Removing machine code from the bundle's libraries, on handmade containers."""
 
 import struct
 
@@ -63,7 +63,7 @@ def described(section: bytes) -> list[list[tuple[int, int]]]:
     ]
 
 
-def test_entries_to_keep_move_to_the_front_and_zeros_follow():
+def test_kept_entries_move_to_the_front_and_zeros_follow():
     section = container(OTHERS[0], WANTED[0], *OTHERS[1:], WANTED[1])
     kept = container(*WANTED)
     found = fatbin.pruned(section, [90])

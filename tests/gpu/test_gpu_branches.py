@@ -1,4 +1,4 @@
-"""Every line of the steps that only a GPU reaches, run with stand-ins for it."""
+"""Every line of the steps that only a GPU reaches, run with stand-ins for CUDA."""
 
 import argparse
 import sys
@@ -33,7 +33,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(timing, "REPLAYS", (1, 1))
     monkeypatch.setattr(machine, "PRODUCT", 64)
     monkeypatch.setattr(machine, "COPIED", 2**10)
-    # Triton's interpreter is no operation of torch, which a graph would record
+    # Triton's interpreter is not an operation of torch that a graph would record
     without = kernels.Kernel(lambda *_: "left out", lambda _: (), lambda *_: None)
     monkeypatch.setitem(kernels.KERNELS, "triton", without)
     library.install(monkeypatch)
@@ -53,7 +53,7 @@ def failed(rows: list[dict]) -> list[dict]:
     return [row for row in rows if "failed" in row]
 
 
-def test_a_graph_computes_what_was_recorded_with_what_is_there_when_it_is_replayed(gpu):
+def test_a_graph_computes_with_the_tensors_contents_at_replay(gpu):
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -65,7 +65,7 @@ def test_a_graph_computes_what_was_recorded_with_what_is_there_when_it_is_replay
 
 
 @pytest.mark.parametrize("kernel", ["cuda", "cusparselt", "dense"])
-def test_right_kernels_are_found_right_in_every_type_and_size(gpu, tmp_path, kernel):
+def test_correct_kernels_pass_in_every_type_and_size(gpu, tmp_path, kernel):
     correct.check_kernel(step_context(tmp_path, "correct"), kernel)
     rows = rows_of(tmp_path)
     checked = [row for row in rows if "right" in row]
@@ -76,7 +76,7 @@ def test_right_kernels_are_found_right_in_every_type_and_size(gpu, tmp_path, ker
     assert all(row["graph"] < 0.01 for row in checked)
 
 
-def test_a_kernel_that_leaves_out_a_row_or_reads_old_tokens_is_wrong(gpu, monkeypatch):
+def test_a_kernel_that_skips_a_row_or_reads_old_tokens_is_wrong(gpu, monkeypatch):
     packed = kernels.pack(
         "cusparselt", weights.random_weight(64, 128, torch.bfloat16, "cuda")
     )
@@ -99,7 +99,7 @@ def test_a_kernel_that_leaves_out_a_row_or_reads_old_tokens_is_wrong(gpu, monkey
 
     monkeypatch.setattr(kernels.cusparselt, "linear", stale)
     found = correct.errors(packed, 5, "cuda")
-    assert found["eager"] < 0.01 and found["right"] is True  # its first tokens again
+    assert found["eager"] < 0.01 and found["right"] is True  # the first tokens again
     at_first[:] = [torch.randn_like(at_first[0])]
     assert correct.errors(packed, 5, "cuda")["right"] is False
 
@@ -107,7 +107,7 @@ def test_a_kernel_that_leaves_out_a_row_or_reads_old_tokens_is_wrong(gpu, monkey
 OPTIONS = argparse.Namespace(shapes=None, dtypes=None, tokens=None, kernels=None)
 
 
-def test_decoding_times_every_kernel_type_size_and_way_of_calling(gpu, tmp_path):
+def test_decode_times_every_kernel_type_size_and_way_of_calling(gpu, tmp_path):
     run = step_context(tmp_path, "decode")
     linears.decode(run, OPTIONS)
     rows = rows_of(tmp_path)
@@ -116,14 +116,14 @@ def test_decoding_times_every_kernel_type_size_and_way_of_calling(gpu, tmp_path)
     cases = {
         (r["shape"], r["dtype"], r["tokens"], r["kernel"], r["mode"]) for r in timed
     }
-    assert len(cases) == len(timed) == 4 * 4 * 2 * (3 + 3 + 2)  # int8: no dense one
+    assert len(cases) == len(timed) == 4 * 4 * 2 * (3 + 3 + 2)  # int8: no dense kernel
     packed = [row for row in rows if "share" in row]
     stored = [row for row in packed if row["kernel"] == "cusparselt"]
     assert {row["share"] for row in stored} == {0.5625, 0.625}
     assert timed[0]["gpu"] == stand_in.NAME and "trial" not in timed[0]
 
 
-def test_other_blocks_of_the_decode_kernel_are_timed_and_tabulated(gpu, tmp_path):
+def test_other_block_sizes_of_the_decode_kernel_are_timed_and_tabulated(gpu, tmp_path):
     linears.blocks(step_context(tmp_path, "blocks"), OPTIONS)
     rows = rows_of(tmp_path)
     assert not failed(rows)
@@ -135,7 +135,7 @@ def test_other_blocks_of_the_decode_kernel_are_timed_and_tabulated(gpu, tmp_path
     assert all(name in lines[0] for name in named)
 
 
-def test_prefill_times_searched_and_unsearched(gpu, tmp_path):
+def test_prefill_times_searched_and_unsearched_algorithms(gpu, tmp_path):
     options = argparse.Namespace(
         **(vars(OPTIONS) | {"tokens": [70], "dtypes": ["fp8"]})
     )
@@ -151,7 +151,7 @@ def o_proj() -> tuple[int, int]:
     return weights.SHAPES["o_proj"]
 
 
-def test_what_was_found_wrong_and_mended_is_timed(tmp_path):
+def test_a_wrong_kernel_that_was_fixed_is_timed(tmp_path):
     checked = step_context(tmp_path, "correct")
     case = {"kernel": "cuda", "dtype": "bf16", "tokens": 1}
     case |= dict(zip(("rows", "columns"), o_proj(), strict=True))
@@ -166,7 +166,7 @@ def test_what_was_found_wrong_and_mended_is_timed(tmp_path):
     assert "wrong" not in tables.correctness(Figures(checked.rows()))
 
 
-def test_what_was_found_wrong_is_not_timed(gpu, tmp_path):
+def test_a_wrong_kernel_is_not_timed(gpu, tmp_path):
     checked = step_context(tmp_path, "correct")
     timed_size, odd = ({"rows": r, "columns": c} for r, c in (o_proj(), (96, 320)))
     checked.record(kernel="cuda", dtype="bf16", tokens=1, **timed_size, right=False)
@@ -180,7 +180,7 @@ def test_what_was_found_wrong_is_not_timed(gpu, tmp_path):
     assert timed == {("dense", "bf16"), ("cuda", "int8")}
 
 
-def test_cusparselt_is_asked_for_bytes_order_layout_and_a_first_call_in_a_graph(
+def test_cusparselt_is_checked_for_size_order_layout_and_a_first_call_in_a_graph(
     gpu, tmp_path
 ):
     cusparselt_checks.run(step_context(tmp_path, "cusparselt"), NONE)
@@ -208,7 +208,7 @@ def test_the_machine_is_described(gpu, tmp_path):
     assert versions["capability"] == "9.0" and len(versions["sources"]) == 12
 
 
-def test_launches_to_be_profiled_are_made_behind_marks(gpu, tmp_path):
+def test_profiled_launches_follow_marks(gpu, tmp_path):
     profile.run(step_context(tmp_path, "profile"), argparse.Namespace(launch=True))
     cases = list(profile.cases(step_context(tmp_path, "profile")))
     assert len(cases) == len(profile.CASES) * 2
@@ -219,8 +219,8 @@ def test_the_attention_error_is_timed_with_its_memory(gpu, monkeypatch):
     assert found["ms"] > 0 and found["peak_mb"] == 1.0
 
 
-def test_a_pruned_layer_has_its_peak_memory(gpu, monkeypatch, tmp_path):
-    # the recipe itself would want a GPU; it runs on the CPU in its own test
+def test_a_pruned_layer_is_recorded_with_its_peak_memory(gpu, monkeypatch, tmp_path):
+    # the recipe itself would need a GPU; its own test runs it on the CPU
     monkeypatch.setattr(prune_step, "compress", lambda *_: None)
     options = argparse.Namespace(
         layers=1, samples=2, length=16, width=128, recipe=prune_step.RECIPE
@@ -233,13 +233,13 @@ def test_a_pruned_layer_has_its_peak_memory(gpu, monkeypatch, tmp_path):
     assert not failed(rows) and rows[-1]["peak_gb"] == 2**20 / 1e9
 
 
-def test_a_timer_has_the_time_of_one_call(gpu):
+def test_a_timer_gives_the_time_of_one_call(gpu):
     calls = []
     assert 0 < Timer("cuda").graph([lambda: calls.append(1)] * 4) < 1e4
     assert len(calls) == 8  # once before, once while recording
 
 
-def test_a_lost_gpu_ends_the_process_and_the_step_goes_on_behind_it(
+def test_a_lost_gpu_ends_the_process_and_the_step_continues_in_a_new_one(
     gpu, monkeypatch, tmp_path
 ):
     run = step_context(tmp_path, "decode")
@@ -250,7 +250,7 @@ def test_a_lost_gpu_ends_the_process_and_the_step_goes_on_behind_it(
     def gone(*_):
         raise RuntimeError("CUDA error: an illegal memory access")
 
-    assert run.attempt({"case": 1}, crash) is None  # the GPU answers: go on
+    assert run.attempt({"case": 1}, crash) is None  # the GPU answers: continue
     monkeypatch.setattr(torch.cuda, "synchronize", gone)
     with pytest.raises(GpuLostError, match="illegal"):
         run.attempt({"case": 2}, crash)

@@ -1,4 +1,4 @@
-"""The layout of metadata is found by asking, whatever it is."""
+"""Any layout of metadata is found by probing."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_the_order_of_the_groups_is_found(dtype, order):
     }
 
 
-def test_metadata_that_are_no_nibbles_are_said_to_be_irregular():
+def test_metadata_that_are_not_nibbles_are_reported_as_irregular():
     def compress(weight):
         values, nibbles = packing.kept(weight)
         bits = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)

@@ -1,4 +1,4 @@
-"""Rows are on the disk when they are recorded, whatever happens next."""
+"""A recorded row is on the disk, whatever happens next."""
 
 import os
 import signal
@@ -25,13 +25,13 @@ def test_a_row_comes_back_as_it_was_recorded(tmp_path):
     assert read(tmp_path / "new") == record.Read([row], 0)
 
 
-def test_numbers_that_json_has_not_become_words(tmp_path):
+def test_numbers_that_json_lacks_become_strings(tmp_path):
     record.append(tmp_path, {"step": "correct", "eager": float("nan")})
     assert read(tmp_path).rows == [{"step": "correct", "eager": "nan"}]
 
 
 @pytest.mark.parametrize("broken", ['{"step": "dec', "[1, 2]\n", "null", '{"a": 1}'])
-def test_a_broken_line_spoils_neither_the_row_before_nor_the_row_after(
+def test_a_broken_line_affects_neither_the_row_before_nor_the_row_after(
     tmp_path, broken
 ):
     record.append(tmp_path, {"step": "one"})
@@ -60,7 +60,7 @@ record.append(folder, {"step": "decode", "us": 3})
 """
 
 
-def test_a_process_killed_in_the_middle_of_writing_loses_that_row_alone(tmp_path):
+def test_a_process_killed_in_the_middle_of_writing_loses_only_that_row(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), str(tmp_path)])
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / record.FILE).read_bytes()[-1:] != b"\n"
@@ -69,7 +69,7 @@ def test_a_process_killed_in_the_middle_of_writing_loses_that_row_alone(tmp_path
     assert found.broken == 1
 
 
-def test_processes_that_write_at_once_do_not_mix_their_rows(tmp_path):
+def test_processes_that_write_at_the_same_time_do_not_mix_their_rows(tmp_path):
     code = KILLED.partition("real =")[0].replace("range(3)", "range(200)")
     command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
     started = [subprocess.Popen(command) for _ in range(2)]
@@ -77,14 +77,14 @@ def test_processes_that_write_at_once_do_not_mix_their_rows(tmp_path):
     assert len(read(tmp_path).rows) == 400 and read(tmp_path).broken == 0
 
 
-def test_the_command_records_what_a_step_no_longer_could(tmp_path):
+def test_the_command_records_a_failure_that_a_step_could_not_record(tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--step", "decode"]
-    command += ["--failed", "cut off\nafter 3 s", "--seconds", "3", "--gpu", "H100"]
+    command += ["--failed", "timed out\nafter 3 s", "--seconds", "3", "--gpu", "H100"]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""})
     (row,) = read(tmp_path).rows
     assert row.pop("date") == record.today()
     assert row == {
-        **{"step": "decode", "gpu": "H100", "failed": "cut off after 3 s"},
+        **{"step": "decode", "gpu": "H100", "failed": "timed out after 3 s"},
         "seconds": 3.0,
     }
 
@@ -103,7 +103,7 @@ def test_a_failed_case_is_recorded_and_the_next_one_is_tried(tmp_path):
     assert run.failed(case=1) and not run.failed(case=2)
 
 
-def test_a_case_without_time_is_left_out_and_said_to_be(tmp_path):
+def test_a_case_without_time_is_skipped_and_recorded_as_skipped(tmp_path):
     run = step(tmp_path, deadline=0.0)
     for case in (1, 2):
         assert run.attempt({"case": case}, lambda: {"us": 1.0}) is None
@@ -113,7 +113,7 @@ def test_a_case_without_time_is_left_out_and_said_to_be(tmp_path):
     assert (row["left_out"], row["first"]) == (2, {"case": 1})
 
 
-def test_a_step_taken_up_again_leaves_out_what_it_has(tmp_path):
+def test_a_resumed_step_skips_recorded_cases(tmp_path):
     run = step(tmp_path)
     run.attempt({"shape": "o_proj", "kernel": "cuda"}, lambda: {"us": 1.0})
     run.attempt({"shape": "o_proj", "kernel": "triton"}, lambda: 1 / 0)  # type: ignore

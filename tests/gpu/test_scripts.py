@@ -1,4 +1,4 @@
-"""The shell scripts: steps that are cut off, fail or die leave others their rows."""
+"""The shell scripts: steps that time out, fail or are killed leave others intact."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ STEPS = {
         *("engine-sparse", "checkpoint-fp8", "engine-dense-8", "engine-sparse-8"),
     ),
 }
-# a step of this name in place of step.py: does what it is called
+# stands in for step.py: a step does what its name says
 STEP = """
 import os, signal, sys, time
 from pathlib import Path
@@ -64,15 +64,15 @@ def test_without_a_gpu_the_script_names_its_steps_and_ends_well(script, tmp_path
 
 
 @pytest.mark.parametrize(("script", "call"), [("kernels", 300), ("serving", 330)])
-def test_the_whole_ends_within_the_time_of_its_call(script, call):
+def test_a_script_ends_within_its_total_time(script, call):
     text = (GPU / f"measure_{script}.sh").read_text()
     total = int(text.partition("TOTAL_SECONDS:-")[2].partition("}")[0])
-    assert total + 3 < call  # what is cut off is killed 3 s later
+    assert total + 3 < call  # a step that times out is killed 3 s later
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script of steps; its output and the rows."""
+    """Run a script of steps; return its output and the rows."""
     (tmp_path / "fake.py").write_text(STEP.format(root=str(ROOT)))
     out = tmp_path / "out"
 
@@ -89,7 +89,7 @@ def run(tmp_path):
     return run
 
 
-def test_steps_that_are_cut_off_fail_or_die_take_nothing_with_them(run):
+def test_steps_that_time_out_fail_or_are_killed_lose_nothing_else(run):
     printed, rows, broken = run(
         "step first 20 1 good",
         "step second 2 1 slow",
@@ -104,18 +104,18 @@ def test_steps_that_are_cut_off_fail_or_die_take_nothing_with_them(run):
     assert broken == 1
     failed = {row["step"]: row["failed"] for row in rows if "failed" in row}
     assert failed.keys() == {"second", "third", "fourth", "fifth"}
-    assert failed["second"].startswith("cut off after")
+    assert failed["second"].startswith("timed out after")
     assert failed["third"] == "exit code 1: nothing works"
     assert failed["fourth"].startswith("killed after")
     assert failed["fifth"].startswith("exit code 127: ")
     assert rows[-1]["given"][:2] == ["--tokens", "1"]
     assert rows[-1]["given"][-3:] == ["--seconds", "20", "--cpu"]
     assert all(row["trial"] for row in rows if "failed" in row)
-    assert "1 lines are broken and left out" in printed
+    assert "1 broken lines are skipped" in printed
     assert "| fourth |" in printed  # in the table of failures
 
 
-def test_what_does_not_fit_in_the_time_is_not_started(run):
+def test_a_step_that_does_not_fit_in_the_remaining_time_is_not_started(run):
     _, rows, _ = run(
         "step first 20 1 good", "step second 30 10 good", "step third 9 1 good", total=9
     )
@@ -125,12 +125,12 @@ def test_what_does_not_fit_in_the_time_is_not_started(run):
     assert "it needs 10" in missing["failed"]
 
 
-def test_a_step_may_have_a_folder_of_its_own_and_the_next_has_it_not(run):
+def test_a_step_may_have_a_site_folder_that_the_next_one_does_not_have(run):
     _, rows, _ = run("step one 9 1 site=/a/site good", "step two 9 1 good")
     assert [row["path"] for row in rows] == ["/a/site", ""]
 
 
-def test_what_steps_print_is_in_the_log(run, tmp_path):
+def test_the_output_of_steps_is_in_the_log(run, tmp_path):
     printed, _, _ = run("step one 9 1 good")
     assert "printed by good" in (tmp_path / "out" / "log.txt").read_text()
     assert (tmp_path / "out" / "summary.md").read_text().strip() in printed

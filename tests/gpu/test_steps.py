@@ -1,4 +1,4 @@
-"""The steps on a CPU with small shapes, and what of them is plain arithmetic."""
+"""The steps on a CPU with small shapes, and their plain arithmetic."""
 
 import argparse
 import json
@@ -70,7 +70,7 @@ def test_decoding_is_timed_on_a_cpu(tmp_path):
 
 
 @interpreted
-def test_kernels_are_compiled_by_calling_them():
+def test_kernels_are_compiled_by_a_first_call():
     found = compiling.compile_one(
         {"kernel": "triton", "dtype": "int8", "shape": "o_proj"}, "cpu"
     )
@@ -83,7 +83,7 @@ def test_kernels_are_compiled_by_calling_them():
     assert missing == {"missing": "needs a GPU"}
 
 
-def test_what_is_not_here_is_said(tmp_path):
+def test_missing_kernels_are_recorded_with_the_reason(tmp_path):
     cusparselt_checks.run(trial(tmp_path, "cusparselt"), NONE)
     profile.run(trial(tmp_path, "profile"), argparse.Namespace(launch=False))
     assert all("missing" in row for row in rows_of(tmp_path))
@@ -156,7 +156,7 @@ def test_a_weight_is_2of4_with_two_kept_in_every_group():
         assert (weight.scale is None) == (dtype.itemsize == 2)
 
 
-def test_enough_weights_rotate_to_leave_every_cache():
+def test_enough_weights_rotate_to_exceed_every_cache():
     for shape in weights.SHAPES.values():
         for itemsize in (1, 2):
             sparse = shape[0] * shape[1] * itemsize * 0.5625
@@ -188,7 +188,7 @@ WIDE = """"ID","Kernel Name","Grid Size","gpu__time_duration.sum"
 """
 
 
-def test_counters_are_read_from_both_forms_of_their_table():
+def test_counters_are_read_from_both_forms_of_the_csv():
     cases = profile.by_case(profile.parse(LONG.splitlines()))
     assert cases == [
         [
@@ -233,7 +233,7 @@ def test_fewer_layers_keep_their_share_of_the_bytes():
     )
 
 
-def test_a_checkpoint_is_found_by_what_it_is(tmp_path):
+def test_a_checkpoint_is_found_by_its_properties(tmp_path):
     options = argparse.Namespace(dtype="fp8", layers=1, folder=tmp_path)
     run = trial(tmp_path, "checkpoint")
     checkpoint.run(run, options)
@@ -243,7 +243,7 @@ def test_a_checkpoint_is_found_by_what_it_is(tmp_path):
     assert (folder / "model-layer-00.safetensors").exists()
     with pytest.raises(RuntimeError, match="no bf16 checkpoint of 8 layers was made"):
         checkpoint.made(run.rows(), "bf16", 8)
-    checkpoint.run(run, options)  # in place of the one before
+    checkpoint.run(run, options)  # replaces the one before
     assert "failed" not in run.rows()[-1]
 
 
@@ -252,13 +252,13 @@ def test_a_checkpoint_goes_where_there_is_room(monkeypatch):
     monkeypatch.setattr(
         checkpoint.shutil, "disk_usage", lambda x: SimpleNamespace(free=free[x])
     )
-    assert checkpoint.place(5) == checkpoint.FOLDERS[0]
-    assert checkpoint.place(500) == checkpoint.FOLDERS[1]
+    assert checkpoint.folder_with_room(5) == checkpoint.FOLDERS[0]
+    assert checkpoint.folder_with_room(500) == checkpoint.FOLDERS[1]
     with pytest.raises(OSError, match="no room"):
-        checkpoint.place(5000)
+        checkpoint.folder_with_room(5000)
 
 
-def test_answers_agree_until_they_part():
+def test_answers_agree_until_they_differ():
     found = engine.agreement([[1, 2, 3, 4], [1, 2, 3, 4]], [[1, 2, 9, 4], [5, 2, 3, 4]])
     assert found == {"first_tokens_equal": 0.5, "equal_until_they_part": 0.25}
 
@@ -274,7 +274,7 @@ def test_greedy_answers_are_compared_with_those_of_the_stock_engine(tmp_path):
     assert found["equal_until_they_part"] == 0.5
 
 
-def test_bytes_of_linear_layers_are_counted_once_each():
+def test_bytes_of_linear_layers_are_counted_once():
     layer = torch.nn.Module()
     layer.qkv_proj = torch.nn.Linear(4, 8, bias=False)
     layer.o_proj = torch.nn.Module()
@@ -288,7 +288,7 @@ def test_bytes_of_linear_layers_are_counted_once_each():
     assert engine.linear_bytes(outer) == 4 * (32 + 10)
 
 
-def test_a_reduced_vllm_records_the_batches_that_are_measured():
+def test_a_reduced_vllm_captures_the_measured_batches():
     how = engine.arguments(as_installed=False, trial=False, longest=2304)
     sizes = how["compilation_config"]["cudagraph_capture_sizes"]
     assert sizes == [1, 16, 128] and how["max_num_seqs"] == 128

@@ -1,4 +1,4 @@
-"""Tables of rows made by hand: no figure here was measured."""
+"""Tables of handmade rows: no figure here was measured."""
 
 import json
 import re
@@ -92,7 +92,7 @@ def body(name: str) -> list[str]:
     return rest.split("\n")
 
 
-def test_what_was_reached_stands_beside_the_targets():
+def test_results_stand_beside_their_targets():
     assert body("gpu-targets") == [
         "| what | target | reached |",
         "| --- | --- | --- |",
@@ -122,7 +122,7 @@ def test_what_was_reached_stands_beside_the_targets():
     ]
 
 
-def test_a_pruning_that_takes_too_long_or_too_much_is_missed():
+def test_pruning_that_takes_too_much_time_or_memory_misses_its_target():
     row = {"step": "prune", "samples": 128, "length": 2048, "width": 4096}
     for seconds, peak, missed in (
         (37.0, 59.0, False),
@@ -146,14 +146,14 @@ def test_machine():
 
 def test_correctness_names_what_is_wrong_and_what_is_missing():
     assert body("gpu-correct")[2:] == [
-        "| cuda | bf16 | **wrong** in 1, for one 8 x 64 x 256 | 2 | 5.0e-01 "
+        "| cuda | bf16 | **wrong** in 1, such as 8 x 64 x 256 | 2 | 5.0e-01 "
         "| 5.0e-01 |",
         "| triton | all | **failed**: cut \\| off | 0 |  |  |",
-        "| dense | int8 | not here: no | 0 |  |  |",
+        "| dense | int8 | not available: no | 0 |  |  |",
     ]
 
 
-def test_times_have_their_ratio_and_the_share_of_the_bandwidth():
+def test_times_have_their_ratio_and_share_of_the_bandwidth():
     lines = body("gpu-decode")
     assert lines[0] == (
         "| type | shape | tokens | called | dense | dense vllm | cuda | cusparselt "
@@ -182,7 +182,7 @@ def test_engines_stand_side_by_side():
     ]
 
 
-def test_failures_have_their_reason_unless_they_were_mended():
+def test_failures_have_a_reason_unless_they_succeeded_later():
     assert body("gpu-failed")[2:] == [
         "| 2026-01-02 | correct | kernel triton | cut \\| off |",
         "| 2026-01-03 | profile |  | not started |",
@@ -193,12 +193,12 @@ def test_failures_have_their_reason_unless_they_were_mended():
     assert Figures([right, wrong]).failures() == [wrong]
 
 
-def test_of_what_was_measured_twice_the_last_counts():
+def test_the_last_of_repeated_measurements_counts():
     figures = Figures([timed("dense", 5.0), timed("dense", 7.0)])
     assert figures.dense("gate_up_proj", "bf16", 1, "graph") == 7.0
 
 
-def test_gpus_are_kept_apart_and_trials_out():
+def test_gpus_are_kept_apart_and_trials_are_left_out():
     other = timed("dense", 1.0) | {"gpu": "B Card"}
     found = by_gpu([*ROWS, other])
     assert found.keys() == {"A Card", "B Card"} and found["B Card"] == [other]
@@ -208,7 +208,7 @@ def test_gpus_are_kept_apart_and_trials_out():
     assert both.count("**A Card**") == both.count("**B Card**") == 1
 
 
-def test_without_a_figure_everything_is_not_yet():
+def test_without_results_every_table_says_not_yet():
     made = summary.tables([])
     assert made.pop("gpu-state") == "**Nothing here has been measured yet.**"
     rows = made.pop("gpu-targets").split("\n")[2:]
@@ -217,10 +217,10 @@ def test_without_a_figure_everything_is_not_yet():
     assert set(made.values()) == {"not yet"}
 
 
-def test_results_have_a_place_for_every_table_and_are_what_was_measured():
+def test_results_md_has_every_table_and_matches_what_was_measured():
     text = RESULTS.read_text(encoding="utf-8")
-    places = re.findall(r"<!-- table: ([\w-]+) -->", text)
-    assert sorted(places) == sorted(TABLES)
+    names = re.findall(r"<!-- table: ([\w-]+) -->", text)
+    assert sorted(names) == sorted(TABLES)
     rows, _ = summary.read_all(sorted(summary.MEASURED.glob("*.jsonl")))
     assert summary.written(text, summary.tables(rows)) == text, (
         "run python integration/gpu/summary.py and look at the difference"
@@ -237,8 +237,8 @@ def test_the_command_skips_a_broken_line_and_writes_the_document(tmp_path, print
     command = [sys.executable, str(SCRIPT), str(tmp_path / "found.jsonl")]
     command += ["--print"] if printed else ["--results", str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "found.jsonl: 2 lines are broken and left out" in done.stdout
-    assert "found.jsonl: 1 rows are of a trial on a CPU and left out" in done.stdout
+    assert "found.jsonl: 2 broken lines are skipped" in done.stdout
+    assert "found.jsonl: 1 rows of a trial on a CPU are skipped" in done.stdout
     assert MADE["gpu-targets"] in done.stdout
     after = copy.read_text()
     assert after == (before if printed else summary.written(before, MADE))

@@ -1,4 +1,4 @@
-"""Machine code for other GPUs, taken out of a CUDA library in place.
+"""Remove the machine code for other GPUs from a CUDA library in place.
 
     python integration/gpu/bundle/fatbin.py LIBRARY --keep 90 [--out LIBRARY]
 
@@ -6,11 +6,11 @@ A library that nvcc built holds one container per compiled file in its section
 ``.nv_fatbin``, each with the same kernels for many architectures. Entries for the
 architectures to keep (``sm_90`` and ``sm_90a`` are both 90) move to the front of their
 container, its size is corrected, and the bytes after them become zeros. Nothing else
-moves: every address in the library stays right, and the zeros compress to nothing.
+moves, so every address in the library stays valid, and the zeros compress to nothing.
 
-PTX goes too. A container that has nothing to keep gets the smallest entry for another
-architecture found anywhere: such a container already stands in libraries whose kernels
-are for other GPUs, whereas an empty one does not.
+PTX is removed, too. A container with nothing to keep gets the smallest entry for
+another architecture found anywhere: libraries whose kernels are for other GPUs already
+have such containers, but never empty ones.
 
 The layout, little-endian, after github.com/n-eiling/cuda-fatbin-decompression:
 
@@ -48,7 +48,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """As nvcc calls it: ``sm_90`` for machine code, ``compute_90`` for PTX."""
+        """nvcc's name: ``sm_90`` for machine code, ``compute_90`` for PTX."""
         kind = "sm" if self.kind == MACHINE_CODE else "compute"
         return f"{kind}_{self.architecture}"
 
@@ -67,14 +67,14 @@ def _entries(section: bytes, start: int, end: int) -> Iterator[Entry]:
         if end - start < ENTRY.size:
             raise ValueError(
                 f"an entry at byte {start} has {end - start} bytes left in its "
-                f"container, expected at least {ENTRY.size}: not a fatbin as known here"
+                f"container, expected at least {ENTRY.size}: not a known fatbin layout"
             )
         kind, _, header, payload, architecture = ENTRY.unpack_from(section, start)
         after = start + header + payload
         if header < ENTRY.size or after > end:
             raise ValueError(
                 f"an entry at byte {start} says {header} + {payload} bytes, but its "
-                f"container ends at {end}: not a fatbin as known here"
+                f"container ends at {end}: not a known fatbin layout"
             )
         yield Entry(start, after, kind, architecture)
         start = after
@@ -93,19 +93,19 @@ def containers(section: bytes) -> list[Container]:
         if len(section) - start < CONTAINER.size:
             raise ValueError(
                 f"{len(section) - start} bytes after the last container at byte "
-                f"{start}, expected zeros: not a fatbin as known here"
+                f"{start}, expected zeros: not a known fatbin layout"
             )
         magic, version, header, size = CONTAINER.unpack_from(section, start)
         if magic != MAGIC or version != 1:
             raise ValueError(
                 f"magic {magic:#x}, version {version} at byte {start}, expected "
-                f"{MAGIC:#x}, version 1: not a fatbin as known here"
+                f"{MAGIC:#x}, version 1: not a known fatbin layout"
             )
         end = start + header + size
         if end > len(section):
             raise ValueError(
                 f"a container at byte {start} ends at {end}, its section at "
-                f"{len(section)}: cut off?"
+                f"{len(section)}: truncated?"
             )
         entries = tuple(_entries(section, start + header, end))
         found.append(Container(start, end, entries))
@@ -114,31 +114,31 @@ def containers(section: bytes) -> list[Container]:
 
 
 def pruned(section: bytes, keep: Collection[int]) -> bytes:
-    """The section with machine code for ``keep`` alone, of the same length.
+    """The section with machine code for ``keep`` only, with the same length.
 
     ``keep`` are compute capabilities as numbers, 90 for 9.0. Raises ValueError if no
     container holds any of them.
     """
     found = containers(section)
 
-    def wanted(entry: Entry) -> bool:
+    def to_keep(entry: Entry) -> bool:
         return entry.kind == MACHINE_CODE and entry.architecture in keep
 
     everything = [entry for container in found for entry in container.entries]
-    if not any(map(wanted, everything)):
+    if not any(map(to_keep, everything)):
         there = sorted({entry.name for entry in everything})
         raise ValueError(
             f"no machine code for {sorted(keep)}, found {', '.join(there) or 'none'}: "
             "name architectures that the library was built for"
         )
-    foreign = [e for e in everything if e.kind == MACHINE_CODE and not wanted(e)]
+    foreign = [e for e in everything if e.kind == MACHINE_CODE and not to_keep(e)]
     stand_in = min(foreign, key=lambda entry: entry.size, default=None)
     result = bytearray(len(section))
     for container in found:
-        kept = [entry for entry in container.entries if wanted(entry)]
+        kept = [entry for entry in container.entries if to_keep(entry)]
         if not kept and container.entries:
             smallest = min(container.entries, key=lambda entry: entry.size)
-            # with PTX alone here it may be too long for this place
+            # where a container has only PTX, the stand-in may be too long
             fits = stand_in and stand_in.size <= smallest.size
             kept = [stand_in if stand_in and fits else smallest]
         body = b"".join(section[entry.start : entry.end] for entry in kept)
@@ -173,13 +173,13 @@ def section_range(library: bytes, name: str = SECTION) -> tuple[int, int]:
 
 
 def prune_library(library: bytes, keep: Collection[int]) -> bytes:
-    """A whole library, of the same length, with machine code for ``keep`` alone."""
+    """A whole library with machine code for ``keep`` only, with the same length."""
     start, end = section_range(library)
     return library[:start] + pruned(library[start:end], keep) + library[end:]
 
 
 def summary(library: bytes) -> str:
-    """Bytes by architecture, on one line."""
+    """Bytes per architecture, on one line."""
     start, end = section_range(library)
     sizes: Counter[str] = Counter()
     for container in containers(library[start:end]):

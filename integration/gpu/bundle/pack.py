@@ -1,10 +1,10 @@
-"""Trimmed wheels as a few archives, which ``unpack.py`` makes into site folders.
+"""Pack trimmed wheels into a few archives, which ``unpack.py`` turns into site folders.
 
     python -m integration.gpu.bundle.pack WHEELS OUT
 
-OUT gets ``NAME-NUMBER.tar.xz`` of the wheels in WHEELS, a folder called NAME, of about
-the same size, so that as many processes unpack them. CUDA libraries lose the machine
-code for other GPUs, and all large libraries their symbols.
+OUT gets archives ``NAME-NUMBER.tar.xz`` of the wheels in WHEELS, a folder called NAME.
+They have about the same size, so that as many processes can unpack them. CUDA libraries
+lose the machine code for other GPUs, and all large libraries their symbols.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from integration.gpu.bundle.fatbin import prune_library
 from integration.gpu.bundle.trim import CUDA_LIBRARIES, carried
 
 ARCHITECTURES = (90,)  # H100 and H200
-PART_BYTES = 6 << 20  # unpacked, to be exceeded by a large library alone
-STRIP_FROM = 1 << 20  # bytes; some small libraries do not survive it
+PART_BYTES = 6 << 20  # unpacked; only a single large library may exceed it
+STRIP_FROM = 1 << 20  # bytes; stripping breaks some small libraries
 TIME = 1577836800  # 2020-01-01: the same wheels give the same archives
 
 Files = dict[str, bytes]
@@ -39,7 +39,7 @@ def stripped(library: bytes) -> bytes:
 
 
 def content(wheel: Path) -> Files:
-    """What is carried of a wheel, by path."""
+    """The files of a wheel that the bundle includes, by path."""
     distribution = wheel.name.split("-")[0].lower()
     files: Files = {}
     with zipfile.ZipFile(wheel) as archive:
@@ -53,24 +53,24 @@ def content(wheel: Path) -> Files:
                 data = stripped(data)
             files[path] = data
     if not files:
-        raise ValueError(f"nothing of {wheel} is carried: see trim.py")
+        raise ValueError(f"no file of {wheel} is included: see trim.py")
     return files
 
 
 def one_of_each(folder: Path) -> list[Path]:
-    """The folder's wheels; ValueError if there are two of one distribution."""
+    """The folder's wheels; ValueError if one distribution has two."""
     found: dict[str, Path] = {}
     for wheel in sorted(folder.glob("*.whl")):
         other = found.setdefault(wheel.name.split("-")[0].lower(), wheel)
         if other != wheel:
             raise ValueError(
-                f"{other} and {wheel}: delete the one that is no longer wanted"
+                f"{other} and {wheel}: delete the one that is no longer needed"
             )
     return list(found.values())
 
 
 def divided(files: Files) -> Iterator[list[str]]:
-    """Paths in lists of about the same unpacked size, similar files together."""
+    """Divide paths into lists of similar unpacked size, similar files together."""
     names = sorted(files, key=lambda path: (Path(path).suffix, path))
     part: list[str] = []
     size = 0
@@ -92,7 +92,7 @@ def write(target: Path, files: Files) -> None:
 
 
 def pack(wheels: Path, out: Path) -> list[Path]:
-    """Archives of the wheels in a folder, in place of those that were there."""
+    """Write archives of the wheels in a folder, replacing earlier ones."""
     files: Files = {}
     for wheel in one_of_each(wheels):
         files |= content(wheel)

@@ -1,4 +1,4 @@
-"""Which files of a wheel are worth carrying to the GPU machine."""
+"""Decide which files of a wheel the bundle includes."""
 
 from fnmatch import fnmatchcase
 
@@ -7,19 +7,19 @@ SOURCES = (".c", ".cc", ".cmake", ".cpp", ".cu", ".cuh", ".h", ".hh", ".hpp", ".
 NOT_IMPORTED = (*SOURCES, ".a", ".m4", ".map", ".pxd", ".pyi", ".pyx")
 
 # extensions of vLLM that a Llama in bf16 or W8A8 needs; the worker cannot be imported
-# without some FlashAttention, and on Hopper stock vLLM calls the third
+# without one of the FlashAttentions, and stock vLLM calls the third on Hopper
 CUDA_LIBRARIES = (
     "vllm/_C_stable_libtorch.abi3.so",
     "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so",
 )
 
-# the first pattern that fits decides; "*" crosses folders
+# the first pattern that matches decides; "*" crosses folders
 RULES: dict[str, tuple[tuple[str, bool], ...]] = {
     "llmc_attnmask": (
         ("*", True),
     ),  # its CUDA source is compiled when a model is loaded
     "mistral_common": (("mistral_common/data/*", False),),
-    "plotly": (  # the JavaScript, and what importing the package alone runs
+    "plotly": (  # the JavaScript, and what merely importing the package runs
         ("plotly/package_data/plotly.min.js", True),
         ("plotly/*/*", False),
         ("plotly/*", True),
@@ -33,7 +33,7 @@ RULES: dict[str, tuple[tuple[str, bool], ...]] = {
         ("*.so", False),
         ("vllm/vllm-rs", False),  # a web server
         ("vllm/third_party/deep_gemm/*", False),
-        ("vllm/third_party/fmha_sm100/*", False),  # another GPU's
+        ("vllm/third_party/fmha_sm100/*", False),  # for another GPU
         ("vllm/entrypoints/serve/instrumentator/static/*", False),
         ("vllm/model_executor/layers/fused_moe/configs/*", False),
         ("*.dist-info/RECORD", False),
@@ -42,7 +42,7 @@ RULES: dict[str, tuple[tuple[str, bool], ...]] = {
 
 
 def carried(distribution: str, path: str) -> bool:
-    """Whether the file at ``path`` in the wheel of ``distribution`` is carried.
+    """Whether the bundle includes the file at ``path`` of ``distribution``'s wheel.
 
     ``distribution`` is the first part of the wheel's file name, with underscores.
     """

@@ -1,4 +1,4 @@
-"""The bundle's archives as folders for PYTHONPATH; the standard library suffices.
+"""Unpack the bundle's archives into folders for PYTHONPATH; needs only Python.
 
     python integration/gpu/bundle/unpack.py DEST [--bundle build/gpu] [--only kernels]
 
@@ -15,12 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 PARTS = ("kernels", "serving")
-SHARED = ("package", "common")  # this package, and what both parts want
+SHARED = ("package", "common")  # this package, and what both parts need
 BUNDLE = Path(__file__).parents[3] / "build" / "gpu"
 
 
 def unpack_one(archive: Path, folders: list[Path]) -> int:
-    """Unpacks into each folder and compiles; returns the bytes of one copy."""
+    """Unpack into each folder and compile; returns the bytes of one copy."""
     size = 0
     for folder in folders:
         with tarfile.open(archive, "r:xz") as tar:
@@ -28,14 +28,14 @@ def unpack_one(archive: Path, folders: list[Path]) -> int:
             tar.extractall(folder, members, filter="data")
         for member in members:
             if member.name.endswith(".py"):
-                # what cannot be compiled is not for this Python, or never imported
+                # a file that does not compile is not for this Python, or never imported
                 py_compile.compile(str(folder / member.name), quiet=2)
         size = sum(member.size for member in members)
     return size
 
 
 def unpack(bundle: Path, destination: Path, parts: tuple[str, ...] = PARTS) -> int:
-    """All archives of ``parts`` and of what they share; returns their unpacked bytes.
+    """Unpack all archives of ``parts`` and what they share; returns unpacked bytes.
 
     Raises FileNotFoundError if a part has no archive.
     """
@@ -44,8 +44,8 @@ def unpack(bundle: Path, destination: Path, parts: tuple[str, ...] = PARTS) -> i
         found = sorted(bundle.glob(f"{part}-*.tar.xz"))
         if not found:
             raise FileNotFoundError(
-                f"no {part}-*.tar.xz in {bundle}: bash integration/gpu/bundle.sh "
-                "makes it, on a machine with network"
+                f"no {part}-*.tar.xz in {bundle}: make it with bash "
+                "integration/gpu/bundle.sh, on a machine with network"
             )
         of = parts if part in SHARED else (part,)
         jobs += [(x, [destination / f"site-{name}" for name in of]) for x in found]

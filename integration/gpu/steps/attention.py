@@ -1,6 +1,6 @@
-"""The fused kernels of the attention error: against float64, and against the plain way.
+"""Compare the fused kernels of the attention error with float64 and the plain version.
 
-One sample with Llama-3.1-8B's heads, the error and both gradients.
+One sample with Llama-3.1-8B's heads: the error and both gradients.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Inputs = tuple[AttentionCall, Tensor, Tensor, Tensor]
 
 
 def random_inputs(length: int, dtype: torch.dtype, device: str) -> Inputs:
-    """A dense call, q and k as if pruned, and W_o."""
+    """A dense call, perturbed q and k as if pruned, and W_o."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -68,15 +68,15 @@ def deviation(length: int, device: str) -> dict[str, float]:
     exact = error_and_gradients(*inputs)
     single = error_and_gradients(*in_float32(inputs))
     return {
-        name: float((found - wanted).norm() / wanted.norm())
-        for name, found, wanted in zip(
+        name: float((found - expected).norm() / expected.norm())
+        for name, found, expected in zip(
             ("error", "query", "key"), single, exact, strict=True
         )
     }
 
 
 def hidden_row(length: int, device: str) -> dict[str, bool]:
-    """Whether a query that sees no key leaves everything finite."""
+    """Whether everything stays finite when a query sees no key."""
     call, *pruned = random_inputs(length, torch.float32, device)
     assert call.mask is not None
     call.mask[..., 3, :] = float("-inf")
@@ -98,9 +98,9 @@ def speed(length: int, device: str) -> dict[str, float]:
 
 
 def choosing(fused: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call with the fused kernels, whether or not they are the default, or without."""
+    """Call with or without the fused kernels, whether or not they are the default."""
     fusible = matrix._fusible
-    # float64 is what they are compared with
+    # float64 is the reference that they are compared with
     matrix._fusible = lambda call: fused and call.query.dtype != torch.float64
     try:
         return function(*arguments)

@@ -1,8 +1,8 @@
-"""A random 2:4 checkpoint of Llama-3.1-8B's shape, in memory if there is room.
+"""Make a random 2:4 checkpoint of Llama-3.1-8B's shape, in memory if there is room.
 
-Stored dense with the note in config.json: served without the plugin it is the dense
-model. With fewer layers the vocabulary shrinks in proportion, so that the layers keep
-their share of the bytes that a token reads.
+It is stored dense with the marker in config.json: served without the plugin, it is the
+dense model. With fewer layers the vocabulary shrinks in proportion, so that the layers
+keep their share of the bytes that a token reads.
 """
 
 import argparse
@@ -54,11 +54,11 @@ TINY = {
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp8", "int8"], default="bf16")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--folder", type=Path, help="by default where there is room")
+    parser.add_argument("--folder", type=Path, help="by default, where there is room")
 
 
 def configuration(layers: int, trial: bool) -> dict[str, Any]:
-    """config.json of so many layers."""
+    """config.json for this many layers."""
     whole: dict[str, Any] = LLAMA_8B | (TINY if trial else {})
     vocabulary = whole["vocab_size"] * layers // LLAMA_8B["num_hidden_layers"]
     return whole | {
@@ -68,7 +68,7 @@ def configuration(layers: int, trial: bool) -> dict[str, Any]:
 
 
 def quantization(dtype: str) -> dict[str, Any] | None:
-    """W8A8 as compressed-tensors describes it, tokens quantized while serving."""
+    """W8A8 as compressed-tensors describes it, with tokens quantized while serving."""
     if dtype == "bf16":
         return None
     kind = {"num_bits": 8, "type": "float" if dtype == "fp8" else "int"}
@@ -105,7 +105,7 @@ def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def quantized(weight: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Tensors of one linear layer, by suffix."""
+    """The tensors of one linear layer, by suffix."""
     if dtype == "bf16":
         return {"weight": weight}
     largest = 448.0 if dtype == "fp8" else 127.0
@@ -122,8 +122,8 @@ def quantized(weight: Tensor, dtype: str) -> dict[str, Tensor]:
 def shards(
     config: dict[str, Any], dtype: str, device: str
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Files of the checkpoint, on the CPU; all decoder layers have the same weights,
-    which takes nothing away from what they cost.
+    """Yield the checkpoint's files, on the CPU; all decoder layers have the same
+    weights, which does not change what they cost.
     """
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     table: Any = {"device": device, "dtype": torch.bfloat16}
@@ -139,7 +139,7 @@ def shards(
     }
     for name, (rows, columns) in linears(config).items():
         weight = random_weight(rows, columns, torch.bfloat16, device).dense
-        # of a size at which activations stay in range layer after layer
+        # scaled so that activations stay in range layer after layer
         parts = quantized(weight * (2 / columns) ** 0.5, dtype)
         one |= {f"{name}.{part}": parts[part].cpu().contiguous() for part in parts}
     for layer in range(config["num_hidden_layers"]):
@@ -151,7 +151,7 @@ def shards(
 
 
 def make(folder: Path, config: dict[str, Any], dtype: str, device: str) -> int:
-    """Write the checkpoint; its bytes."""
+    """Write the checkpoint; returns its bytes."""
     folder.mkdir(parents=True)
     index: dict[str, str] = {}
     total = 0
@@ -177,16 +177,16 @@ def make(folder: Path, config: dict[str, Any], dtype: str, device: str) -> int:
     return total
 
 
-def place(wanted: int) -> Path:
-    """The first folder with so many bytes free.
+def folder_with_room(needed: int) -> Path:
+    """The first folder with this many bytes free.
 
-    :raises OSError: if none has
+    :raises OSError: if there is none
     """
     free = {folder: shutil.disk_usage(folder).free for folder in FOLDERS}
     for folder, available in free.items():
-        if available > wanted * 1.1:
+        if available > needed * 1.1:
             return folder
-    raise OSError(f"no room for {wanted / 1e9:.1f} GB: free are {free}")
+    raise OSError(f"no room for {needed / 1e9:.1f} GB; free bytes: {free}")
 
 
 def run(context: Context, options: argparse.Namespace) -> None:
@@ -198,8 +198,8 @@ def run(context: Context, options: argparse.Namespace) -> None:
 
     def work() -> dict[str, Any]:
         name = f"llmc-attnmask-{options.dtype}-{options.layers}"
-        folder = (options.folder or place(2 * entries)) / name
-        if folder.exists():  # of a call before, perhaps cut off
+        folder = (options.folder or folder_with_room(2 * entries)) / name
+        if folder.exists():  # from an earlier call, perhaps incomplete
             shutil.rmtree(folder)
         start = time.monotonic()
         size = make(folder, config, options.dtype, context.device)
@@ -213,13 +213,13 @@ def run(context: Context, options: argparse.Namespace) -> None:
 
 
 def made(rows: list[record.Row], dtype: str, layers: int) -> Path:
-    """The folder of the checkpoint that an earlier step has made.
+    """The folder of the checkpoint that an earlier step made.
 
     :raises RuntimeError: if there is none
     """
-    wanted = {"step": "checkpoint", "dtype": dtype, "layers": layers}
+    case = {"step": "checkpoint", "dtype": dtype, "layers": layers}
     for row in reversed(rows):
-        if wanted.items() <= row.items() and "folder" in row:
+        if case.items() <= row.items() and "folder" in row:
             return Path(row["folder"])
     raise RuntimeError(
         f"no {dtype} checkpoint of {layers} layers was made; run the step checkpoint "

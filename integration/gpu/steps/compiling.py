@@ -1,6 +1,6 @@
-"""Compile every kernel ahead, in several processes: the steps after it find them done.
+"""Compile every kernel in advance, in several processes, for the steps that follow.
 
-What is recorded is the slowest first call of a kernel, which a user waits for once per
+It records the slowest first call of each kernel, for which a user waits once per
 machine, and the seconds of the whole task.
 """
 
@@ -31,8 +31,8 @@ PROCESSES = 12
 
 
 def tasks(trial: bool) -> Iterator[dict[str, Any]]:
-    """What one process compiles at a time; Triton has most to do, and keeps it on the
-    disk, which NVRTC does not.
+    """Yield what one process compiles at a time; Triton takes longest, and caches its
+    results on the disk, which NVRTC does not.
     """
     for kind in DTYPES:
         for name in (
@@ -45,7 +45,7 @@ def tasks(trial: bool) -> Iterator[dict[str, Any]]:
 
 
 def compile_one(task: dict[str, Any], device: str) -> dict[str, Any]:
-    """Call a kernel for the first time; figures, or why it is not there."""
+    """Call a kernel for the first time; returns figures, or why it is missing."""
     start = time.monotonic()
     if task["kernel"] == "attention":
         length = 64 if device == "cpu" else 512
@@ -94,5 +94,5 @@ def run(context: Context, options: argparse.Namespace) -> None:
         left = [task for future, task in futures.items() if not future.done()]
         context.record(failed="no time left", left_out=len(left), first=left[0])
         for process in list(pool._processes.values()):
-            process.kill()  # or the end of this one waits for them
+            process.kill()  # otherwise this process would wait for them
     pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
-"""Every kernel against float64: fresh random inputs, eager and in a CUDA graph.
+"""Compare every kernel with float64 on random inputs, eager and in a CUDA graph.
 
-Outputs begin as NaN. Each kernel has a process of its own: one that crashes or hangs
-leaves the others alone. What fails, or is wrong at a shape that is timed, is not timed.
+Outputs start as NaN. Each kernel has its own process, so that a crash or hang does not
+affect the others. A kernel that fails, or is wrong at a timed shape, is not timed.
 """
 
 import argparse
@@ -34,11 +34,13 @@ REAL = (("gate_up_proj", 16), ("down_proj", 1), ("down_proj", 64), ("qkv_proj", 
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel", choices=KERNELS, help="this one, in this process")
+    parser.add_argument(
+        "--kernel", choices=KERNELS, help="check only this one, in this process"
+    )
 
 
 def cases(trial: bool) -> Iterator[tuple[int, int, int]]:
-    """Tokens, rows, columns."""
+    """Yield tokens, rows and columns."""
     yield from ODD[:2] if trial else ODD
     shapes = SMALL if trial else SHAPES
     for tokens in TOKENS[:2] if trial else TOKENS:
@@ -69,14 +71,14 @@ def run(context: Context, options: argparse.Namespace) -> None:
             code = process.wait(timeout=min(max(context.left(), 0.1), 1e6))
         except subprocess.TimeoutExpired:
             process.kill()
-            context.record(kernel=kernel, failed="timed out; no result of the rest")
+            context.record(kernel=kernel, failed="timed out; the rest has no results")
             continue
         if code:
             context.record(kernel=kernel, failed=f"ended with exit code {code}")
 
 
 def check_kernel(context: Context, name: str) -> None:
-    """All types and shapes of one kernel."""
+    """Check all types and shapes of one kernel."""
     for kind, dtype in DTYPES.items():
         for tokens, rows, columns in cases(context.trial):
             if missing(name, dtype, (rows, columns), context.device):
@@ -95,10 +97,10 @@ def check_kernel(context: Context, name: str) -> None:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of the norm; an error of the largest entry may be twice that.
+    """Relative to the norm; relative to the largest entry, twice that is allowed.
 
     Rounding a product to bf16 costs 0.002; tensor cores of capability 9.0 may add fp8
-    up with 14 bits, which over thousands of columns costs more.
+    up with 14 bits, which costs more over thousands of columns.
     """
     return 0.04 if dtype == torch.float8_e4m3fn else 0.01
 
@@ -135,7 +137,7 @@ def errors(packed: Packed, tokens: int, device: str) -> dict[str, Any]:
 
 
 def poison(entries: int, device: str) -> None:
-    """Leave NaN in the memory that the next allocations get."""
+    """Fill the memory that the next allocations get with NaN."""
     blocks = [
         torch.full((size,), float("nan"), device=device, dtype=dtype)
         for size in (entries, 2 * entries, 4 * entries, 8 * entries)
@@ -146,7 +148,7 @@ def poison(entries: int, device: str) -> None:
 
 def in_graph(packed: Packed, x: Tensor, scale: Tensor | None) -> Tensor:
     """The output of a recorded and replayed kernel, recorded with other tokens."""
-    packed(x, scale)  # compiles, which must not be recorded
+    packed(x, scale)  # compiles, which must not happen while recording
     own, bits = x.clone(), layout.bits_of(x)
     bits.copy_(bits.roll(1, dims=-1))
     graph = torch.cuda.CUDAGraph()
@@ -160,8 +162,8 @@ def in_graph(packed: Packed, x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def wrong(rows: list[record.Row]) -> set[tuple[str, str | None]]:
-    """Kernel and type of what failed, or was wrong at one of ``SHAPES``, and was not
-    right later; the type is None for all types.
+    """Kernel and type of cases that failed, or were wrong at one of ``SHAPES``, and did
+    not pass later; the type None stands for all types.
     """
     timed = set(SHAPES.values())
     return {

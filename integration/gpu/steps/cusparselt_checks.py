@@ -1,8 +1,9 @@
-"""What the project takes for granted about cuSPARSELt, asked of this one.
+"""Check what the project assumes about cuSPARSELt.
 
-Its version; bytes of a weight; whether the kept values are row by row at the head of
-its buffer, where the decode kernels read them; how its metadata are laid out; whether a
-product of a size that was never called can be recorded; scales as a vector.
+That is its version; the bytes of a weight; whether the kept values are row by row at
+the start of its buffer, where the decode kernels read them; how its metadata are laid
+out; whether a product of a size that was never called can be recorded; scales as a
+vector.
 """
 
 import argparse
@@ -27,8 +28,8 @@ PROBED = (128, 256)  # rows, columns
 
 
 def stored(dtype: torch.dtype, shape: tuple[int, int], device: str) -> dict[str, Any]:
-    """Bytes over dense; whether the kept values come first, row by row; and whether the
-    decode kernel can read the metadata, in which spans.
+    """Bytes relative to dense; whether the kept values come first, row by row; and the
+    spans in which the decode kernel can read the metadata, if it can.
     """
     weight = random_weight(*shape, dtype, device).dense
     compressed = cusparselt.compress(weight)
@@ -41,7 +42,7 @@ def stored(dtype: torch.dtype, shape: tuple[int, int], device: str) -> dict[str,
 
 
 def recorded_first(dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """A product that is recorded before it was ever called."""
+    """Record a product that was never called before."""
     weight = random_weight(*SHAPES["o_proj"], dtype, device)
     packed = pack("cusparselt", weight)
     packed.prepare([64])
@@ -56,7 +57,7 @@ def recorded_first(dtype: torch.dtype, device: str) -> dict[str, Any]:
 
 
 def in_vector(dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Scales of an 8-bit weight, which go into the product as a vector."""
+    """Scale an 8-bit product with a vector of the weight's scales."""
     weight = random_weight(*SHAPES["o_proj"], dtype, device)
     packed = pack("cusparselt", weight)
     packed.prepare([16])

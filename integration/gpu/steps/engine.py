@@ -1,8 +1,8 @@
-"""One vLLM engine: tokens per second, time to the first token, and what it answers.
+"""Measure one vLLM engine: tokens per second, time to first token, and its answers.
 
-``--plugin off`` is stock vLLM on the same weights, dense. By default the engine runs as
-a reduced vLLM can: Triton's attention, no torch.compile, CUDA graphs of the decode
-batches only; ``--as-installed`` leaves all of that to vLLM. Both engines of a
+``--plugin off`` is stock vLLM with the same weights, dense. By default the engine uses
+what a reduced vLLM has: Triton's attention, no torch.compile, and CUDA graphs of the
+decode batches only; ``--as-installed`` leaves all of that to vLLM. Both engines of a
 comparison run the same way.
 """
 
@@ -38,7 +38,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def arguments(as_installed: bool, trial: bool, longest: int) -> dict[str, Any]:
-    """Of ``vllm.LLM``."""
+    """The arguments of ``vllm.LLM``."""
     found: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
@@ -73,7 +73,7 @@ class Server:
         self.vocabulary = self.engine.llm_engine.model_config.get_vocab_size()
 
     def answers(self, batch: int, prompt: int, answer: int, seed: int) -> list[Any]:
-        """What it answers to random prompts; the same prompts for the same seed."""
+        """Answers to random prompts; the same seed gives the same prompts."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)
@@ -89,7 +89,7 @@ class Server:
         return found
 
     def seconds(self, batch: int, prompt: int, answer: int, repeats: int) -> float:
-        """Median, after one warm-up."""
+        """Median time, after one warm-up."""
         times = []
         for seed in range(repeats + 1):
             start = time.perf_counter()
@@ -103,13 +103,13 @@ class Server:
         return [list(one.outputs[0].token_ids) for one in found]
 
     def decoding(self, batch: int, answer: int, repeats: int) -> dict[str, float]:
-        """Of a batch whose prompts are read: the rest after the first token."""
+        """Speed of decoding a batch: the tokens after the first one."""
         first = self.seconds(batch, PROMPT, 1, repeats)
         whole = self.seconds(batch, PROMPT, answer, repeats)
         if whole <= first:
             raise RuntimeError(
-                f"{answer} tokens took {whole:.4f} s and one {first:.4f} s; expected "
-                "more for more: other work disturbs the machine"
+                f"{answer} tokens took {whole:.4f} s and one took {first:.4f} s; "
+                "expected more tokens to take longer: other work disturbs the machine"
             )
         return {
             "tokens_per_s": batch * (answer - 1) / (whole - first),
@@ -117,24 +117,24 @@ class Server:
         }
 
     def to_the_first(self, prompt: int, repeats: int) -> dict[str, float]:
-        """Milliseconds until a prompt is read and one token is there."""
+        """Milliseconds until a prompt is read and the first token is generated."""
         return {"ms": 1000 * self.seconds(1, prompt, 1, repeats)}
 
     def kernels(self, sparse: bool) -> dict[str, str]:
-        """Which kernels serve.
+        """Which kernels serve the layers.
 
         :param sparse: whether the plugin is on
-        :raises RuntimeError: if it is, and no layer is sparse
+        :raises RuntimeError: if it is on, but no layer is sparse
         """
         (found,) = self.engine.apply_model(kernels)
         if sparse and not set(found) - {"dense"}:
             raise RuntimeError(
-                "every layer is served dense; the log has a table that says why"
+                "every layer is served dense; a table in the log gives the reasons"
             )
         return {"layers_by_kernel": json.dumps(found)}
 
     def weights(self) -> dict[str, float]:
-        """Bytes of the decoder's linear layers, whatever form they have."""
+        """Bytes of the decoder's linear layers, in any form."""
         return {"linear_gb": sum(self.engine.apply_model(linear_bytes)) / 1e9}
 
 
@@ -152,7 +152,7 @@ def kernels(model: Any) -> dict[str, int]:
 
 
 def linear_bytes(model: Any) -> int:
-    """Of parameters and buffers; scales and biases count, too."""
+    """Bytes of parameters and buffers, including scales and biases."""
     seen: dict[int, int] = {}
     for name, module in model.named_modules():
         if ".layers." in name and name.endswith("_proj"):
@@ -163,7 +163,7 @@ def linear_bytes(model: Any) -> int:
 
 
 def agreement(tokens: list[list[int]], others: list[list[int]]) -> dict[str, float]:
-    """Share of equal first tokens, and of the answers before they part."""
+    """Share of equal first tokens, and of the answers before they differ."""
     first, before = [], []
     for one, other in zip(tokens, others, strict=True):
         equal = [a == b for a, b in zip(one, other, strict=True)]
@@ -214,7 +214,7 @@ def run(context: Context, options: argparse.Namespace) -> None:
     sparse = options.plugin == "on" and not trial
     served = partial(server.kernels, sparse)
     if context.attempt(case | {"of": "kernels"}, served) is None and sparse:
-        return  # what would be measured is not ours
+        return  # the engine to measure has no sparse layer
     context.attempt(case | {"of": "memory"}, server.weights)
     context.attempt(
         case | {"of": "tokens"}, partial(greedy, context, server, case, compared)
@@ -234,7 +234,7 @@ def run(context: Context, options: argparse.Namespace) -> None:
 def greedy(
     context: Context, server: Server, case: dict[str, Any], size: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Answers, and how far they agree with those of the stock engine before."""
+    """Answers, and how far they agree with earlier ones of the stock engine."""
     found = server.tokens(*size)
     result: dict[str, Any] = {"tokens": found}
     stock = case | {"plugin": "off", "kernel": None, "of": "tokens"}

@@ -1,8 +1,8 @@
-"""Where a library keeps the indices of a 2:4 weight, found by asking it.
+"""Find by probing where a library keeps the indices of a 2:4 weight.
 
-Weights are compressed in which every group of four keeps entries 0 and 1, or 2 and 3,
-by one bit of the group's number; the bits of the compressed form that follow spell the
-number of the group that they belong to.
+It compresses weights in which every group of four keeps entries 0 and 1, or 2 and 3,
+depending on one bit of the group's number. The bits of the compressed form that change
+accordingly spell the number of the group that they belong to.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ Bits = NDArray[np.uint8]
 def of(
     compress: Compress, dtype: torch.dtype, rows: int, columns: int, device: str
 ) -> dict[str, Any]:
-    """The layout of everything behind the kept values.
+    """The layout of everything after the kept values.
 
-    :param compress: takes a weight [rows, columns] and begins with its kept values
+    :param compress: compresses a weight [rows, columns]; kept values come first
     :return: ``groups``: number of the group, row * columns / 4 + group, whose four bits
-        are the first, second ... of the metadata, -1 where no group's are; ``codes``:
+        are the first, second ... of the metadata, -1 for bits of no group; ``codes``:
         the four bits by the kept pair; ``regular``: whether all four bits of a nibble
-        are of one group, and every group has one nibble; ``metadata_bytes``
+        belong to one group, and every group has one nibble; ``metadata_bytes``
     """
     count = rows * columns // 4
     numbers = np.arange(count)
@@ -65,7 +65,7 @@ def of(
 def _weight(
     second: NDArray[np.bool_], dtype: torch.dtype, rows: int, columns: int, device: str
 ) -> Tensor:
-    """Ones at entries 0 and 1 of a group, or at 2 and 3."""
+    """A weight with ones at entries 0 and 1 of a group, or at 2 and 3."""
     chosen = torch.from_numpy(second).view(rows, columns // 4, 1)
     last = torch.tensor([False, False, True, True])
     return (chosen == last).view(rows, columns).to(device).float().to(dtype)
@@ -80,6 +80,6 @@ def _kept(
 
 
 def _metadata(compress: Compress, weight: Tensor) -> Bits:
-    """Bits behind the kept values, the lowest of a byte first."""
+    """The bits after the kept values, the lowest of a byte first."""
     stored = compress(weight).contiguous().view(-1).view(torch.uint8).cpu().numpy()
     return np.unpackbits(stored[weight.nbytes // 2 :], bitorder="little")

@@ -1,7 +1,7 @@
-"""Time of every kernel at the linear shapes of Llama-3.1-8B, few tokens and many.
+"""Time every kernel at the linear shapes of Llama-3.1-8B, with few and many tokens.
 
-Each in a replayed CUDA graph and called from Python. Weights rotate, so that no cache
-holds them; sparse kernels that the step `correct` found wrong are left out.
+Each is timed in a replayed CUDA graph and called from Python. Weights rotate, so that
+no cache holds them; sparse kernels that the step `correct` found wrong are skipped.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from integration.gpu.weights import (
 )
 
 DECODE = (1, 8, 16, 64)
-PREFILL = (4096, 1024, 256)  # the most wanted first
+PREFILL = (4096, 1024, 256)  # the most important first
 TIMED = ("bf16", "fp8", "int8")
 SHAPES_OF_BLOCKS = ["gate_up_proj", "down_proj"]
 DTYPES_OF_BLOCKS = ["bf16", "fp8"]
@@ -54,19 +54,19 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def decode(context: Context, options: argparse.Namespace) -> None:
-    """Few tokens: time goes into reading the weight."""
+    """Few tokens: reading the weight takes the time."""
     kernels = (DENSE[0], *SPARSE, DENSE[1])
     measure(context, options, DECODE, kernels, CALLS)
 
 
 def prefill(context: Context, options: argparse.Namespace) -> None:
-    """Many tokens: time goes into arithmetic, and the decode kernels are out."""
+    """Many tokens: arithmetic takes the time, and decode kernels are not run."""
     kernels = (DENSE[0], "cusparselt", "cusparselt unsearched", DENSE[1])
     measure(context, options, PREFILL, kernels, CALLS_PREFILL)
 
 
 def blocks(context: Context, options: argparse.Namespace) -> None:
-    """The decode kernel in CUDA with blocks of other sizes."""
+    """The CUDA decode kernel with other block sizes."""
     chosen = argparse.Namespace(
         shapes=options.shapes or SHAPES_OF_BLOCKS,
         dtypes=options.dtypes or DTYPES_OF_BLOCKS,
@@ -85,7 +85,7 @@ def measure(
     calls: int,
     modes: Sequence[str] = ("graph", "eager"),
 ) -> None:
-    """All shapes and types, in their order of worth."""
+    """Measure all shapes and types, the most important first."""
     shapes = tuple(options.shapes or SHAPES)
     if context.trial:
         tokens = sorted({min(count, 16) for count in tokens})[:2]
@@ -111,9 +111,9 @@ def _measure_one(
     calls: int,
     modes: Sequence[str],
 ) -> None:
-    """One shape and type."""
+    """Measure one shape and type."""
     if context.left() < 2:
-        context.attempt(case, dict)  # is left out, and said to be
+        context.attempt(case, dict)  # records that it was skipped
         return
     shape = (SMALL if context.trial else SHAPES)[case["shape"]]
     dtype = DTYPES[case["dtype"]]
@@ -126,7 +126,7 @@ def _measure_one(
         if why := missing(name, dtype, shape, context.device):
             context.lacks(name, case["dtype"], why)
         elif name not in DENSE and out & {(name, case["dtype"]), (name, None)}:
-            context.lacks(name, case["dtype"], "wrong, see the step `correct`")
+            context.lacks(name, case["dtype"], "wrong; see the step `correct`")
         elif not context.failed(**named):
             found = _packed(context, name, weight, count, tokens, named)
             if found:
@@ -151,7 +151,7 @@ def _measure_one(
 def _time(function: Any, turn: list[partial[Tensor]], device: str) -> dict[str, float]:
     found = {"us": function(turn)}
     if device == "cuda":
-        torch.cuda.synchronize()  # a failure belongs to this case
+        torch.cuda.synchronize()  # so that a failure belongs to this case
     return found
 
 
@@ -163,7 +163,7 @@ def _packed(
     tokens: Sequence[int],
     case: dict[str, Any],
 ) -> list[Packed]:
-    """``count`` copies, ready for so many tokens; none if the kernel fails."""
+    """``count`` copies, prepared for these tokens; empty if the kernel fails."""
     try:
         start = time.monotonic()
         first = pack(name, weight)
@@ -174,7 +174,7 @@ def _packed(
         start = time.monotonic()
         first.prepare(list(tokens))  # for all weights of this shape and type
         preparing = time.monotonic() - start
-    except Exception as error:  # whatever it is, the other kernels are worth trying
+    except Exception as error:  # whatever it is, try the other kernels
         context.fail(case, error)
         return []
     context.record(

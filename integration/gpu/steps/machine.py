@@ -1,4 +1,4 @@
-"""Which machine this is, and what its memory and its tensor cores reach."""
+"""Describe this machine, and measure its memory and its tensor cores."""
 
 import argparse
 import hashlib
@@ -22,7 +22,7 @@ PACKAGES = ("triton", "vllm", "llmcompressor", "compressed-tensors", "transforme
 
 
 def versions(device: str) -> dict[str, str | None]:
-    """Of everything that the figures depend on; None of what is not there."""
+    """Versions of everything that the figures depend on; None for what is missing."""
     found: dict[str, str | None] = {
         "llmc_attnmask": llmc_attnmask.__version__,
         "sources": sources(),
@@ -48,7 +48,7 @@ def versions(device: str) -> dict[str, str | None]:
 
 
 def sources() -> str:
-    """Digest of the package's source files: which code was measured."""
+    """Digest of the package's source files, which identifies the measured code."""
     digest = hashlib.sha256()
     files = (ROOT / "llmc_attnmask").rglob("*.*")
     for path in sorted(p for p in files if p.suffix in (".py", ".cu", ".h")):
@@ -68,7 +68,7 @@ def _last(text: str | None) -> str | None:
 
 
 def state() -> dict[str, str]:
-    """Driver, memory, clocks and power limit, asked for and not changed."""
+    """Driver, memory, clocks and power limit; read, not changed."""
     names = QUERIES.split(",")
     printed = _printed(
         "nvidia-smi", f"--query-gpu={QUERIES}", "--format=csv,noheader", "--id=0"

@@ -1,7 +1,7 @@
-"""Hardware counters of the decode kernels, where Nsight Compute is installed.
+"""Read hardware counters of the decode kernels, where Nsight Compute is installed.
 
-Clocks are left alone. A tiny kernel marks where a case begins, so that the launches in
-ncu's output can be told apart whatever they are called.
+Clocks stay as they are. A tiny kernel marks where a case begins, so that the launches
+in ncu's output can be told apart by position, not by name.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from integration.gpu.weights import (
     random_weight,
 )
 
-METRICS = {  # ncu's name -> ours
+METRICS = {  # ncu's name -> name in the results
     "gpu__time_duration.sum": "duration",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
     "dram__bytes_read.sum": "dram_read",
@@ -43,17 +43,17 @@ CASES = (  # type, shape, tokens
     ("fp8", "gate_up_proj", 16),
     ("bf16", "o_proj", 1),
 )
-MARK = "FillFunctor"  # in the name of what `fill_` launches
+MARK = "FillFunctor"  # in the name of the kernel that `fill_` launches
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--launch", action="store_true", help="only make the launches, under ncu"
+        "--launch", action="store_true", help="only launch the kernels, under ncu"
     )
 
 
 def cases(context: Context) -> Iterator[dict[str, Any]]:
-    """What is launched, in order; the same in the profiled process."""
+    """Yield what is launched, in order; the same in the profiled process."""
     out = wrong(context.rows())
     for kind, shape, tokens in CASES:
         for kernel in SPARSE:
@@ -70,7 +70,7 @@ def cases(context: Context) -> Iterator[dict[str, Any]]:
 
 
 def launch(context: Context) -> None:
-    """One call of every case, each behind a mark; nothing else is profiled."""
+    """Call every case once, each after a mark; nothing else is profiled."""
     device = context.device
     mark = torch.zeros(1, device=device)
     ready: list[tuple[Packed, Any]] = []
@@ -101,7 +101,10 @@ def run(context: Context, options: argparse.Namespace) -> None:
     if ncu is None:
         context.record(missing="ncu is not on PATH")
         return
-    for metrics in (list(METRICS), list(METRICS)[:2]):  # an unknown one ends it all
+    for metrics in (
+        list(METRICS),
+        list(METRICS)[:2],
+    ):  # an unknown metric ends the whole run
         code, printed = profiled(ncu, metrics, context)
         (context.folder / "ncu.csv").write_text(printed)
         launches = parse(printed.splitlines())
@@ -134,7 +137,7 @@ def profiled(ncu: str, metrics: list[str], context: Context) -> tuple[int, str]:
 def parse(lines: Iterable[str]) -> list[dict[str, str]]:
     """Launches in order, each with its metrics, from either of ncu's CSV forms.
 
-    The values are ncu's, with its units, as ``12.5 us``.
+    Values are ncu's, with its units, such as ``12.5 us``.
     """
     rows = csv.reader(line for line in lines if line.startswith('"'))
     header = next(rows, None)
@@ -145,7 +148,7 @@ def parse(lines: Iterable[str]) -> list[dict[str, str]]:
     for cells in rows:
         row = dict(zip(header, cells, strict=False))
         if not row.get("ID"):
-            units = cells  # of the form with a column for each metric
+            units = cells  # the form with one column per metric
             continue
         launch = launches.setdefault(row["ID"], {"launch": row["Kernel Name"]})
         launch["grid"] = row.get("Grid Size", "")
@@ -162,7 +165,7 @@ def parse(lines: Iterable[str]) -> list[dict[str, str]]:
 
 
 def by_case(launches: Iterable[dict[str, str]]) -> list[list[dict[str, str]]]:
-    """The launches behind each mark."""
+    """The launches after each mark."""
     found: list[list[dict[str, str]]] = []
     for launch in launches:
         if MARK in launch["launch"]:

@@ -1,8 +1,8 @@
-"""Time and memory of the most accurate recipe on layers of Llama-3.1-8B's shape.
+"""Measure the most accurate recipe's time and memory at Llama-3.1-8B's layer shapes.
 
-Random weights and tokens, which suffice for both. Layers are pruned one after another,
-so that 32 of them take 32 times as long as one; what the recipe logs on its way is kept
-as it comes.
+Random weights and tokens suffice for both. Layers are pruned one after another, so that
+32 of them take 32 times as long as one. The recipe's log lines are recorded as they
+come.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def random_llama(layers: int, length: int, width: int, device: str) -> LlamaForCausalLM:
-    """bf16, with Llama-3.1-8B's shapes at a width of 4096; in the CPU's memory."""
+    """A bf16 model in the CPU's memory, with Llama-3.1-8B's shapes at width 4096."""
     heads = width // 128
     config = LlamaConfig(
         vocab_size=32768,
@@ -48,7 +48,7 @@ def random_llama(layers: int, length: int, width: int, device: str) -> LlamaForC
     )
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device(device):  # a GPU draws them faster
+        with torch.device(device):  # a GPU draws random numbers faster
             model = LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
@@ -67,10 +67,10 @@ def run(context: Context, options: argparse.Namespace) -> None:
 
 
 def pruned(context: Context, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory of a whole recipe."""
+    """Run a whole recipe; returns seconds and peak memory."""
     model = random_llama(options.layers, options.length, options.width, context.device)
     tokens = torch.randint(model.config.vocab_size, (options.samples, options.length))
-    # oneshot wants to know where a model and its tokenizer come from
+    # oneshot needs the paths of the model and its tokenizer
     model.config.name_or_path = str(MODEL_DIR)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     cuda = context.device == "cuda"

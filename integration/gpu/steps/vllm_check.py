@@ -1,7 +1,7 @@
-"""Whether this vLLM runs at all: it is imported, and its own kernels are called.
+"""Check that this vLLM runs at all: import it, and call its own kernels.
 
-A reduced vLLM carries one extension with the code of one capability; whether the driver
-takes such a library shows here, within seconds, before a checkpoint is made.
+A reduced vLLM has one extension with code for one capability. This step shows within
+seconds, before a checkpoint is made, whether the driver accepts such a library.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def imported() -> dict[str, Any]:
 
 
 def plugins() -> dict[str, Any]:
-    """Names in vLLM's group; ours must be one of them."""
+    """Names in vLLM's plugin group, which must include this package's."""
     names = [entry.name for entry in entry_points(group="vllm.general_plugins")]
     if "llmc_attnmask" not in names:
         raise RuntimeError(
@@ -57,16 +57,16 @@ def normed(device: str) -> dict[str, Any]:
 
 
 def quantized(dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Tokens in 8 bits as our layers ask vLLM for them, and by torch."""
+    """Compare 8-bit tokens from vLLM, as served layers get them, with torch's."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     with set_current_vllm_config(VllmConfig()):
         quantize = activations.quantizer(dtype, torch.device(device))
     x = torch.randn(5, 256, device=device, dtype=torch.bfloat16)
     found, scale = quantize(x)
-    expected, wanted = activations.reference(x, dtype)
+    expected, expected_scale = activations.reference(x, dtype)
     values = found.double() * scale.double()[:, None]
-    reference = expected.double() * wanted.double()[:, None]
+    reference = expected.double() * expected_scale.double()[:, None]
     return {"error": float((values - reference).norm() / reference.norm())}
 
 

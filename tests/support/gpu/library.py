@@ -1,7 +1,7 @@
 """Kernels that need a GPU, as plain torch with the same names and parameters.
 
-What the measuring scripts call is bound to the signature of the real function first, so
-that a parameter which is not there, or no longer, fails here.
+Every call of the measuring scripts is bound to the real function's signature first, so
+that a parameter that does not exist fails here.
 """
 
 import inspect
@@ -42,7 +42,7 @@ def expand(compressed: Tensor, columns: int) -> Tensor:
 
 
 def bound(real: Callable, made: Callable[[dict[str, Any]], Any]) -> Callable:
-    """A function of the real one's parameters, by name."""
+    """Wrap a function that takes the real one's parameters by name."""
     signature = inspect.signature(real)
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ def _cuda(given: dict[str, Any]) -> Tensor:
 
 
 class Plans:
-    """``Engine``."""
+    """Stands in for ``Engine``."""
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         inspect.signature(Engine.prepare).bind(self, *args, **kwargs)
@@ -77,7 +77,7 @@ class Plans:
 
 
 def install(monkeypatch) -> None:
-    """In place of what a GPU runs."""
+    """Replace what a GPU would run."""
     for module, name, made in (
         (cusparselt, "linear", _cusparselt),
         (cusparselt, "compress", lambda given: compress(given["weight"])),

@@ -1,8 +1,8 @@
-"""CUDA on a CPU, as far as the measuring scripts use it: graphs, events, the device.
+"""The parts of CUDA that the measuring scripts use, on a CPU: graphs, events, device.
 
-So that every line which only a GPU would reach is run before there is one. A graph
-records the operations of torch that it sees and makes them again when it is replayed;
-what is asked of the device "cuda" is done on the CPU. Times mean nothing.
+It lets every line that only a GPU would reach run without one. A graph records the
+operations of torch that it sees and repeats them when it is replayed; operations on the
+device "cuda" run on the CPU. Times mean nothing.
 """
 
 import time
@@ -19,7 +19,7 @@ NAME = "stand-in for a GPU"
 
 
 class Graph(TorchDispatchMode):
-    """``torch.cuda.CUDAGraph``."""
+    """Stands in for ``torch.cuda.CUDAGraph``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,13 +42,13 @@ class Graph(TorchDispatchMode):
 
 @contextmanager
 def recording(graph: Graph) -> Iterator[None]:
-    """``torch.cuda.graph``."""
+    """Stands in for ``torch.cuda.graph``."""
     with graph:
         yield
 
 
 class Event:
-    """``torch.cuda.Event``."""
+    """Stands in for ``torch.cuda.Event``."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         assert enable_timing
@@ -65,7 +65,7 @@ class Event:
 
 
 class OnTheCpu(TorchFunctionMode):
-    """Whatever is asked of the GPU."""
+    """Redirects operations on the GPU to the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -77,7 +77,7 @@ class OnTheCpu(TorchFunctionMode):
 
 @contextmanager
 def cuda(monkeypatch) -> Iterator[None]:
-    """A process in which torch has a GPU of capability 9.0."""
+    """Make torch appear to have a GPU of capability 9.0."""
     for name, value in {
         "CUDAGraph": Graph,
         "graph": recording,
