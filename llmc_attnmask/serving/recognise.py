@@ -62,7 +62,7 @@ def annotate(config: dict[str, Any]) -> bool:
         return False
     found = config.get(QUANTIZATION) or {"quant_method": METHOD}
     if not isinstance(found, Mapping):
-        raise ValueError(f"config.json has a {QUANTIZATION} that is no mapping")
+        raise ValueError(f"config.json has a {QUANTIZATION} that is not a mapping")
     quantization = dict(found)
     quantization[marker.KEY] = config[marker.KEY]
     config[QUANTIZATION] = quantization
