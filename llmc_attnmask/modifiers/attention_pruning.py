@@ -75,7 +75,8 @@ class AttentionMatrixPruningModifier(StoredModifier):
     :param targets: attention modules to prune, by name, "re:" pattern or class.
         Defaults to all attention modules
     :param ignore: attention modules to leave alone, likewise
-    :param l2_penalty: the paper's lambda, on the mean square of the relaxed mask
+    :param l2_penalty: the paper's lambda, on the mean square of the relaxed mask; light
+        mode only
     :param steps: optimization steps per attention module; 0 keeps what they start from:
         Wanda's mask, or the second-order solution if survivors are updated. Defaults to
         200, or to 25 if survivors are updated

@@ -118,14 +118,14 @@ SEAMS = (
         "checkpoint/load.py",
         "packed layers are unpacked one by one as the model takes them",
         _TRANSFORMERS,
-        "tests/checkpoint/test_load.py::test_the_peak_is_the_dense_model_and_one_shard",
+        "tests/checkpoint/test_load.py::test_peak_memory_is_the_dense_model_and_one_shard",
     ),
     Seam(
         "HFConfigParser.parse",
         "serving/plugin.py",
         "vLLM asks no plugin about a checkpoint without a quantization_config",
         _VLLM,
-        "integration/serving/test_interfaces.py::test_functions_take_what_we_pass",
+        "integration/serving/test_interfaces.py::test_functions_take_what_the_plugin_passes",
     ),
     Seam(
         "compressed-tensors' linear methods",
@@ -133,6 +133,6 @@ SEAMS = (
         "layers load as vLLM would load them and are served on sparse kernels",
         _VLLM,
         "integration/serving/test_interfaces.py::"
-        "test_what_we_override_is_called_as_before",
+        "test_overridden_methods_are_called_as_before",
     ),
 )
