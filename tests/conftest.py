@@ -63,7 +63,7 @@ def evaluation(tokenizer) -> Tensor:
 
 @pytest.fixture
 def warnings():
-    """Warnings that the log has had during a test."""
+    """The warnings logged during a test."""
     found: list[str] = []
     sink = logger.add(lambda m: found.append(m.record["message"]), level="WARNING")
     yield found

@@ -1,4 +1,4 @@
-"""What a module was called with, kept to be replayed sample by sample."""
+"""The arguments that a module was called with, stored to be replayed by sample."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from llmc_attnmask.calibration.samples import Offload, SampleTensors
 
 
 class UnbatchableArgumentError(ValueError):
-    """An argument differs from sample to sample and has no batch dimension."""
+    """An argument that differs from sample to sample but has no batch dimension."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Stands for a tensor among a sample's arguments."""
+    """A placeholder for a tensor among a sample's arguments."""
 
     index: int
 
 
 class ModuleInputs:
-    """Arguments of one module's forward, collected sample by sample.
+    """The arguments of one module's forward, collected sample by sample.
 
-    Masks and rotary tables that are equal from sample to sample are kept once.
+    Masks and rotary tables that are the same for several samples are stored once.
 
-    :param offload: where the tensors are kept; with "disk" only what one batch needs
-        is in memory
+    :param offload: where the tensors are stored; with "disk", only those that one batch
+        needs are in memory
     """
 
     def __init__(self, offload: Offload = "cpu") -> None:
@@ -39,16 +39,16 @@ class ModuleInputs:
         """Forget all samples."""
         self.hidden = SampleTensors(self.offload)  # the hidden states, [1, L, D]
         self._others = SampleTensors(self.offload)
-        # of each sample the arguments' leaves, tensors as _Stored, and their structure
+        # per sample: its arguments' leaves, tensors as _Stored, and their structure
         self._arguments: list[tuple[list[Any], Any]] = []
-        # (leaf position, shape, dtype) -> the last such tensor seen there
+        # (leaf position, shape, dtype) -> the last such tensor at that position
         self._recent: dict[tuple[int, torch.Size, torch.dtype], _Stored] = {}
 
     def __len__(self) -> int:
         return len(self._arguments)
 
     def append(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Add every sample of one forward call; a batch of B gives B samples."""
+        """Add every sample of one forward call; a batch of B adds B samples."""
         kwargs = dict(kwargs)
         # a cache of earlier tokens belongs to generation, not to calibration
         for cache in ("past_key_values", "past_key_value", "layer_past"):
@@ -84,13 +84,13 @@ class ModuleInputs:
         dtype: torch.dtype,
         hidden: Sequence[Tensor] | None = None,
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments for the named samples at once.
+        """Return positional and keyword arguments for several samples at once.
 
         :param samples: indices of samples of one length
-        :param hidden: hidden states of every sample, instead of the collected ones
-        :raises UnbatchableArgumentError: if an argument cannot be joined over them
-        :return: (args, kwargs), floating-point tensors in ``dtype`` on ``device``; the
-            attention mask, which is [L, L], stays in its own
+        :param hidden: hidden states of all samples, instead of the collected ones
+        :raises UnbatchableArgumentError: if an argument cannot be joined into a batch
+        :return: (args, kwargs), with floating-point tensors in ``dtype`` on ``device``;
+            the attention mask, which is [L, L], keeps its own dtype
         """
         arguments = [self._arguments[sample] for sample in samples]
         states = torch.cat([(hidden or self.hidden)[sample] for sample in samples])
@@ -111,7 +111,7 @@ class ModuleInputs:
         return args, kwargs | on_device
 
     def batches(self, samples: Sequence[int], size: int) -> Iterator[list[int]]:
-        """The given samples once, in batches of at most ``size`` of equal length."""
+        """Yield each sample once, in batches of at most ``size`` of one length."""
         pending: dict[torch.Size, list[int]] = {}
         for sample in samples:
             shape = self.hidden.shape(sample)
@@ -123,7 +123,7 @@ class ModuleInputs:
         yield from pending.values()
 
     def _joined(self, column: tuple[Any, ...]) -> Any:
-        """An argument of several samples as one; a row broadcasts over the batch."""
+        """Join an argument of several samples; one row broadcasts over the batch."""
         first = column[0]
         if not isinstance(first, _Stored):
             return first
@@ -133,7 +133,7 @@ class ModuleInputs:
         if tensors[0].ndim == 0 or tensors[0].shape[0] != 1:
             raise UnbatchableArgumentError(
                 f"an argument of shape {tuple(tensors[0].shape)} differs from sample "
-                "to sample and has no batch dimension to join it on; calibrate with "
+                "to sample and has no batch dimension to join it along; calibrate with "
                 "batch_size: 1 in the modifier"
             )
         return torch.cat(tensors)

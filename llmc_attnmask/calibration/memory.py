@@ -1,4 +1,4 @@
-"""Samples are evaluated on fewer at once where memory is short."""
+"""Evaluate micro-batches, with fewer samples at once if memory runs out."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class MicroBatchRunner:
-    """Runs something on micro-batches, on fewer samples at once if memory is short."""
+    """Runs a function on micro-batches, on fewer samples at once if memory runs out."""
 
     def __init__(self) -> None:
         self.at_most = MAX_MICRO_BATCH  # samples at once
@@ -20,10 +20,12 @@ class MicroBatchRunner:
     def __call__(
         self, micro_batches: Iterable[MicroBatch], run: Callable[[list[int]], Result]
     ) -> Iterator[tuple[list[int], Result]]:
-        """Results of this rank's micro-batches, one by one, with their samples.
+        """Yield the samples and the result of each of this rank's micro-batches.
 
-        :param run: has no effect but its result, so that it can be repeated
-        :raises MemoryError: if one sample alone is too large for the device
+        A micro-batch that is too large is split, and yields one result per part.
+
+        :param run: must have no effect besides its result, as it may be repeated
+        :raises MemoryError: if a single sample is too large for the device
         """
         for micro_batch in micro_batches:
             waiting = [list(micro_batch.samples)] if micro_batch.samples else []
@@ -47,11 +49,11 @@ class MicroBatchRunner:
                     "calibrate on shorter samples (--max-length)"
                 ) from error
             reason = str(error).splitlines()[0]
-        # the error, gone by now, has held what the attempt had allocated
+        # only now: the error held on to what the attempt had allocated
         self.at_most = len(samples) // 2
         logger.warning(
-            f"out of memory with {len(samples)} calibration samples at once; going on "
-            f"with {self.at_most} ({reason})"
+            f"out of memory with {len(samples)} calibration samples at once; "
+            f"continuing with {self.at_most} ({reason})"
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

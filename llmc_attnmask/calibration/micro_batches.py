@@ -1,8 +1,8 @@
-"""Calibration samples in micro-batches: who evaluates what, in which order, summed how.
+"""Split calibration samples into micro-batches, order them, and sum over them.
 
 A micro-batch is a few samples of one length that are always evaluated together, so that
-what comes out of them has the same bits however many processes share the samples. They
-are numbered over all processes, and spread over the ranks one by one in turn.
+their results have the same bits however many processes share the samples. Micro-batches
+are numbered across all processes and dealt to the ranks in turn.
 """
 
 import math
@@ -17,12 +17,12 @@ from torch import Tensor
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.distributed import all_sum, gathered, rank
 
-# With fewer, threads of a CPU and a GPU are idle; with more, a mini-batch is too few
-# micro-batches for every rank to have one.
+# With fewer tokens, a GPU and a CPU's threads are idle; with more, a mini-batch has too
+# few micro-batches for every rank to get one.
 _TOKENS_AT_ONCE = 2048
-_MIN_MICRO_BATCHES = 8  # at least, if there are as many samples
-MAX_MICRO_BATCH = 8  # samples of a micro-batch
-_VALIDATION_ONE_IN = 8  # micro-batches that choose the best mask instead of teaching it
+_MIN_MICRO_BATCHES = 8  # if there are as many samples
+MAX_MICRO_BATCH = 8  # samples
+_VALIDATION_ONE_IN = 8  # micro-batches that select the best mask and do not train it
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -31,16 +31,18 @@ Key = TypeVar("Key", bound=Hashable)
 class MicroBatch:
     """A few calibration samples of one length."""
 
-    index: int  # among those of all ranks
-    size: int  # how many samples
-    samples: tuple[int, ...]  # which of this rank's; none if they are another rank's
+    index: int  # among the micro-batches of all ranks
+    size: int  # number of samples
+    samples: tuple[
+        int, ...
+    ]  # indices among this rank's; empty if another rank has them
 
 
 def micro_batch_size(total: int, length: int) -> int:
-    """Samples of a micro-batch, a power of two.
+    """Return how many samples a micro-batch has, a power of two.
 
-    :param total: samples of all ranks
-    :param length: tokens of a sample
+    :param total: number of samples of all ranks
+    :param length: tokens per sample
     """
     most = min(
         MAX_MICRO_BATCH,
@@ -51,10 +53,11 @@ def micro_batch_size(total: int, length: int) -> int:
 
 
 def share(total: int, length: int, rank: int, world: int) -> list[int]:
-    """The samples, all of one length, that a rank gets: whole micro-batches, in turn.
+    """Return the indices of a rank's samples: whole micro-batches, dealt in turn.
 
-    :param total: samples of all ranks
-    :raises ValueError: if there are not enough for every rank
+    :param total: number of samples of all ranks
+    :param length: tokens per sample, the same for all
+    :raises ValueError: if there are too few samples for every rank to get some
     """
     size = micro_batch_size(total, length)
     if total <= (world - 1) * size:
@@ -69,17 +72,17 @@ def share(total: int, length: int, rank: int, world: int) -> list[int]:
 def micro_batches_of(
     inputs: ModuleInputs, batch_size: int = MAX_MICRO_BATCH
 ) -> list[MicroBatch]:
-    """All ranks' samples in micro-batches, in one order that all ranks agree on.
+    """Split the samples of all ranks into micro-batches, in one order on all ranks.
 
     :param inputs: this rank's samples
-    :param batch_size: a multiple of the micro-batches' size
+    :param batch_size: of a descent; the size of the micro-batches divides it
     """
     mine = range(len(inputs))
     longest = max((inputs.hidden.shape(sample)[1] for sample in mine), default=1)
     shares = gathered((len(inputs), longest))
     total, longest = sum(n for n, _ in shares), max(n for _, n in shares)
     chunk = micro_batch_size(total, longest)
-    size = math.gcd(chunk, batch_size)  # a part of what a rank has together
+    size = math.gcd(chunk, batch_size)  # parts of the chunks that a rank got
     chunks = [
         [samples[i : i + size] for i in range(0, len(samples), size)]
         for samples in inputs.batches(mine, chunk)
@@ -98,7 +101,7 @@ def micro_batches_of(
 def train_validation_split(
     micro_batches: Sequence[MicroBatch],
 ) -> tuple[list[MicroBatch], list[MicroBatch]]:
-    """Most micro-batches, and those that are held back; few are all in both."""
+    """Split off the validation set; if there are few, all are in both sets."""
 
     def validates(m: MicroBatch) -> bool:
         # along a diagonal, so that every rank has some
@@ -114,10 +117,10 @@ def train_validation_split(
 def minibatches(
     micro_batches: Sequence[MicroBatch], batch_size: int, generator: torch.Generator
 ) -> Iterator[list[MicroBatch]]:
-    """Endless batches of about ``batch_size`` samples, shuffled epoch by epoch.
+    """Yield mini-batches of about ``batch_size`` samples endlessly, shuffled by epoch.
 
     Each takes its micro-batches from different residue classes of their index, so that
-    ranks have equal shares.
+    ranks have equal shares of it.
     """
     number = max(1, batch_size // max(m.size for m in micro_batches))
     classes = [
@@ -133,14 +136,14 @@ def minibatches(
 
 
 def sample_count(micro_batches: Iterable[MicroBatch]) -> int:
-    """How many samples some micro-batches have, on whatever rank."""
+    """Return how many samples some micro-batches have, on all ranks together."""
     return sum(m.size for m in micro_batches)
 
 
 class Sums(Generic[Key]):
-    """Sums of tensors over the micro-batches of all ranks, whose order does not show.
+    """Sums of tensors over the micro-batches of all ranks, the same in any order.
 
-    :param like: tensors to start from zero with, for ranks that may have no term
+    :param like: tensors whose sums start at zero, for ranks that may have no term
     """
 
     def __init__(self, like: Mapping[Key, Tensor] | None = None):
@@ -157,10 +160,10 @@ class Sums(Generic[Key]):
             self._sums[key] = term.to(torch.float64, copy=True)
 
     def own(self, key: Key) -> Tensor:
-        """This rank's sum so far, float64."""
+        """Return this rank's sum so far, float64."""
         return self._sums[key]
 
     def totals(self) -> dict[Key, Tensor]:
-        """The sums over all ranks, float32; every rank must have the same keys."""
+        """Return the sums over all ranks, float32; all must have the same keys."""
         totals = all_sum(list(self._sums.values()))
         return {key: t.float() for key, t in zip(self._sums, totals, strict=True)}

@@ -15,7 +15,7 @@ Offload = Literal["cpu", "disk"]
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor lies in the file."""
+    """A tensor's position in the file."""
 
     offset: int  # bytes
     shape: torch.Size
@@ -25,11 +25,11 @@ class _Slot:
 class SampleTensors(Sequence[Tensor]):
     """A sequence of CPU tensors that may be larger than memory.
 
-    On disk they lie, raw, in one file in ``scratch()``. It has no name, so that it
+    On disk, their raw bytes are in one file in ``scratch()``. It has no name, so it
     vanishes with this object or with the process, however that ends.
 
     :param offload: "cpu" keeps the tensors themselves, "disk" writes them to the file
-        and reads one when it is indexed
+        and reads each one back when it is indexed
     """
 
     def __init__(self, offload: Offload = "cpu"):
@@ -50,9 +50,9 @@ class SampleTensors(Sequence[Tensor]):
         return index
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        """Set a tensor, once; indices may come in any order.
+        """Set a tensor, each index once; indices may come in any order.
 
-        :raises OSError: if the temporary folder is full
+        :raises OSError: if the tensor does not fit into the temporary folder
         """
         tensor = tensor.detach().to("cpu")
         if self.offload == "disk":
@@ -73,7 +73,7 @@ class SampleTensors(Sequence[Tensor]):
         return self._read(slot) if isinstance(slot, _Slot) else slot
 
     def shape(self, index: int) -> torch.Size:
-        """A tensor's shape, without reading the tensor."""
+        """Return a tensor's shape without reading the tensor."""
         return self._slots[index].shape
 
     def _write(self, tensor: Tensor) -> _Slot:
@@ -82,13 +82,13 @@ class SampleTensors(Sequence[Tensor]):
                 self._file = tempfile.TemporaryFile(buffering=0, dir=scratch())  # noqa: SIM115
             offset = self._file.seek(0, 2)
             rest = _bytes(tensor.contiguous())
-            while rest:  # the kernel takes at most 2 GB at once
+            while rest:  # the kernel writes at most 2 GB at once
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"{error.strerror}: calibration activations do not fit into "
-                f"{scratch()}; name a folder on a larger disk in TMPDIR or "
+                f"{scratch()}; set TMPDIR to a folder on a larger disk or "
                 "calibrate with fewer samples",
             ) from error
         return _Slot(offset, tensor.shape, tensor.dtype)

@@ -60,9 +60,9 @@ class ALPSPruningModifier(StoredModifier):
     :param mask_structure: "N:M" prunes N of every M consecutive inputs of a row; "0:0"
         prunes a share of the whole matrix. Defaults to "0:0"
     :param targets: Linears to prune, by name, "re:" pattern or class
-    :param ignore: Linears to leave alone, likewise. Defaults to the output layer
+    :param ignore: Linears to leave dense, likewise. Defaults to the output layer
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
-        to what another modifier of the recipe asks for, or dense
+        to the storage that another modifier of the recipe names, or else to "dense"
     """
 
     requires_calibration_data: bool = True
@@ -135,7 +135,7 @@ class ALPSPruningModifier(StoredModifier):
         if self._problems and not self.done:
             first = next(iter(self._problems.values()))
             check_shares([first.own_diagonal()])
-        # experts may have had tokens on some ranks only
+        # experts may have had tokens on only some ranks
         reached = set().union(*gathered(set(self._problems)))
         names = [name for name in self._linears if name in reached]
         at_once = world_size()

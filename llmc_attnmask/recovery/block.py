@@ -1,4 +1,4 @@
-"""A decoder block on its own: run it on collected inputs, on any hidden states."""
+"""A decoder block on its own, to be run on collected inputs or other hidden states."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from llmc_attnmask.distributed import all_sum_numbers
 
 
 class Block:
-    """A private copy of a decoder block in float32, to be run and changed freely.
+    """A private copy of a decoder block in float32, which may be changed freely.
 
     On a GPU it computes in bfloat16 where autocast does, with parameters in float32.
 
     :param block: module that maps hidden states [B, L, D] to hidden states
-    :param inputs: what reached the block, sample by sample
+    :param inputs: the arguments that reached the block, by sample
     :param hidden: hidden states [1, L, D] of each sample, instead of the collected ones
     :param state: parameters and buffers to load into the copy
     :param device: where to compute
@@ -36,7 +36,7 @@ class Block:
     ):
         self.module = isolated_copy(block, torch.float32, device)
         if state is not None:
-            # not strict: quantization that comes later has added scales since, which
+            # not strict: a quantizer later in the recipe has added scales since, which
             # the copy's forward does not use
             self.module.load_state_dict(state, strict=False)
         self.device = device
@@ -47,7 +47,7 @@ class Block:
         self.runner = MicroBatchRunner()
 
     def __call__(self, samples: Sequence[int]) -> Tensor:
-        """Hidden states after the block, float32 [B, L, D], of some samples."""
+        """Return some samples' hidden states after the block, float32 [B, L, D]."""
         args, kwargs = self.inputs.batch(
             samples, self.device, torch.float32, self.hidden
         )
@@ -57,9 +57,9 @@ class Block:
 
     @torch.no_grad()
     def outputs(self) -> SampleTensors:
-        """Hidden states after the block, of every sample that this rank has.
+        """Return the hidden states after the block, of all samples of this rank.
 
-        They are kept as the inputs are.
+        They are stored where the inputs are, in memory or on disk.
         """
         inputs = self.inputs.hidden if self.hidden is None else self.hidden
         dtype = inputs[0].dtype
@@ -70,6 +70,7 @@ class Block:
         return found
 
     def linears(self) -> dict[str, nn.Linear]:
+        """Return the block's Linears by name."""
         return {
             name: child
             for name, child in self.module.named_modules()
@@ -79,7 +80,7 @@ class Block:
 
 @torch.no_grad()
 def block_error(pruned: Block, targets: Sequence[Tensor]) -> float:
-    """||Y~ - Y||_F^2 over the samples of all ranks.
+    """Return ||Y~ - Y||_F^2 over the samples of all ranks.
 
     :param targets: Y, hidden states after the dense block, [1, L, D] of each sample
     """
@@ -93,12 +94,12 @@ def block_error(pruned: Block, targets: Sequence[Tensor]) -> float:
 
 
 def squared_residual_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    """||Y - X||_F^2, the square of the norm of what a block adds to its stream.
+    """Return ||Y - X||_F^2, the squared norm of what a block adds to its stream.
 
-    Over the samples of all ranks; a ``block_error`` is relative to it.
+    It is a sum over the samples of all ranks, as ``block_error`` is.
 
     :param inputs: X, hidden states before the block, [1, L, D] of each sample
-    :param outputs: Y, those after it
+    :param outputs: Y, hidden states after the block, likewise
     """
     pairs = zip(inputs, outputs, strict=True)
     total = sum((y.float() - x.float()).square().sum().item() for x, y in pairs)

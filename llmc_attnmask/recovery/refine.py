@@ -1,11 +1,11 @@
-"""Gradient steps on the survivors of a whole block, masks fixed.
+"""Refine the surviving weights of a whole block by gradient steps, with fixed masks.
 
-    min over survivors of  ||Y~ - Y||_F^2 / ||Y - X||_F^2
+    min over surviving weights of  ||Y~ - Y||_F^2 / ||Y - X||_F^2
                            + attention_weight * ||A~ - A||_F^2 / ||A||_F^2
 
-Y~ is the pruned block's output on the pruned model's hidden states, Y the dense
-block's on the dense model's X, so the block also makes up for what its predecessors
-lost; A and A~ are the attention matrices within.
+Y~ is the pruned block's output on the pruned model's hidden states, and Y the dense
+block's output on the dense model's hidden states X. So the block also compensates for
+its predecessors. A and A~ are the attention matrices inside the two blocks.
 """
 
 import math
@@ -37,7 +37,7 @@ from llmc_attnmask.solvers.descent import (
 
 @dataclass(frozen=True)
 class RefineSettings(DescentSettings):
-    """How survivors move; see the modifier for the meaning."""
+    """How the surviving weights move; the modifier documents the fields."""
 
     learning_rate: float
     attention_weight: float
@@ -45,10 +45,10 @@ class RefineSettings(DescentSettings):
 
 @dataclass(frozen=True)
 class Refinement:
-    """What a descent has come to."""
+    """The result of a descent."""
 
     error: float  # ||Y~ - Y||_F^2 over all samples
-    fallback: str | None = None  # what came out as no number, if anything did
+    fallback: str | None = None  # what was not finite, if anything
 
 
 def refine(
@@ -60,9 +60,9 @@ def refine(
     kept: dict[str, Tensor],
     settings: RefineSettings,
 ) -> Refinement:
-    """Move the survivors of ``pruned``; unless that lowers the error, put them back.
+    """Move the surviving weights of ``pruned``, or restore them if the error rises.
 
-    :param start_error: ||Y~ - Y||_F^2 over all samples as it is
+    :param start_error: ||Y~ - Y||_F^2 over all samples before the descent
     :param targets: Y of every sample, [1, L, D]
     :param squared_norm: ||Y - X||_F^2 over all samples
     :param kept: name of a Linear of the block -> bool [rows, columns]
@@ -93,9 +93,9 @@ def refine(
 
 
 class _Objective:
-    """The loss above as a function of the survivors that the pruned block has.
+    """The loss above as a function of the pruned block's current weights.
 
-    :param per_norm: samples over ||Y - X||_F^2
+    :param per_norm: number of samples divided by ||Y - X||_F^2
     """
 
     def __init__(
@@ -114,16 +114,16 @@ class _Objective:
         self.attention = _AttentionTerm(dense, pruned) if weighed else None
 
     def differentiate(self, batch: list[MicroBatch], progress: float) -> Derivative:
-        """Mean over a mini-batch's samples, those of all ranks."""
+        """Return the mean loss over a mini-batch's samples, on all ranks."""
         linears = self.pruned.linears()
         weights = {name: linears[name].weight for name in self.kept}
         loss, gradients = mean_gradient(self._loss, weights, batch, self.pruned.runner)
-        with torch.enable_grad():  # what is pruned stays where it is
+        with torch.enable_grad():  # pruned entries get no gradient
             survivors = [w.masked_fill(~self.kept[n], 0.0) for n, w in weights.items()]
         return Derivative(loss, survivors, list(gradients.values()))
 
     def _loss(self, samples: list[int]) -> Tensor:
-        """Sum over some samples."""
+        """Return the sum of some samples' losses."""
         targets = torch.cat([self.targets[sample] for sample in samples])
         lost = (self.pruned(samples) - targets.to(self.pruned.device)).square().sum()
         loss = lost * self.per_norm
@@ -134,9 +134,10 @@ class _Objective:
 
 
 class _AttentionTerm:
-    """Relative error of the attention matrices within two blocks, per sample.
+    """The relative error of the attention matrices inside two blocks, per sample.
 
-    Call it after the pruned block has run on the samples: it goes on from there.
+    Call it after the pruned block has run on the same samples: it uses the arguments
+    that the attention modules had in that run.
     """
 
     def __init__(self, dense: Block, pruned: Block):
@@ -149,7 +150,7 @@ class _AttentionTerm:
         self.pruned_inputs = self._watched(pruned)
 
     def _watched(self, block: Block) -> dict[str, tuple[Any, Any]]:
-        """Fills with the arguments of each attention module when the block runs."""
+        """Return a dictionary that each run fills with the attentions' arguments."""
         seen: dict[str, tuple[Any, Any]] = {}
 
         def hook(name: str) -> Any:

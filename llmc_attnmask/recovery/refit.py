@@ -1,9 +1,9 @@
-"""Solve for the survivors of a block's Linears, one after the other, in closed form.
+"""Solve for the surviving weights of a block's Linears, in order, in closed form.
 
-Every pruned Linear gets the values of its kept entries that bring its output closest to
-the dense Linear's in the dense model, given the inputs it now has (``solve``). So each
-also makes up for what was pruned before it. A Linear that writes to the residual stream
-makes up for the stream's own deviation, too.
+The surviving weights of each pruned Linear get the values that bring its output closest
+to the dense Linear's output in the dense model, given its current inputs (``solve``).
+So each Linear also compensates for what was pruned before it. A Linear that writes to
+the residual stream compensates for the stream's own deviation, too.
 """
 
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.least_squares import solve
 from llmc_attnmask.solvers.matrix_objective import OUTPUT_WEIGHT, MatrixObjective
 
-_HESSIAN = ""  # beside names of Linears
+_HESSIAN = ""  # a key beside the names of Linears
 
 
 @torch.no_grad()
 def refit(dense: Block, pruned: Block, kept: dict[str, Tensor]) -> None:
-    """Overwrite the survivors of ``pruned``; the masks stay.
+    """Overwrite the surviving weights of ``pruned``; the masks stay as they are.
 
     :param dense: the dense block on the dense model's hidden states
     :param pruned: the pruned block on the pruned model's hidden states
@@ -40,7 +40,7 @@ def refit(dense: Block, pruned: Block, kept: dict[str, Tensor]) -> None:
     """
     groups = _by_input(pruned, list(kept))
     names = [name for group in groups for name in group]
-    writers = gathered(_residual_writers(dense, names))[0]  # the source's trial counts
+    writers = gathered(_residual_writers(dense, names))[0]  # rank 0's trial counts
     sensitivities = _sensitivities(dense)
     for group in groups:
         silent = writers[writers.index(group[0]) :] if group[0] in writers else []
@@ -55,9 +55,10 @@ def refit(dense: Block, pruned: Block, kept: dict[str, Tensor]) -> None:
 
 
 def _sensitivities(dense: Block) -> dict[str, Tensor]:
-    """How much the outputs of q and k matter for the attention, block by head.
+    """Return how much the outputs of q and k matter for the attention, by Linear.
 
-    Without it, closest outputs would undo what was won on the attention matrix.
+    Each value has one block per head. Without them, fitting the outputs of q and k
+    would undo what was gained on the attention matrix.
     """
     found: dict[str, Tensor] = {}
     for prefix, attention in attention_modules(dense.module).items():
@@ -67,7 +68,7 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
             continue
         roles: list[Role] = [r for r in ("q", "k") if projections[r].whole]
         if not roles:
-            continue  # rows of others in the same Linear
+            continue  # the Linear holds rows of other projections, too
         inputs = ModuleInputs(dense.inputs.offload)
         latest: dict[str, Any] = {}
         handle = attention.register_forward_pre_hook(
@@ -77,7 +78,9 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
             with_kwargs=True,
         )
         for _ in dense.runner(dense.micro_batches, dense):
-            inputs.append(**latest)  # of what came through, not of what was too large
+            inputs.append(
+                **latest
+            )  # not in the hook: a run that is out of memory calls it, too
         handle.remove()
         layer = AttentionLayer(AttentionReplica(attention), inputs, projections)
         objective = MatrixObjective(layer, roles, OUTPUT_WEIGHT)
@@ -91,10 +94,10 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
 def _normal_equations(
     dense: Block, pruned: Block, group: list[str], silent: list[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """H and, by name, C of Linears that read one input.
+    """Return H and, by name, C of Linears that read the same input.
 
     :param silent: Linears whose outputs are replaced by zeros: if the group writes to
-        the residual stream, the block's output is then the stream without it
+        the residual stream, the block's output is then the stream without them
     """
     linears = dense.linears()
 
@@ -117,7 +120,7 @@ def _normal_equations(
                 if dense_output is not None and output is not None:
                     target = target + dense_output - output
                 found[name] = target.flatten(0, -2).T @ rows
-            else:  # an expert's share of the tokens may not be the same in both
+            else:  # an expert may get different tokens in the two models
                 found[name] = linear.weight @ product
         return found
 
@@ -132,15 +135,15 @@ def _normal_equations(
 
 
 class _Reached(BaseException):
-    """Ends a run: what follows is not needed."""
+    """Ends a run whose remainder is not needed."""
 
 
 def _run(
     block: Block, samples: list[int], group: list[str], silent: list[str]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor | None]:
-    """(input, output) of a group's Linears, and the block's output if some are silent.
+    """Return (input, output) by Linear of a group, and the block's output.
 
-    Otherwise the block stops after the group.
+    If no Linear is silent, the block stops after the group and its output is None.
     """
     with _watched(block, group, silent) as seen:
         if silent:
@@ -150,7 +153,7 @@ def _run(
             if seen.keys() >= set(group):
                 raise _Reached
 
-        # registered after the recording ones, and called after them
+        # registered after the recording hooks, and therefore called after them
         handles = [block.linears()[n].register_forward_hook(stop) for n in group]
         try:
             block(samples)
@@ -166,7 +169,7 @@ def _run(
 def _watched(
     block: Block, names: list[str], silent: list[str]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record (input, output) of Linears by name; let some of them return zeros."""
+    """Record (input, output) by Linear, and let the silent ones return zeros."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:
@@ -189,7 +192,7 @@ def _watched(
 
 
 def _by_input(block: Block, names: list[str]) -> list[list[str]]:
-    """Linears in the order in which they run, those of one input tensor together.
+    """Group Linears by the input tensor that they read, in the order in which they run.
 
     Linears that the first samples do not reach are left out.
     """
@@ -217,7 +220,7 @@ def _groups(block: Block, names: list[str], samples: list[int]) -> list[list[str
         block(samples)
     groups: list[list[str]] = []
     previous: Tensor | None = None
-    for name, (x, _) in seen.items():  # in order of their calls
+    for name, (x, _) in seen.items():  # in the order of their calls
         if x is previous:
             groups[-1].append(name)
         else:
@@ -227,7 +230,7 @@ def _groups(block: Block, names: list[str], samples: list[int]) -> list[list[str
 
 
 def _residual_writers(block: Block, names: list[str]) -> list[str]:
-    """Those Linears whose output is added to the block's output as it is, in order."""
+    """Return the Linears whose output is added unchanged to the block's, in order."""
     width = block.inputs.hidden[0].shape[-1]
     linears = block.linears()
     writers: list[str] = []
@@ -238,9 +241,11 @@ def _residual_writers(block: Block, names: list[str]) -> list[str]:
 
 
 def _writes(block: Block, name: str, later: list[str]) -> bool:
-    """Try it, whatever the architecture: change the output, with later writers silent.
+    """Test whether a Linear writes to the residual stream, whatever the architecture.
 
-    :return: whether the change comes out of the block as it was
+    Its output is changed, with later writers silent.
+
+    :return: whether the change comes out of the block unchanged
     """
     sample = [0]
     with _watched(block, [name], later) as seen:

@@ -1,4 +1,4 @@
-"""ALPS (arXiv 2406.07831): prune Linears on the error of their own outputs."""
+"""Prune Linears on the error of their own outputs, as ALPS does (arXiv 2406.07831)."""
 
 import math
 from collections.abc import Sequence
@@ -29,18 +29,18 @@ class LinearProblem:
         self._sums: Sums[str] = Sums()
 
     def add(self, x: Tensor) -> None:
-        """Add inputs [..., columns] that this rank's samples give."""
+        """Add inputs [..., columns] from this rank's samples."""
         x = x.detach().flatten(0, -2).float()
         self._sums.add(_HESSIAN, x.T @ x)
 
     def own_diagonal(self) -> Tensor:
-        """The diagonal of X^T X over this rank's samples, float64 [columns]."""
+        """Return the diagonal of X^T X over this rank's samples, float64 [columns]."""
         return self._sums.own(_HESSIAN).diagonal()
 
     def hessian(self) -> Tensor:
-        """X^T X over the samples of all ranks, float32 [columns, columns].
+        """Return X^T X over the samples of all ranks, float32 [columns, columns].
 
-        Every rank calls it once.
+        All ranks must call it, each once.
 
         :raises ValueError: if it is not finite
         """
@@ -51,27 +51,27 @@ class LinearProblem:
         hessian = self._sums.totals()[_HESSIAN]
         if not hessian.isfinite().all():
             raise ValueError(
-                f"the inputs of {self.name} overflow or are no numbers on the "
+                f"the inputs of {self.name} overflow or are not finite on the "
                 "calibration data; repair the checkpoint or the data first"
             )
         return hessian
 
     def weight(self, device: torch.device) -> Tensor:
-        """The dense weight, float32 [rows, columns]."""
+        """Return the dense weight, float32 [rows, columns]."""
         return self.linear.weight.detach().to(device, torch.float32)
 
 
 @dataclass
 class LinearSolution:
-    """What a Linear becomes."""
+    """The mask and the surviving weights found for a Linear."""
 
     weight: Tensor  # float32 [rows, columns]
     kept: Tensor  # bool [rows, columns]
     error: float = math.nan  # relative, of the output
-    fallback: str | None = None  # what came out as no number, if anything did
+    fallback: str | None = None  # what was not finite, if anything
 
     def sent_from(self, source: int) -> "LinearSolution":
-        """A rank's solution, on every rank; the others give one of its shape."""
+        """Return one rank's solution on all ranks; the others pass one of its shape."""
         return LinearSolution(
             send_from(source, self.weight), send_from(source, self.kept)
         )
@@ -81,9 +81,10 @@ class LinearSolution:
 def prune_linears(
     problems: Sequence[LinearProblem], structure: MaskStructure, sparsity: float
 ) -> list[LinearSolution]:
-    """Masks and survivors of some Linears; every rank solves for one of them in turn.
+    """Find masks and surviving weights of some Linears, which the ranks share out.
 
-    One whose survivors cannot be solved for gets Wanda's mask and keeps its values.
+    If the solved weights of a Linear are not finite, it gets Wanda's mask instead, and
+    its surviving weights keep their values.
     """
     hessians = [problem.hessian() for problem in problems]
     solutions: list[LinearSolution] = []
@@ -99,7 +100,7 @@ def prune_linears(
         found = solutions[position].sent_from(owner(position))
         if not found.weight.isfinite().all():
             kept = structure.mask(wanda_scores(weight, hessian), sparsity)
-            fault = "the solved weights are no finite numbers"
+            fault = "the solved weights are not finite"
             found = LinearSolution(weight, kept, fallback=fault)
             logger.warning(f"{problem.name}: {found.fallback}; Wanda's mask instead")
         change = found.weight.masked_fill(~found.kept, 0.0) - weight
@@ -113,7 +114,7 @@ def prune_linears(
 def _solved(
     weight: Tensor, hessian: Tensor, structure: MaskStructure, sparsity: float
 ) -> LinearSolution:
-    """The mask and its best survivors; NaN where that fails."""
+    """Find the mask and its best surviving weights, or NaN if the solver fails."""
     target = weight @ hessian
     try:
         kept, start = choose_mask(hessian, target, weight, structure, sparsity)
@@ -123,5 +124,5 @@ def _solved(
 
 
 def _squared_output(weight: Tensor, hessian: Tensor) -> float:
-    """||X W^T||_F^2"""
+    """Return ||X W^T||_F^2."""
     return float(((weight @ hessian) * weight).sum().clamp_min(1e-30))

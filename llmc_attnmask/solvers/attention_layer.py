@@ -1,4 +1,4 @@
-"""An attention layer to prune: its module, its inputs and where its weights are."""
+"""An attention layer to prune: its module, inputs and projections."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ Weights = Mapping[Role, Tensor]  # projection -> weight [rows, columns]
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """What the solver sees of one attention module."""
+    """An attention module, its calibration inputs, and where its projections are."""
 
     replica: AttentionReplica  # with the dense weights
     inputs: ModuleInputs  # its calibration inputs, at least one sample
-    projections: Mapping[Role, Projection]  # all of q, k, v, o that are within
+    projections: Mapping[Role, Projection]  # of q, k, v, o, all that it contains
 
     def dense(self, role: Role) -> Tensor:
-        """The dense weight of a projection [rows, columns]."""
+        """Return the dense weight of a projection [rows, columns]."""
         projection = self.projections[role]
         weight = self.replica.module.get_parameter(projection.parameter)
         return projection.of(weight.detach())
 
     def output_projection(self) -> Tensor:
-        """W_o [D, H * dv]; the identity where the module has none within."""
+        """Return W_o [D, H * dv], or the identity if the module does not contain it."""
         if "o" in self.projections:
             return self.dense("o")
         value = self.dense("v")
@@ -37,14 +37,14 @@ class AttentionLayer:
     def call(
         self, samples: Sequence[int], weights: Weights | None = None
     ) -> AttentionCall:
-        """The softmax's inputs with some projections' weights replaced."""
+        """Return the softmax's inputs, with some projections' weights replaced."""
         args, kwargs = self.inputs.batch(
             samples, self.replica.device, self.replica.dtype
         )
         return self.replica(args, kwargs, self._parameters(weights or {}))
 
     def _parameters(self, weights: Weights) -> dict[str, Tensor]:
-        """The Linears' weights with the projections' rows in place."""
+        """Return the Linears' weights with the projections' rows replaced."""
         parameters: dict[str, Tensor] = {}
         for role, weight in weights.items():
             projection = self.projections[role]

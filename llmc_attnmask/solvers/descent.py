@@ -27,11 +27,11 @@ class DescentSettings:
 
     steps: int
     batch_size: int  # calibration samples per step
-    seed: int  # order of the samples
+    seed: int  # sets the order of the samples
 
 
 class Derivative(NamedTuple):
-    """A loss and its gradients at some tensors, which depend on those that move."""
+    """A loss and its gradients at some tensors, which depend on the learned ones."""
 
     loss: float
     at: Sequence[Tensor]
@@ -45,14 +45,15 @@ def descend(
     settings: DescentSettings,
     after_step: Callable[[int, float], bool] | None = None,
 ) -> str | None:
-    """Move tensors downhill, in place, with step sizes that follow half a cosine.
+    """Minimize a loss with Adam, in place, with learning rates that decay as a cosine.
 
-    :param learned: tensors to move, each with Adam's first step size
-    :param micro_batches: those of all ranks to draw the mini-batches from
-    :param differentiate: (mini-batch, progress in [0, 1)) -> the mini-batch's loss
-    :param after_step: (step, its loss) -> whether to end here
-    :return: which step had a loss or gradient that is not finite, and ended the descent
-        without moving anything; None if all were finite
+    A loss or gradient that is not finite ends the descent before its step is taken.
+
+    :param learned: tensors to move, each with its peak learning rate
+    :param micro_batches: those of all ranks, from which mini-batches are drawn
+    :param differentiate: (mini-batch, progress in [0, 1)) -> the loss and its gradients
+    :param after_step: (step, loss) -> whether to stop; called after each step
+    :return: the step and what was not finite in it; None if everything was finite
     """
     optimizer = torch.optim.Adam(
         [
@@ -83,13 +84,13 @@ def mean_gradient(
     micro_batches: Sequence[MicroBatch],
     runner: MicroBatchRunner,
 ) -> tuple[float, dict[Key, Tensor]]:
-    """Mean loss of the samples of all ranks, and its gradient at each weight.
+    """Return the mean loss over the samples of all ranks, and its gradients.
 
-    Every rank evaluates the micro-batches that it has.
+    Each rank evaluates its own micro-batches.
 
-    :param loss_of: sum of some samples' losses
-    :param weights: leaves; those that no loss depends on, as of experts without
-        tokens, get zeros
+    :param loss_of: indices of samples -> the sum of their losses
+    :param weights: leaves of autograd; those that no loss depends on, such as those
+        of experts without tokens, have a gradient of zero
     """
     leaves = list(weights.values())
 
@@ -109,9 +110,9 @@ def mean_gradient(
 
 
 def non_finite(loss: float, gradients: Iterable[Tensor]) -> str | None:
-    """Says what of a loss and its gradient is no finite number; None if all is."""
+    """Describe what is not finite in a loss and its gradients; None if all is."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if bad := sum(int((~gradient.isfinite()).sum()) for gradient in gradients):
-        return f"{bad} entries of the gradient are no finite numbers"
+        return f"{bad} entries of the gradient are not finite"
     return None

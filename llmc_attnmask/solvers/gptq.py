@@ -1,15 +1,15 @@
-"""GPTQ that keeps exact zeros, in two steps: projection, then descent on the codes.
+"""GPTQ that keeps exact zeros, in two steps: projection, then coordinate descent.
 
-Sought are values q on the grid of the scales, zero wherever w is, that minimise
+It finds values q on the grid of the scales, zero wherever w is zero, that minimize
 
     tr (q - w) H (q - w)^T,      H = X^T X + dampening
 
-GPTQ goes through the columns once and lets those to come make up for each rounding
-error. The projection does the same with q = 0 at pruned entries, so that what they were
-to make up for is passed on as well. But it is passed on late: columns that are done had
-counted on them. Coordinate descent mends this: sweep over the columns and round each
-entry anew to where it is best given all others. Every step lowers the error above, or
-leaves it.
+GPTQ goes through the columns once and lets the remaining columns compensate for each
+rounding error. The projection does the same with q = 0 at pruned entries, so that what
+these should have compensated for is passed on as well. But it is passed on late:
+earlier columns had counted on them. Coordinate descent corrects this: it sweeps over
+the columns and rounds each entry again, to the best value given all others. No step
+raises the error above.
 """
 
 from copy import copy
@@ -46,24 +46,25 @@ def quantize_weight(
     blocksize: int = 128,
     percdamp: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """llm-compressor's function of this name, but exact zeros of the weights stay +0.0.
+    """Quantize as llm-compressor's function of this name, but keep exact zeros as +0.0.
 
-    Weights without zeros go to llm-compressor's, bit for bit. The others are taken one
-    by one, as descent needs a second copy of the Hessian.
+    Weights without zeros are passed to that function: results are the same to the bit.
+    The others are quantized one at a time, as the descent needs a copy of the Hessian.
 
     :param weights: float32 [batch, rows, columns]; overwritten
     :param hessians: float32 [batch, columns, columns]; overwritten
-    :param scale: of the observers, [batch, ...] by strategy; the zero point likewise
-    :param percdamp: dampening, as a share of the mean diagonal of H
-    :return: weights on their grids [batch, rows, columns]; loss [batch]; whether the
-        Hessian could not be inverted, so that they were rounded to nearest, [batch]
+    :param scale: from the observers, [batch, ...] by strategy; likewise the zero point
+    :param percdamp: dampening, relative to the mean diagonal of H
+    :return: weights on their grids [batch, rows, columns]; loss [batch]; and whether
+        the Hessian could not be inverted, so that weights were rounded to the nearest
+        value, [batch]
     """
     sparse = (weights == 0).flatten(1).any(dim=1)
     results: list[tuple[Tensor, Any]] = []
     for chosen in [(~sparse).nonzero().flatten(), *sparse.nonzero()]:
         if not len(chosen):
             continue
-        # all of them: without copies
+        # a slice makes no copies
         part = slice(None) if len(chosen) == len(weights) else chosen
         quantize = _quantize_sparse if sparse[chosen[0]] else stock_quantize_weight
         result = quantize(
@@ -120,7 +121,7 @@ def _quantize_sparse(
     )
 
     diagonal = hessians.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0  # inputs that are always zero; their weights go, as in GPTQ
+    dead = diagonal == 0  # inputs that are always zero; GPTQ drops their weights, too
     diagonal.masked_fill_(dead, 1.0)
     diagonal.add_(percdamp * diagonal.mean())
     target = weights[0].masked_fill(dead, 0.0)
@@ -146,7 +147,7 @@ def _groups(
     order: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Column -> its group of scales, int32 [columns] or [1, columns]."""
+    """Return the group of scales of each column, int32 [columns] or [1, columns]."""
     if quant_args.strategy == QuantizationStrategy.BLOCK:
         width = quant_args.block_structure[1]
     elif quant_args.strategy in (
@@ -162,7 +163,7 @@ def _groups(
 
 @dataclass(frozen=True)
 class _Grid:
-    """The values that each entry may take: those of its scale, or 0 if pruned."""
+    """The values that each entry may take: those of its scale, or only 0 if pruned."""
 
     kept: Tensor  # bool [rows, columns]
     scale: Tensor  # float [rows, columns]
@@ -170,7 +171,7 @@ class _Grid:
     args: QuantizationArgs
 
     def round(self, values: Tensor, column: int) -> Tensor:
-        """The nearest allowed values of one column, [rows]."""
+        """Return the nearest allowed values for one column, [rows]."""
         at = slice(column, column + 1)
         rounded = fake_quantize(
             values[:, None],
@@ -182,7 +183,7 @@ class _Grid:
 
 
 def _project(work: Tensor, inverse: Tensor, grid: _Grid, blocksize: int) -> Tensor:
-    """GPTQ's pass over the columns, pruned entries rounded to zero.
+    """Run GPTQ's pass over the columns, with pruned entries rounded to zero.
 
     :param work: weights, float32 [rows, columns]; overwritten
     :param inverse: upper Cholesky factor of H's inverse
@@ -204,13 +205,13 @@ def _project(work: Tensor, inverse: Tensor, grid: _Grid, blocksize: int) -> Tens
 def _coordinate_descent(
     quantized: Tensor, target: Tensor, hessian: Tensor, grid: _Grid, blocksize: int
 ) -> bool:
-    """One sweep of coordinate descent over the columns, in place.
+    """Run one sweep of coordinate descent over the columns, in place.
 
-    :return: whether any entry has changed
+    :return: whether any entry changed
     """
     columns = target.shape[1]
     changed = False
-    gradient = (quantized - target) @ hessian  # half of it
+    gradient = (quantized - target) @ hessian  # half the gradient
     for start in range(0, columns, blocksize):
         end = min(start + blocksize, columns)
         steps = torch.zeros_like(quantized[:, start:end])

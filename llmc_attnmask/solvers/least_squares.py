@@ -1,16 +1,16 @@
-"""The best sparse weight of one Linear, to second order.
+"""Find the best sparse weight of one Linear, to second order.
 
-For inputs X [tokens, columns] and wanted outputs T [tokens, rows] a sparse W~ is sought
-that minimises the outputs' error, weighed by how much it matters downstream:
+For inputs X [tokens, columns] and target outputs T [tokens, rows], the sparse W~
+minimizes the error of the outputs, weighted by how much it matters downstream:
 
     min over W~ of  sum_t (W~ x_t - t_t)^T G (W~ x_t - t_t)
        = <G W~ H, W~> - 2 <G C, W~> + const,      H = X^T X,  C = T^T X
 
-G [rows, rows] is the outputs' Gauss-Newton matrix, block-diagonal with one block per
-attention head; without it (G = 1) this is plain least squares. Two halves: which
-entries to keep (``choose_mask``, by ADMM as in ALPS, https://arxiv.org/abs/2406.07831,
-there for G = 1) and their values (``solve``, by conjugate gradients). Neither needs the
-tokens again, so both cost what a few dozen products with H cost.
+G [rows, rows] is the Gauss-Newton matrix of the outputs, block-diagonal with one block
+per attention head; without it (G = 1) this is plain least squares. ``choose_mask``
+finds which entries to keep, by ADMM as in ALPS (https://arxiv.org/abs/2406.07831, there
+with G = 1), and ``solve`` finds their values, by conjugate gradients. Neither needs the
+tokens again, so each costs no more than a few dozen products with H.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from llmc_attnmask.masks.structure import MaskStructure
 
-_DAMPENING = 0.01  # of the mean diagonal of H and of G
+_DAMPENING = 0.01  # relative to the mean diagonal of H and of G
 _SOLVE_ITERATIONS = 50
-# ADMM's penalty, in units of the scaled H's diagonal of 1, rises from the first to the
-# last value: measured to end 1 % above what twice the stages or iterations reach
+# ADMM's penalty, relative to the scaled H's diagonal of 1, rises from the first to the
+# last value. Measured: the error ends 1 % above that of twice the stages or iterations
 _FIRST_PENALTY, _LAST_PENALTY = 0.01, 1.0
 _STAGES, _ITERATIONS_PER_STAGE = 20, 5
 
@@ -36,17 +36,18 @@ def choose_mask(
     sparsity: float,
     sensitivity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The entries to keep and first values for them.
+    """Choose the entries to keep, and find first values for them.
 
-    ADMM between W (the ridge solution, dense) and Z (its projection on the sparse
-    matrices) with a rising penalty, in rows and columns that are scaled to unit
-    diagonals of G and H.
+    ADMM alternates between W (the ridge solution, dense) and Z (its projection on the
+    sparse matrices) with a rising penalty. Rows and columns are scaled so that G and H
+    have unit diagonals.
 
     :param hessian: H, float32 [columns, columns]
     :param target: C, float32 [rows, columns]
-    :param weight: dense weight to start from and to lean on, [rows, columns]
+    :param weight: dense weight to start from and to be pulled towards, [rows, columns]
     :param sensitivity: blocks of G, float32 [blocks, rows / blocks, rows / blocks]
-    :return: bool and float32 [rows, columns]
+    :return: the mask, bool, and the values, float32, both [rows, columns]
+    :raises torch.linalg.LinAlgError: if a factorization fails
     """
     hessian, target = _damped(hessian, target, weight)
     scale = hessian.diagonal().rsqrt()
@@ -82,18 +83,18 @@ def solve(
     kept: Tensor,
     sensitivity: Tensor | None = None,
 ) -> Tensor:
-    """The best values of the kept entries, by conjugate gradients from ``weight`` on.
+    """Find the best values of the kept entries, by conjugate gradients from ``weight``.
 
     :param hessian: H, float32 [columns, columns]
     :param target: C, float32 [rows, columns]
-    :param weight: values to start from and to lean on, [rows, columns]
+    :param weight: values to start from and to be pulled towards, [rows, columns]
     :param kept: bool [rows, columns]
     :param sensitivity: blocks of G, float32 [blocks, rows / blocks, rows / blocks]
     :return: float32 [rows, columns], +0.0 where not kept
     """
     hessian, target = _damped(hessian, target, weight)
     diagonal = hessian.diagonal()
-    blocks = len(weight)  # every row is a problem of its own
+    blocks = len(weight)  # every row is a separate problem
     if sensitivity is not None:
         sensitivity = _damped_blocks(sensitivity)
         target = _by_block(sensitivity, target)
@@ -121,7 +122,7 @@ def solve(
         direction = scaled + product / previous * direction
         applied = curved(direction)
         curvature = dot(direction, applied)
-        # a block that is solved has no direction left
+        # a solved block has no direction left
         step = torch.where(curvature > 0, product / curvature, 0.0)
         solution = solution + step * direction
         residual = residual - step * applied
@@ -130,22 +131,25 @@ def solve(
 
 
 def _damped(hessian: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the pull towards ``weight``, which also makes H invertible."""
-    # inputs that are all zero leave the weight as it is
+    """Add a pull towards ``weight``, which also makes H invertible."""
+    # the minimum: inputs that are all zero leave the weight as it is
     pull = max(_DAMPENING * hessian.diagonal().mean().item(), 1e-12)
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     return hessian + pull * identity, target + pull * weight
 
 
 def _damped_blocks(sensitivity: Tensor) -> Tensor:
-    """G's blocks, its mean diagonal brought to 1: only proportions matter."""
+    """Return the damped blocks of G, scaled to a mean diagonal of 1.
+
+    Only the proportions of G matter.
+    """
     mean = sensitivity.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-30)
     identity = torch.eye(sensitivity.shape[-1], device=sensitivity.device)
     return sensitivity / mean + _DAMPENING * identity
 
 
 def _by_block(sensitivity: Tensor, x: Tensor) -> Tensor:
-    """G X: [blocks, r, r] and [blocks * r, columns] -> [blocks * r, columns]."""
+    """Return G X: [blocks, r, r] and [blocks * r, columns] -> [blocks * r, columns]."""
     blocks = x.view(len(sensitivity), -1, x.shape[-1])
     return (sensitivity @ blocks).view(x.shape)
 
@@ -154,9 +158,9 @@ Solver = Callable[[Tensor], Tensor]
 
 
 def _ridge(hessian: Tensor, sensitivity: Tensor | None) -> Callable[[float], Solver]:
-    """penalty -> (R -> the W with G W H + penalty * W = R)."""
+    """Return penalty -> (R -> the W for which G W H + penalty * W = R)."""
     identity = torch.eye(len(hessian), device=hessian.device)
-    if sensitivity is None:  # an inverse per penalty is cheaper than eigenvectors
+    if sensitivity is None:  # an inverse for each penalty is cheaper than eigenvectors
 
         def by_inverse(penalty: float) -> Solver:
             factor = torch.linalg.cholesky(hessian + penalty * identity)

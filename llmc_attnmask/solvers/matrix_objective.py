@@ -1,4 +1,4 @@
-"""The error that masks of q and k are learned on; ``objective.py`` has its formula."""
+"""The error on which the masks of q and k are learned; formula: ``objective.py``."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,11 +19,11 @@ from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.solvers.attention_layer import AttentionLayer, Weights
 from llmc_attnmask.solvers.objective import Curvature, Objective
 
-OUTPUT_WEIGHT = 0.9  # w of the formula where none is asked for
+OUTPUT_WEIGHT = 0.9  # the default w of the formula
 
 
 class MatrixObjective(Objective):
-    """Of q and k.
+    """The objective for q and k.
 
     :param output_weight: w of the formula
     """
@@ -47,13 +47,13 @@ class MatrixObjective(Objective):
         self.norms = AttentionNorms(matrix, output)
         number = sample_count(self.validation)
         self.matrix_weight = (1 - output_weight) * number / matrix
-        # an output projection of zeros lets no error through
+        # through an output projection of zeros no error reaches the output
         share = output_weight / output if output else 0.0
         self.output_weight = share * number
 
     @torch.no_grad()
     def validation_errors(self, candidates: Sequence[Weights]) -> list[AttentionNorms]:
-        """The two errors of the formula, each relative, before they are weighed."""
+        """Return the formula's two relative errors, unweighted, for each candidate."""
 
         def run(samples: list[int]) -> list[AttentionNorms]:
             pruned = [self.call(samples, weights) for weights in candidates]
@@ -62,7 +62,7 @@ class MatrixObjective(Objective):
 
         found = [changes for _, changes in self.runner(self.validation, run)]
         relative: list[AttentionNorms] = []
-        for i in range(len(candidates)):  # also where this rank holds none back
+        for i in range(len(candidates)):  # also if this rank has no validation samples
             sums = all_sum_numbers(
                 sum(changes[i].matrix for changes in found),
                 sum(changes[i].output for changes in found),
@@ -89,7 +89,9 @@ class MatrixObjective(Objective):
         hessians: Sums[Role] = Sums()
         sensitivities: Sums[Role] = Sums()
         for micro_batch in self.micro_batches:
-            generator.manual_seed(micro_batch.index)  # the same signs on whatever rank
+            generator.manual_seed(
+                micro_batch.index
+            )  # the same signs whichever rank has it
             for _, terms in self.runner(
                 [micro_batch], lambda samples: self._terms(samples, generator)
             ):
@@ -102,7 +104,7 @@ class MatrixObjective(Objective):
     def _terms(
         self, samples: list[int], generator: torch.Generator
     ) -> dict[Role, tuple[Tensor, Tensor]]:
-        """Some samples' share of H and G."""
+        """Return what some samples contribute to H and G."""
         call, linears = self._recorded_call(samples)
         gradients = self._probe(call, linears, generator)
         terms: dict[Role, tuple[Tensor, Tensor]] = {}
@@ -122,7 +124,7 @@ class MatrixObjective(Objective):
         linears: Mapping[str, tuple[Tensor, Tensor]],
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """Gradients of a random projection of the error's inside, by Linear."""
+        """Return gradients, by Linear, of a random projection of the error's inside."""
         with torch.no_grad():
             gradients = probe_gradients(
                 call,
@@ -134,7 +136,7 @@ class MatrixObjective(Objective):
         reached = [
             (tensor, gradient)
             for tensor, gradient in zip((call.query, call.key), gradients, strict=True)
-            if tensor.requires_grad  # not if only the other one is pruned
+            if tensor.requires_grad  # False if only the other one is pruned
         ]
         tensors, upstream = zip(*reached, strict=True)
         outputs = [output for _, output in linears.values()]

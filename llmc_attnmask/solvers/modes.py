@@ -1,8 +1,8 @@
-"""What moves when the masks of an attention layer are learned.
+"""What a descent on an attention layer moves, by mode.
 
-Light mode: the masks, which are relaxed (``relaxation.py``); their scores follow Adam
-and the temperature falls until the relaxed mask is a hard one. Accuracy mode: the
-survivors of masks that stay.
+Light mode moves the scores of relaxed masks (``relaxation.py``), and the temperature
+falls until the relaxed masks are hard. Accuracy mode moves the surviving weights, and
+the masks are fixed.
 """
 
 from abc import ABC, abstractmethod
@@ -18,32 +18,32 @@ from llmc_attnmask.solvers.objective import Objective
 from llmc_attnmask.solvers.relaxation import soft_top_k
 from llmc_attnmask.solvers.settings import SolverSettings
 
-_ANNEALED = 0.8  # share of the steps in which the temperature falls
-_HOT, _COLD = 1.0, 0.05  # temperatures, in units of the mean score
-_SURVIVOR_STEP = 0.01  # Adam's step of surviving weights, in standard deviations of W
+_ANNEALED = 0.8  # share of the steps during which the temperature falls
+_HOT, _COLD = 1.0, 0.05  # temperatures, relative to the mean score
+_SURVIVOR_STEP = 0.01  # peak learning rate, in standard deviations of W
 
 Tensors = dict[Role, Tensor]
 
 
 class Mode(ABC):
-    """A descent's masks and weights, by projection, [rows, columns]."""
+    """The masks and weights of a descent, by projection, each [rows, columns]."""
 
-    settled: float  # progress from which on the masks are hard
-    learned: list[tuple[Tensor, float]]  # what moves, with Adam's first step sizes
+    settled: float  # progress from which the masks are hard
+    learned: list[tuple[Tensor, float]]  # what moves, with peak learning rates
 
     @abstractmethod
     def differentiate(self, batch: list[MicroBatch], progress: float) -> Derivative:
-        """The loss of a mini-batch; progress, in [0, 1), is that of the descent."""
+        """Return a mini-batch's loss after a share ``progress`` of the steps."""
 
     @abstractmethod
     def hard(self) -> tuple[Tensors, Tensors]:
-        """Hard masks of the moment, True where a weight is kept, and pruned weights."""
+        """Return the current hard masks, True where kept, and the pruned weights."""
 
 
 class LightMode(Mode):
-    """Scores move, and weights keep their values.
+    """Moves the scores; surviving weights keep their values.
 
-    :param scores: to start from, mean 1
+    :param scores: initial scores, mean 1
     """
 
     settled = _ANNEALED
@@ -58,7 +58,7 @@ class LightMode(Mode):
             masks = self._relaxed(progress)
             weights = {role: mask * self.dense[role] for role, mask in masks.items()}
             loss, gradients = self.objective.gradient(batch, weights)
-            # a projection of which everything is kept has no mask to learn
+            # with nothing to choose in a projection, its mask depends on no score
             at = [w for w in weights.values() if w.requires_grad]
             upstream = [gradients[r] for r, w in weights.items() if w.requires_grad]
             if self.settings.l2_penalty:
@@ -85,9 +85,11 @@ class LightMode(Mode):
 
 
 class AccuracyMode(Mode):
-    """Survivors move, and masks stay.
+    """Moves the surviving weights; the masks are fixed.
 
-    :param values: of the survivors, to start from
+    The l2 penalty, which is on relaxed masks, does not apply.
+
+    :param values: initial values of the surviving weights
     """
 
     settled = 0.0
@@ -112,5 +114,5 @@ class AccuracyMode(Mode):
 
 
 def pruned(masks: Mapping[Role, Tensor], values: Mapping[Role, Tensor]) -> Tensors:
-    """The values with +0.0 where a mask is False."""
+    """Return the values, with +0.0 where a mask is False."""
     return {r: values[r].detach().masked_fill(~m, 0.0) for r, m in masks.items()}

@@ -1,16 +1,17 @@
-"""What masks of an attention layer are learned on, as a function of its weights.
+"""The errors on which the masks of an attention layer are learned.
 
-q and k, ``matrix_objective.py``, with A~ from the pruned q and k:
+For q and k (``matrix_objective.py``), where A~ is computed from the pruned q and k:
 
     (1 - w) * ||A - A~||_F^2 / ||A||_F^2 + w * ||(A - A~) V W_o||_F^2 / ||A V W_o||_F^2
 
-v and o, ``output_objective.py``, with A~ as the pruned q and k leave it:
+For v and o (``output_objective.py``), where A~ is what the pruned q and k give:
 
     ||A V W_o - A~ V~ W~_o||_F^2 / ||A V W_o||_F^2
 
 To second order, each is a quadratic form G x H in the change of a projection's weight
-(``least_squares.py``): H from the projection's inputs, G from how much its outputs
-matter, one block per head (Kronecker-factored as in K-FAC, arXiv 1503.05671).
+(``least_squares.py``). H comes from the projection's inputs, and G, with one block per
+head, from how much its outputs matter (Kronecker-factored as in K-FAC, arXiv
+1503.05671).
 """
 
 from abc import ABC, abstractmethod
@@ -37,10 +38,10 @@ Curvature = dict[Role, tuple[Tensor, Tensor | None]]  # H and G, see ``curvature
 
 
 class Objective(ABC):
-    """Error of one attention layer as a function of some projections' weights.
+    """The error of one attention layer as a function of some projections' weights.
 
-    :param roles: the projections whose weights are sought
-    :param batch_size: samples per step of a descent
+    :param roles: the projections to find weights for
+    :param batch_size: calibration samples per step of a descent
     """
 
     def __init__(
@@ -56,11 +57,11 @@ class Objective(ABC):
 
     @abstractmethod
     def error(self, samples: list[int], weights: Weights) -> Tensor:
-        """Sum of some samples' relative errors, differentiable in the weights."""
+        """Return the sum of some samples' relative errors, differentiable."""
 
     @torch.no_grad()
     def validation_error(self, weights: Weights) -> float:
-        """Mean relative error of the held-back samples of all ranks."""
+        """Return the mean relative error over the validation samples of all ranks."""
 
         def run(samples: list[int]) -> float:
             return self.error(samples, weights).item()
@@ -71,9 +72,11 @@ class Objective(ABC):
     def gradient(
         self, micro_batches: Sequence[MicroBatch], weights: Weights
     ) -> tuple[float, dict[Role, Tensor]]:
-        """Mean relative error of some micro-batches and its gradient, [rows, columns].
+        """Return the mean relative error over some micro-batches, and its gradients.
 
-        It is that of all ranks, each of which evaluates those that it has.
+        The mean is over all ranks, each of which evaluates its own micro-batches.
+
+        :return: the error, and a gradient [rows, columns] by projection
         """
         leaves = {r: w.detach().requires_grad_() for r, w in weights.items()}
         return mean_gradient(
@@ -85,18 +88,18 @@ class Objective(ABC):
 
     @abstractmethod
     def curvature(self) -> Curvature:
-        """H and G of each projection at the dense weights, up to a common factor.
+        """Return H and G by projection at the dense weights, up to a common factor.
 
-        :return: [columns, columns] and [heads, rows / heads, rows / heads]; None where
-            the outputs are what the error is about, so that G = 1
+        :return: [columns, columns] and [heads, rows / heads, rows / heads]; G is None,
+            which means 1, where the error is that of the projection's own outputs
         """
 
     def _recorded_call(
         self, samples: list[int]
     ) -> tuple[AttentionCall, dict[str, tuple[Tensor, Tensor]]]:
-        """The call and, of every Linear before the softmax, (input, output).
+        """Return a call and, for each Linear before the softmax, (input, output).
 
-        The call is differentiable in the outputs.
+        The call is differentiable in these outputs.
         """
         linears: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -122,5 +125,5 @@ class Objective(ABC):
                 handle.remove()
 
     def call(self, samples: list[int], weights: Weights | None = None) -> AttentionCall:
-        """The softmax's inputs with some projections' weights replaced."""
+        """Return the softmax's inputs, with some projections' weights replaced."""
         return self.layer.call(samples, weights)

@@ -1,4 +1,4 @@
-"""The error that masks of v and o are learned on; ``objective.py`` has its formula."""
+"""The error on which the masks of v and o are learned; formula: ``objective.py``."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ from llmc_attnmask.solvers.objective import Curvature, Objective
 
 
 class OutputObjective(Objective):
-    """Of v and o.
+    """The objective for v and o.
 
-    :param pruned: weights of q and k that are pruned already
+    :param pruned: weights of q and k, where these are already pruned
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class OutputObjective(Objective):
         return (output - reference).square().sum() * self.weight
 
     def curvature(self) -> Curvature:
-        """See the base class; v is seen through A~ and W_o, o's inputs are A~ V."""
+        """See the base class; v acts through A~ and W_o, and o's inputs are A~ V."""
         hessians: Sums[Role] = Sums()
         for _, terms in self.runner(self.micro_batches, self._terms):
             for role, hessian in terms:
@@ -75,7 +75,7 @@ class OutputObjective(Objective):
         return found
 
     def _terms(self, samples: list[int]) -> list[tuple[Role, Tensor]]:
-        """Every sample's own H: that of v takes heads times the hidden states."""
+        """Return H sample by sample: that of v needs heads times the hidden states."""
         terms: list[tuple[Role, Tensor]] = []
         for sample in samples:
             call, linears = self._recorded_call([sample])

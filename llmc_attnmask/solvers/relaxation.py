@@ -1,12 +1,12 @@
-"""The relaxed mask: entries in (0, 1) that sum to what is kept, group by group.
+"""The relaxed mask: entries in (0, 1) that sum to the number kept in each group.
 
-The paper's M lives in [0, 1]^{d x d}. Here it is the most even such matrix for given
-scores s at a temperature T,
+The paper's M is in [0, 1]^{d x d}. Here it is the most even such matrix for the scores
+s at a temperature T,
 
     m_i = sigmoid((s_i - tau) / T),   tau such that sum_i m_i = k in every group,
 
-which is the maximiser of <s, m> + T * entropy(m) over the hypersimplex: an even mask
-for a high temperature, the hard top-k mask for a low one.
+which maximizes <s, m> + T * entropy(m) over the hypersimplex. At a high temperature it
+is an even mask, at a low one the hard top-k mask.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ _TOLERANCE = 1e-4
 
 
 def soft_top_k(scores: Tensor, kept: int, temperature: float) -> Tensor:
-    """Relaxed mask of each row, differentiable in the scores.
+    """Return the relaxed mask of each row, differentiable in the scores.
 
     :param scores: [groups, entries]
     :param kept: entries to keep in each group
-    :return: [groups, entries], in [0, 1], rows sum to ``kept``
+    :return: [groups, entries], in [0, 1]; each row sums to ``kept``
     """
     if kept in (0, scores.shape[-1]):  # nothing to choose
         return torch.full_like(scores, float(kept > 0))
@@ -52,15 +52,15 @@ class _SoftTopK(torch.autograd.Function):
 
 
 def _threshold(scaled: Tensor, kept: int) -> Tensor:
-    """tau of each group by Newton's method, kept inside a shrinking bracket."""
+    """Find tau of each group by Newton's method inside a shrinking bracket."""
     entries = scaled.shape[-1]
     even = torch.logit(torch.tensor(kept / entries, dtype=torch.float64)).item()
-    low = scaled.amin(-1) - even  # every m_i >= k/n: the sum is too large
+    low = scaled.amin(-1) - even  # here every m_i >= k/n, so the sum is too large
     high = scaled.amax(-1) - even
-    # between the k-th and the (k+1)-th score: exact in the limit of low temperatures
+    # start between the k-th and the (k+1)-th score: exact in the low-temperature limit
     top = scaled.topk(kept + 1, -1).values
     tau = top[:, kept - 1 :].mean(-1).clamp(low, high)
-    by_entry = scaled.T.contiguous()  # sums over a short last dimension are slow
+    by_entry = scaled.T.contiguous()  # as sums over a short last dimension are slow
     for _ in range(_ITERATIONS):
         relaxed = torch.sigmoid(by_entry - tau)
         excess = relaxed.sum(0) - kept

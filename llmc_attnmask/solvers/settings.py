@@ -1,4 +1,4 @@
-"""What is asked of the solver."""
+"""The settings of the solver."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from llmc_attnmask.solvers.descent import DescentSettings
 
 @dataclass(frozen=True)
 class SolverSettings(DescentSettings):
-    """How the masks of a layer are learned; see the modifier for the meaning."""
+    """How the masks of a layer are learned; the modifier documents the fields."""
 
     structure: MaskStructure
-    sparsity: float  # share of each projection's entries that is pruned
+    sparsity: float  # share of each projection's entries to prune
     learning_rate: float
     l2_penalty: float
     output_weight: float
     update_weights: bool = False  # accuracy mode
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Keep the entries of the highest scores, bool [rows, columns]."""
+        """Return the mask of the highest scores, bool [rows, columns]."""
         return self.structure.mask(scores, self.sparsity)

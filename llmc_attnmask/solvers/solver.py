@@ -1,17 +1,18 @@
-"""Prune the projections of one attention layer on what its attention loses.
+"""Prune the projections of one attention layer on the error of its attention.
 
-Two modes, both on an error of the attention matrix or output (``objective.py``), for q
-and k first, then for v and o.
+There are two modes. Both minimize an error of the attention matrix or output
+(``objective.py``), first for q and k, then for v and o.
 
-Light mode leaves the survivors as they are and learns the masks M by gradient descent:
+Light mode leaves the surviving weights as they are and learns the masks M by gradient
+descent (``modes.py``, ``descent.py``):
 
     min over M  of  error(M o W) + lambda/2 * mean(M^2)
 
-M is relaxed (``relaxation.py``), its scores follow Adam on mini-batches of calibration
-samples, and the temperature falls until the relaxed mask is a hard one.
+M is relaxed (``relaxation.py``). Adam moves its scores on mini-batches of calibration
+samples, and the temperature falls until the relaxed mask is hard.
 
-Accuracy mode solves for mask and survivors on the error's second-order expansion
-(``least_squares.py``), then moves the survivors by gradient descent on the error.
+Accuracy mode solves for the mask and the surviving weights on the error's second-order
+expansion (``least_squares.py``), then moves the weights by gradient descent.
 """
 
 import math
@@ -35,8 +36,8 @@ from llmc_attnmask.solvers.output_objective import OutputObjective
 from llmc_attnmask.solvers.settings import SolverSettings
 from llmc_attnmask.solvers.wanda import wanda_scores
 
-_CHECKS = 8  # how often the result is measured on the held-back samples
-_PATIENCE = 4  # checks without a better result, masks being hard, that end the descent
+_CHECKS = 8  # how often the result is measured on the validation samples
+_PATIENCE = 4  # checks without a better result that end a descent with hard masks
 
 # dense weight [rows, columns], X^T X [columns, columns] -> pruned weight
 Baseline = Callable[[Tensor, Tensor], Tensor]
@@ -44,17 +45,17 @@ Baseline = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class MaskSolution:
-    """Hard masks of some projections, True where a weight is kept."""
+    """Hard masks and pruned weights of some projections."""
 
-    masks: Tensors
-    weights: Tensors  # [rows, columns], zero where pruned
-    start_error: float  # of the start, on the held-back samples
+    masks: Tensors  # bool [rows, columns], True where a weight is kept
+    weights: Tensors  # [rows, columns], +0.0 where pruned
+    start_error: float  # of the start, on the validation samples
     error: float  # of what is returned, on the same samples
     curve: list[float] = field(default_factory=list)  # training loss per step
-    # of q and k: relative errors of the attention matrix and of what reaches the
-    # output, on the same samples, of this solution ("ours") and of other methods
+    # for q and k: relative errors of the attention matrix and of what reaches the
+    # output, on the same samples, by method; this solution is "ours"
     compared: dict[str, AttentionNorms] = field(default_factory=dict)
-    fallback: str | None = None  # what came out as no number, if anything did
+    fallback: str | None = None  # what was not finite, if anything
 
 
 def learn_masks(
@@ -63,13 +64,15 @@ def learn_masks(
     settings: SolverSettings,
     baselines: Mapping[str, Baseline] | None = None,
 ) -> list[MaskSolution]:
-    """Masks for the projections named in ``prune``; never worse than their start.
+    """Learn masks for some projections, never worse than the start.
 
-    The start is Wanda's mask, or the second-order solution if survivors are updated.
+    The start is Wanda's mask, or the second-order solution in accuracy mode.
 
+    :param prune: the projections to prune
     :param baselines: other methods, by name, to compare the solution for q and k with
-    :return: of q and k, on the attention matrix, and of v and o, on the attention
-        output; those of them that ``prune`` names
+    :return: one solution for q and k, on the attention matrix, and one for v and o, on
+        the attention output; only for what ``prune`` names
+    :raises ValueError: if the error of the start is not finite
     """
     solutions: list[MaskSolution] = []
     weights: Tensors = {}
@@ -95,7 +98,7 @@ def _compare(
     ours: Tensors,
     baselines: Mapping[str, Baseline],
 ) -> dict[str, AttentionNorms]:
-    """Errors of our weights and of other methods', as far as they are numbers."""
+    """Return the errors of our weights and of other methods', where they are finite."""
     candidates = {"ours": ours}
     for name, baseline in baselines.items():
         candidates[name] = {
@@ -139,7 +142,7 @@ def _start(
     scores: Tensors,
     settings: SolverSettings,
 ) -> tuple[MaskSolution, Tensors]:
-    """What to start from, measured, and its values before they are masked.
+    """Return the measured start, and its weights before they are masked.
 
     :raises ValueError: if its error is not finite
     """
@@ -159,7 +162,7 @@ def _start(
     if not math.isfinite(error):
         raise ValueError(
             f"the attention error is {error} before any step: the calibration inputs "
-            "or the weights overflow or are no numbers"
+            "or the weights overflow or are not finite"
         )
     return MaskSolution(masks, weights, error, error, fallback=fallback), values
 
@@ -167,9 +170,9 @@ def _start(
 def _second_order(
     objective: Objective, curvature: Curvature, settings: SolverSettings
 ) -> tuple[Tensors, Tensors]:
-    """Masks and values [rows, columns] that are best to second order.
+    """Return the masks and weights [rows, columns] that are best to second order.
 
-    Every rank solves for some of the projections. Values are NaN where that fails.
+    The ranks share out the projections. If the solver fails, the weights are NaN.
     """
     masks: Tensors = {}
     values: Tensors = {}
@@ -196,7 +199,7 @@ def _second_order(
 
 
 def _even_scores(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Wanda's, each row's mean brought to 1: [rows, columns]."""
+    """Return Wanda's scores [rows, columns], scaled to a mean of 1 in each row."""
     score = wanda_scores(weight, hessian)
     return score / score.mean(-1, keepdim=True).clamp_min(1e-30)
 
@@ -204,9 +207,9 @@ def _even_scores(weight: Tensor, hessian: Tensor) -> Tensor:
 def _improve(
     solution: MaskSolution, objective: Objective, mode: Mode, settings: SolverSettings
 ) -> None:
-    """Descend, and leave in ``solution`` what is best on the held-back samples.
+    """Descend, and leave in ``solution`` what is best on the validation samples.
 
-    Ends early if that stalls.
+    Ends early if the error stalls.
     """
     stalled = 0
     check_every = max(1, settings.steps // _CHECKS)

@@ -24,7 +24,7 @@ def test_equal_masks_and_rotary_tables_are_stored_once(random_llama):
     assert not torch.equal(collected.hidden[0], collected.hidden[1])
 
 
-def test_samples_of_two_lengths_in_turn_still_share_their_masks(random_llama):
+def test_samples_of_alternating_lengths_still_share_their_masks(random_llama):
     collected = ModuleInputs()
     for length in (5, 7, 5, 7):
         inputs = attention_inputs(random_llama, torch.randint(0, 64, (1, length)))
@@ -34,7 +34,7 @@ def test_samples_of_two_lengths_in_turn_still_share_their_masks(random_llama):
     assert len(collected._others) == 2 * 4
 
 
-def test_on_disk_every_batch_is_bit_equal_to_memory(random_llama):
+def test_batches_from_disk_are_equal_to_those_from_memory_to_the_bit(random_llama):
     module = random_llama.bfloat16().model.layers[0].self_attn
     kept: list[ModuleInputs] = [ModuleInputs("cpu"), ModuleInputs("disk")]
     for inputs in kept:
@@ -57,7 +57,7 @@ def test_on_disk_every_batch_is_bit_equal_to_memory(random_llama):
             assert a is b or (torch.equal(a, b) and a.dtype == b.dtype)
 
 
-def test_an_argument_without_batch_dimension_that_differs_is_refused():
+def test_an_argument_that_differs_but_has_no_batch_dimension_is_refused():
     inputs = ModuleInputs()
     for i in range(2):
         inputs.append([torch.zeros(1, 5, 2)], {"scales": torch.full((3,), float(i))})

@@ -1,4 +1,4 @@
-"""Faults are injected where they would come from: in modules and their inputs."""
+"""Out-of-memory errors are raised where they would occur: inside a module."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def layer(calibration):
 
 
 def limit_memory(module: torch.nn.Module, samples: int) -> None:
-    """As on a device that has no room for more."""
+    """Make a module run out of memory with more samples, as a small device would."""
 
     def hook(_: torch.nn.Module, args: tuple) -> None:
         if len(args[0]) > samples:
@@ -35,7 +35,7 @@ def limit_memory(module: torch.nn.Module, samples: int) -> None:
     module.register_forward_pre_hook(hook)
 
 
-def test_short_memory_halves_the_batch_and_the_step_is_the_same(layer, warnings):
+def test_too_little_memory_halves_the_batch_and_the_step_is_the_same(layer, warnings):
     objective = MatrixObjective(layer, ["q", "k"], output_weight=0.5)
     micro_batch = MicroBatch(0, 8, tuple(range(8)))
     weights = {role: objective.layer.dense(role) * 0.9 for role in ("q", "k")}
@@ -46,14 +46,14 @@ def test_short_memory_halves_the_batch_and_the_step_is_the_same(layer, warnings)
         assert short_error == pytest.approx(error, rel=1e-6)
         for role in weights:
             torch.testing.assert_close(short_gradients[role], gradients[role])
-    assert len(warnings) == 2  # to four, to two; then it knows
+    assert len(warnings) == 2  # to four, then to two, which is remembered
     assert (
-        "out of memory with 8 calibration samples at once; going on with 4"
+        "out of memory with 8 calibration samples at once; continuing with 4"
         in (warnings[0])
     )
 
 
-def test_short_memory_lets_a_block_recover_all_the_same(calibration, warnings):
+def test_a_block_recovers_with_little_memory_as_well(calibration, warnings):
     errors = []
     for samples in (8, 1):
         case = case_of(load_model(MODEL_DIR), calibration[:16, :64])
@@ -75,7 +75,7 @@ def test_short_memory_lets_a_block_recover_all_the_same(calibration, warnings):
     assert errors[1] == pytest.approx(errors[0], rel=1e-4) and warnings
 
 
-def test_too_little_memory_for_one_sample_says_what_to_do():
+def test_too_little_memory_for_a_single_sample_is_an_error_that_says_what_to_do():
     def run(samples: list[int]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

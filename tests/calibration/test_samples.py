@@ -19,7 +19,7 @@ from llmc_attnmask.calibration.samples import SampleTensors
     ),
     st.randoms(use_true_random=False),
 )
-def test_what_is_written_in_any_order_is_read_back_to_the_bit(specs, random):
+def test_tensors_written_in_any_order_are_read_back_to_the_bit(specs, random):
     tensors = [(torch.randn(shape) * 9).to(dtype) for dtype, shape in specs]
     order = list(range(len(tensors)))
     random.shuffle(order)
@@ -33,7 +33,7 @@ def test_what_is_written_in_any_order_is_read_back_to_the_bit(specs, random):
         assert stored.shape(index) == tensor.shape
 
 
-def test_views_of_one_batch_are_written_as_they_look():
+def test_views_of_a_batch_are_written_as_they_appear():
     batch = torch.arange(24.0).view(2, 3, 4).transpose(1, 2)
     stored = SampleTensors("disk")
     for sample in batch.split(1):
@@ -45,7 +45,7 @@ def open_files() -> set[str]:
     return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
-def test_nothing_stays_in_the_temporary_folder_not_even_a_name(tmp_path, monkeypatch):
+def test_nothing_remains_in_the_temporary_folder_not_even_a_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = open_files()
     stored = SampleTensors("disk")
@@ -57,7 +57,7 @@ def test_nothing_stays_in_the_temporary_folder_not_even_a_name(tmp_path, monkeyp
     assert open_files() == before
 
 
-def test_a_full_disk_is_reported_with_the_folder_and_the_way_out(monkeypatch):
+def test_a_full_disk_is_reported_with_the_folder_and_what_to_do(monkeypatch):
     full = Path("/dev/full")
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: full.open("r+b", 0))
     stored = SampleTensors("disk")

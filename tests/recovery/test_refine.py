@@ -40,7 +40,7 @@ def run(case: Case, **changes) -> float:
 
 
 def matrix_error(case: Case) -> float:
-    """||A - A~||^2 within the blocks, summed over the samples."""
+    """||A - A~||^2 inside the blocks, summed over the samples."""
     total = 0.0
     calls = []
     for block in (case.dense, case.pruned):
@@ -58,7 +58,7 @@ def matrix_error(case: Case) -> float:
     return total
 
 
-def test_survivors_move_downhill_and_masks_stay(case):
+def test_the_error_falls_and_the_masks_stay(case):
     before = block_error(case.pruned, case.targets)
     assert run(case) < 0.8 * before
     for name, linear in case.pruned.linears().items():
@@ -67,7 +67,7 @@ def test_survivors_move_downhill_and_masks_stay(case):
         assert not linear.weight.requires_grad
 
 
-def test_steps_that_make_it_worse_are_taken_back(case):
+def test_steps_that_raise_the_error_are_undone(case):
     before = block_error(case.pruned, case.targets)
     assert run(case, learning_rate=100.0, steps=3) == before
 
@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_same_bytes(calibration):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_arithmetic_in_bfloat16_goes_the_same_way(calibration):
+def test_arithmetic_in_bfloat16_reaches_about_the_same_error(calibration):
     errors = []
     for autocast in (False, True):  # as on a GPU
         case = case_of(load_model(MODEL_DIR), calibration[:16])

@@ -16,7 +16,7 @@ LLAMA = [
 ]
 
 
-def test_survivors_make_up_for_most_of_magnitude_pruning(calibration):
+def test_survivors_compensate_for_most_of_magnitude_pruning(calibration):
     case = case_of(load_model(MODEL_DIR), calibration)
     before = block_error(case.pruned, case.targets)
     refit(case.dense, case.pruned, case.kept)
@@ -25,7 +25,7 @@ def test_survivors_make_up_for_most_of_magnitude_pruning(calibration):
         assert not linear.weight[~case.kept[name]].any()
 
 
-def test_linears_are_grouped_by_what_they_read_in_the_order_they_run(calibration):
+def test_linears_are_grouped_by_input_in_the_order_in_which_they_run(calibration):
     case = case_of(load_model(MODEL_DIR), calibration[:2])
     names = sorted(case.kept)
     assert [sorted(group) for group in _by_input(case.dense, names)] == [
@@ -41,13 +41,13 @@ def test_linears_are_grouped_by_what_they_read_in_the_order_they_run(calibration
         ("phi3", ["self_attn.o_proj", "mlp.down_proj"]),
     ],
 )
-def test_what_writes_to_the_residual_stream_is_found_by_trial(family, expected):
+def test_linears_that_write_to_the_residual_stream_are_found_by_trial(family, expected):
     case = case_of(small_model(family), torch.randint(3, 64, (2, 12)))
     names = [name for group in _by_input(case.dense, list(case.kept)) for name in group]
     assert _residual_writers(case.dense, names) == expected
 
 
-def test_a_dense_block_after_a_dense_model_stays_as_it_is(calibration):
+def test_an_unpruned_block_in_an_unpruned_model_stays_as_it_is(calibration):
     case = case_of(load_model(MODEL_DIR), calibration[:8], index=0)
     everything = {name: mask | True for name, mask in case.kept.items()}
     case.pruned.module.load_state_dict(case.dense.module.state_dict())

@@ -23,7 +23,7 @@ def problem(inputs: torch.Tensor) -> LinearProblem:
     return found
 
 
-def test_the_error_is_that_of_the_output():
+def test_the_reported_error_is_that_of_the_output():
     inputs = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
     given = problem(inputs)
     (found,) = prune_linears([given], TWO_OF_FOUR, 0.5)
@@ -50,7 +50,7 @@ def fail(*_):
 @pytest.mark.parametrize(
     ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
 )
-def test_solvers_that_fail_leave_numbers_and_a_note_in_the_journal(
+def test_solvers_that_fail_leave_finite_weights_and_a_note_in_the_journal(
     tokenizer, calibration, monkeypatch, warnings, function, fault
 ):
     monkeypatch.setattr(f"llmc_attnmask.solvers.alps.{function}", fault)

@@ -28,7 +28,7 @@ def to_the_origin(weight: torch.Tensor):
     return differentiate
 
 
-def test_tensors_move_downhill_by_what_the_cosine_leaves_of_their_peaks():
+def test_learning_rates_decay_from_their_peaks_as_a_cosine():
     weight = torch.tensor([1e3, -1e3])
     steps = []
     before = weight.clone()
@@ -64,7 +64,7 @@ def test_the_callback_sees_every_loss_and_may_end_the_descent():
     assert losses == sorted(losses, reverse=True) and losses[0] == 2
 
 
-def test_a_fault_ends_the_descent_before_the_step_that_it_would_spoil():
+def test_a_loss_that_is_not_finite_ends_the_descent_before_its_step():
     weight = torch.ones(2)
     calls = 0
 
@@ -87,6 +87,6 @@ def test_a_fault_ends_the_descent_before_the_step_that_it_would_spoil():
         (1.0, [math.inf, math.nan, 0.0], "2 entries of the gradient"),
     ],
 )
-def test_faults_are_told(loss, gradient, fault):
+def test_what_is_not_finite_is_described(loss, gradient, fault):
     found = non_finite(loss, [torch.tensor(gradient)])
     assert found is None if fault is None else fault in found

@@ -35,7 +35,7 @@ every_order = pytest.mark.parametrize("order", [None, "static", "weight"])
 
 
 def problem(scheme: str, order: str | None, batch: int, sparse: list[int]) -> dict:
-    """Weights, some of them 2:4, correlated inputs, and scales as observers choose."""
+    """Weights, some of them 2:4, correlated inputs, and scales as set by observers."""
     torch.manual_seed(0)
     args = QuantizationArgs(**SCHEMES[scheme], actorder=order)
     weights = torch.randn(batch, ROWS, COLUMNS) + 0.1
@@ -92,7 +92,9 @@ def error(quantized: torch.Tensor, given: dict) -> float:
 @every_scheme
 @every_order
 @pytest.mark.parametrize("batch", [1, 3])
-def test_weights_without_zeros_are_quantized_as_stock_bit_for_bit(scheme, order, batch):
+def test_weights_without_zeros_are_quantized_as_by_stock_gptq_bit_for_bit(
+    scheme, order, batch
+):
     given = problem(scheme, order, batch, sparse=[])
     for ours, theirs in zip(
         run(quantize_weight, given), run(stock_quantize_weight, given), strict=True
@@ -102,20 +104,20 @@ def test_weights_without_zeros_are_quantized_as_stock_bit_for_bit(scheme, order,
 
 @every_scheme
 @every_order
-def test_zeros_stay_positive_zeros_and_the_rest_lies_on_the_grid(scheme, order):
+def test_zeros_stay_positive_zeros_and_other_weights_are_on_the_grid(scheme, order):
     given = problem(scheme, order, 1, sparse=[0])
     pruned = given["weights"] == 0
     quantized, losses, fallback = run(quantize_weight, given)
     assert not quantized[pruned].view(torch.int32).any()
     assert losses.shape == fallback.shape == (1,) and not fallback.any()
     assert (quantized != 0).sum() > 0.7 * (~pruned).sum()
-    # rounding to nearest finds nothing left to round
+    # rounding to the nearest value changes nothing
     nearest = dict(given, weights=quantized, hessians=torch.eye(COLUMNS)[None])
     assert torch.equal(run(stock_quantize_weight, nearest)[0], quantized)
 
 
 @every_scheme
-def test_the_error_is_below_that_of_masking_stock_afterwards_and_of_rounding(scheme):
+def test_the_error_is_below_that_of_remasked_stock_gptq_and_of_rounding(scheme):
     given = problem(scheme, "static", 1, sparse=[0])
     masked = error(run(quantize_weight, given)[0], given)
     stock = run(stock_quantize_weight, given)[0]
@@ -149,7 +151,7 @@ def test_sparse_and_dense_weights_may_share_a_batch():
         torch.testing.assert_close(losses[index], loss[0])
 
 
-def test_inputs_that_are_always_zero_get_zero_weights_as_in_stock():
+def test_inputs_that_are_always_zero_get_zero_weights_as_in_stock_gptq():
     given = problem("W8 channel", "static", 1, sparse=[0])
     given["hessians"][:, 5] = 0
     given["hessians"][:, :, 5] = 0
@@ -157,7 +159,7 @@ def test_inputs_that_are_always_zero_get_zero_weights_as_in_stock():
     assert not run(stock_quantize_weight, given)[0][..., 5].any()
 
 
-def test_a_hessian_that_cannot_be_inverted_means_rounding_to_nearest():
+def test_a_hessian_that_cannot_be_inverted_leads_to_rounding_to_nearest():
     given = problem("W8 channel", None, 1, sparse=[0])
     given["hessians"] = -given["hessians"]
     quantized, _, fallback = run(quantize_weight, given)

@@ -33,7 +33,7 @@ def quadratic(change: Tensor, hessian: Tensor, sensitivity: Tensor | None = None
 
 
 @pytest.mark.parametrize("structure, sparsity", [("2:4", 0.5), ("0:0", 0.6)])
-def test_mask_and_survivors_beat_sparsegpts(problem, structure, sparsity):
+def test_mask_and_survivors_beat_those_of_sparsegpt(problem, structure, sparsity):
     hessian, weight, _ = problem
     parsed = MaskStructure.parse(structure)
     target = weight @ hessian
@@ -49,7 +49,7 @@ def test_mask_and_survivors_beat_sparsegpts(problem, structure, sparsity):
         assert ((~kept).view(-1, 4).sum(-1) == 2).all()
 
 
-def test_what_matters_downstream_changes_the_choice_for_the_better(problem):
+def test_knowing_what_matters_downstream_improves_the_choice(problem):
     hessian, weight, sensitivity = problem
     target = weight @ hessian
     errors = []
@@ -60,8 +60,8 @@ def test_what_matters_downstream_changes_the_choice_for_the_better(problem):
     assert errors[1] < 0.8 * errors[0]
 
 
-@pytest.mark.parametrize("weighed", [False, True])
-def test_survivors_solve_the_damped_normal_equations(problem, weighed):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_survivors_solve_the_damped_normal_equations(problem, weighted):
     hessian, weight, sensitivity = problem
     rows = ROWS // HEADS
     generator = torch.Generator().manual_seed(1)
@@ -73,13 +73,13 @@ def test_survivors_solve_the_damped_normal_equations(problem, weighed):
     blocks = sensitivity + sensitivity.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(
         rows
     )
-    found = solve(hessian, target, weight, kept, blocks if weighed else None)
+    found = solve(hessian, target, weight, kept, blocks if weighted else None)
     # one linear system over all entries, in double precision
     pull = 0.01 * hessian.diagonal().mean()
     h = (hessian + pull * torch.eye(8)).double()
     mean = blocks.diagonal(dim1=-2, dim2=-1).mean()
     g = torch.block_diag(*(blocks / mean + 0.01 * torch.eye(rows))).double()
-    g = g if weighed else torch.eye(ROWS).double()
+    g = g if weighted else torch.eye(ROWS).double()
     system = torch.kron(g, h)[kept.flatten()][:, kept.flatten()]
     right = (g @ (target + pull * weight).double()).flatten()[kept.flatten()]
     expected = torch.zeros(weight.numel(), dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_survivors_solve_the_damped_normal_equations(problem, weighed):
     )
 
 
-def test_everything_kept_is_the_dense_weight(problem):
+def test_keeping_everything_gives_the_dense_weight(problem):
     hessian, weight, sensitivity = problem
     kept = torch.ones_like(weight, dtype=torch.bool)
     found = solve(hessian, weight @ hessian, weight, kept, sensitivity)

@@ -27,7 +27,7 @@ def objectives(layer):
 
 
 @pytest.mark.parametrize("role", ["q", "k", "v", "o"])
-def test_the_dense_weights_have_no_error_and_others_have(layer, role):
+def test_only_the_dense_weights_have_no_error(layer, role):
     objective = objectives(layer)[role]
     dense = objective.layer.dense(role)
     assert objective.validation_error({role: dense}) < 1e-10

@@ -13,7 +13,7 @@ from llmc_attnmask.solvers.relaxation import soft_top_k
     scale=st.floats(0.001, 100),
     seed=st.integers(0, 99),
 )
-def test_rows_sum_to_what_is_kept(entries, share, temperature, scale, seed):
+def test_rows_sum_to_the_number_kept(entries, share, temperature, scale, seed):
     kept = min(entries - 1, max(1, round(share * entries)))
     generator = torch.Generator().manual_seed(seed)
     scores = scale * torch.randn(5, entries, generator=generator, dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_a_low_temperature_gives_the_hard_mask():
 
 
 @pytest.mark.parametrize(("kept", "value"), [(0, 0.0), (4, 1.0)])
-def test_nothing_or_everything_kept_leaves_no_choice(kept, value):
+def test_keeping_nothing_or_everything_leaves_no_choice(kept, value):
     relaxed = soft_top_k(torch.randn(3, 4), kept, 0.1)
     assert torch.equal(relaxed, torch.full((3, 4), value))
 

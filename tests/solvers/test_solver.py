@@ -46,7 +46,7 @@ def solve(layer, structure=TWO_OF_FOUR, sparsity=0.5, prune=("q", "k"), **change
 
 
 def output_error(layer, masks) -> float:
-    """||(A - A~) V W_o||^2 over all calibration samples, relative."""
+    """The relative ||(A - A~) V W_o||^2 over all calibration samples."""
     output_projection = layer.replica.module.get_parameter("o_proj.weight")
     samples = range(len(layer.inputs))
     weights = {role: layer.dense(role) * mask for role, mask in masks.items()}
@@ -76,7 +76,7 @@ def test_learned_masks_have_the_structure_and_a_much_lower_error(layer, structur
             assert (groups == parsed.pruned).all()
 
 
-def test_the_comparison_takes_the_errors_apart_that_the_objective_weighs(layer):
+def test_the_comparison_separates_the_errors_that_the_objective_weighs(layer):
     settings = replace(SETTINGS, steps=4, output_weight=0.75)
     baselines = {"dense": lambda weight, _: weight, "broken": lambda w, _: w * math.nan}
     (solution,) = learn_masks(layer, ("q", "k"), settings, baselines)
@@ -85,7 +85,7 @@ def test_the_comparison_takes_the_errors_apart_that_the_objective_weighs(layer):
     assert weighed == pytest.approx(solution.error, rel=1e-4)
     assert solution.compared["dense"] == (0.0, 0.0)
     assert "broken" not in solution.compared
-    assert not solve(layer, steps=0).compared  # none was asked for
+    assert not solve(layer, steps=0).compared  # without baselines
 
 
 def test_the_result_is_never_worse_than_the_start(layer):
@@ -100,17 +100,17 @@ def test_a_descent_that_stalls_ends_early(layer, monkeypatch):
     assert len(solution.curve) == 40  # half of its eight checks
 
 
-def test_no_steps_give_the_start_wandas_mask(layer):
+def test_zero_steps_give_the_start_which_is_wandas_mask(layer):
     solution = solve(layer, steps=0)
     assert solution.error == solution.start_error
     weight = layer.replica.module.get_parameter("q_proj.weight").detach()
     x = torch.cat(list(layer.inputs.hidden), dim=1)[0]
     expected = TWO_OF_FOUR.mask(weight.abs() * x.norm(dim=0), 0.5)
-    # but for the rounding of norms: nearly every entry
+    # norms are rounded differently, so a few entries may differ
     assert (solution.masks["q"] == expected).float().mean() > 0.999
 
 
-def test_the_same_seed_gives_the_same_masks_another_seed_others(layer):
+def test_the_same_seed_gives_the_same_masks_and_another_seed_does_not(layer):
     first, second, other = (solve(layer, steps=10, seed=s) for s in (3, 3, 4))
     assert all(torch.equal(first.masks[r], second.masks[r]) for r in "qk")
     assert first.curve == second.curve != other.curve
@@ -123,7 +123,7 @@ def test_output_weight_lowers_the_error_of_the_attention_output(layer):
 
 @pytest.mark.parametrize("structure", ["2:4", "0:0"])
 @pytest.mark.parametrize("prune", [("q", "k"), ("v", "o")])
-def test_updated_survivors_beat_sparsegpts(layer, structure, prune):
+def test_updated_survivors_beat_those_of_sparsegpt(layer, structure, prune):
     parsed = MaskStructure.parse(structure)
     solution = solve(layer, parsed, prune=prune, update_weights=True, steps=16)
     for role, mask in solution.masks.items():
@@ -150,12 +150,12 @@ def test_v_and_o_follow_the_pruned_attention_matrix(layer):
     assert by_stage[1].error == pytest.approx(objective.validation_error(weights))
 
 
-def test_one_projection_alone_can_be_pruned(layer):
+def test_a_single_projection_can_be_pruned(layer):
     solution = solve(layer, prune=("k",), steps=10)
     assert list(solution.masks) == ["k"]
 
 
-def test_a_single_sample_teaches_and_judges(layer):
+def test_a_single_sample_is_used_for_training_and_validation(layer):
     alone = attention_inputs(load_model(MODEL_DIR), torch.randint(0, 2048, (1, 32)))
     single = list(alone.values())[-1]
     solution = solve(replace(layer, inputs=single), steps=20)
@@ -168,7 +168,7 @@ def test_a_share_below_one_entry_is_rounded(layer, sparsity):
     assert all(mask.all() == (sparsity < 0.5) for mask in solution.masks.values())
 
 
-def test_a_loss_that_is_no_number_ends_the_search_with_the_best_mask(layer):
+def test_a_loss_that_is_not_finite_ends_the_search_with_the_best_mask(layer):
     solution = solve(layer, steps=3, learning_rate=float("inf"))
     assert solution.error == solution.start_error
     assert all(
@@ -182,20 +182,20 @@ def test_zero_sparsity_prunes_nothing(layer):
 
 
 def test_the_l2_penalty_is_part_of_the_loss(layer):
-    plain, penalised = (solve(layer, steps=1, l2_penalty=p) for p in (0.0, 2.0))
+    plain, penalized = (solve(layer, steps=1, l2_penalty=p) for p in (0.0, 2.0))
     # at the start the relaxed masks are even, near 1/2: lambda/2 * (1/4 + 1/4)
-    assert penalised.curve[0] - plain.curve[0] == pytest.approx(0.5, rel=0.4)
+    assert penalized.curve[0] - plain.curve[0] == pytest.approx(0.5, rel=0.4)
 
 
-def test_accuracy_mode_has_no_relaxed_mask_to_penalise(layer):
-    plain, penalised = (
+def test_accuracy_mode_has_no_relaxed_mask_to_penalize(layer):
+    plain, penalized = (
         solve(layer, steps=2, l2_penalty=p, update_weights=True) for p in (0.0, 2.0)
     )
-    assert penalised.curve == plain.curve
+    assert penalized.curve == plain.curve
 
 
 @pytest.mark.parametrize("update", [False, True])
-def test_a_gradient_that_is_no_number_keeps_the_best_mask(layer, update, warnings):
+def test_a_gradient_that_is_not_finite_keeps_the_best_mask(layer, update, warnings):
     calls = 0
 
     def overflow(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> None:
@@ -231,7 +231,7 @@ def fail(*_):
 @pytest.mark.parametrize(
     ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
 )
-def test_a_second_order_solution_that_is_no_number_gives_way_to_wandas_mask(
+def test_a_second_order_solution_that_is_not_finite_falls_back_to_wandas_mask(
     layer, monkeypatch, warnings, function, fault
 ):
     monkeypatch.setattr(f"llmc_attnmask.solvers.solver.{function}", fault)

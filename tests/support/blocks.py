@@ -1,4 +1,4 @@
-"""Blocks to recover: dense and pruned, with what reaches them in either model."""
+"""Blocks to recover, dense and pruned, with the inputs that reach them."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ TWO_OF_FOUR = MaskStructure.parse("2:4")
 
 @dataclass
 class Case:
-    """One block, dense in the dense model, magnitude-pruned in a pruned one."""
+    """One block: dense in the dense model, and magnitude-pruned in a pruned one."""
 
     dense: Block
     pruned: Block
@@ -25,7 +25,7 @@ class Case:
 
 
 def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> Case:
-    """The block at an index, after pruned predecessors."""
+    """Return the block at an index, whose predecessors are pruned, too."""
     block = model.model.layers[index]
     with torch.no_grad():
         stream = inputs_of(model, block, tokens)
@@ -48,6 +48,7 @@ def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> Case:
 def inputs_of(
     model: PreTrainedModel, block: torch.nn.Module, tokens: Tensor
 ) -> ModuleInputs:
+    """Return what reaches a block of a model."""
     inputs = ModuleInputs()
     handle = block.register_forward_pre_hook(
         lambda _, args, kwargs: inputs.append(args, kwargs), with_kwargs=True
