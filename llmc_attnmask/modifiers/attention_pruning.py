@@ -204,8 +204,9 @@ class AttentionMatrixPruningModifier(StoredModifier):
             target.attention, device=get_execution_device(target.attention)
         )
         self._check_output_path(target, replica)
+        layer = AttentionLayer(replica, target.inputs, target.projections)
         solutions = learn_masks(
-            AttentionLayer(replica, target.inputs, target.projections),
+            layer,
             self.projections,
             self._settings(target.sparsity),
             baselines(self._structure, target.sparsity),
@@ -220,13 +221,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
             replica.device,
             {joined(s.masks): [s.start_error, s.error] for s in solutions},
             fallback="; ".join(s.fallback for s in solutions if s.fallback) or None,
-            **measurements(
-                replica,
-                target.inputs,
-                target.projections,
-                solutions,
-                with_maps=target.name in self._mapped,
-            ),
+            **measurements(layer, solutions, target.name in self._mapped),
         )
         return changed
 

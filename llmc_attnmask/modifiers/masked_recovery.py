@@ -1,6 +1,5 @@
 """``MaskedRecoveryModifier``: llm-compressor's life cycle for block recovery."""
 
-import math
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +9,6 @@ from compressed_tensors.offload import align_module_device, get_execution_device
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
-from loguru import logger
 from pydantic import Field, PrivateAttr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,11 +33,12 @@ from llmc_attnmask.modifiers.base import StoredModifier
 from llmc_attnmask.modifiers.fields import Names, check_finite
 from llmc_attnmask.recovery.block import (
     Block,
-    block_error,
+    BlockPair,
+    masks_of,
     squared_residual_norm,
 )
-from llmc_attnmask.recovery.refine import RefineSettings, refine
-from llmc_attnmask.recovery.refit import refit
+from llmc_attnmask.recovery.recover import recover
+from llmc_attnmask.recovery.refine import RefineSettings
 from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_log import LayerLog
 from llmc_attnmask.runlog.layer_work import layer_work
@@ -236,44 +235,26 @@ class MaskedRecoveryModifier(StoredModifier):
     ) -> list[nn.Module]:
         """Refine one block; returns its Linears that have changed."""
         block = self._blocks[layer.name]
-        device = dense.device
         targets = self._streams[layer.name.rpartition(".")[0]]
         with align_module_device(block):
-            pruned = Block(block, inputs, device)
-        kept = _masks(dense, pruned)
+            pruned = Block(block, inputs, dense.device)
+        kept = masks_of(dense, pruned)
         if not kept:
             return []
         norm = squared_residual_norm(stream, targets)
-        errors = [block_error(pruned, targets)]
-        before = {child: pruned.linears()[child].weight.clone() for child in kept}
-        refit(dense, pruned, kept)
-        errors.append(block_error(pruned, targets))
-        fallback: str | None = None
-        if not math.isfinite(errors[-1]):
-            fallback = f"the error after the least-squares solution is {errors[-1]}"
-            logger.warning(
-                f"{layer.name}: {fallback}; the block stays as it was pruned"
-            )
-            for child, weight in before.items():
-                pruned.linears()[child].weight.copy_(weight)
-            errors[-1] = errors[0]
-        if self.steps and not fallback:
-            found = refine(
-                dense, pruned, targets, errors[-1], norm, kept, self._settings()
-            )
-            errors.append(found.error)
-            fallback = found.fallback
+        pair = BlockPair(dense, pruned, targets, norm, kept)
+        found = recover(pair, self._settings(), layer.name)
         for child, mask in kept.items():
             linear = block.get_submodule(child)
             dtype = cast(Tensor, linear.weight).dtype
             weight = pruned.linears()[child].weight.to(dtype).masked_fill(~mask, 0.0)
             write_parameter(linear, "weight", weight)
         layer.done(
-            device,
-            {"block output": [error / norm for error in errors]},
+            dense.device,
+            {"block output": found.errors},
             zeros=sum(int((~mask).sum()) for mask in kept.values()),
             entries=sum(mask.numel() for mask in kept.values()),
-            fallback=fallback,
+            fallback=found.fallback,
         )
         return [block.get_submodule(child) for child in kept]
 
@@ -306,16 +287,6 @@ def _decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> parent of every attention module, in the model's order."""
     names = dict.fromkeys(n.rpartition(".")[0] for n in attention_modules(model))
     return {name: model.get_submodule(name) for name in names}
-
-
-def _masks(dense: Block, pruned: Block) -> dict[str, Tensor]:
-    """Kept entries, bool [rows, columns], of every Linear that has been pruned."""
-    masks = {}
-    for name, linear in pruned.linears().items():
-        kept = linear.weight != 0
-        if (~kept).sum() > (dense.linears()[name].weight == 0).sum():
-            masks[name] = kept
-    return masks
 
 
 def _zeros(block: nn.Module) -> float:

@@ -1,6 +1,7 @@
 """A decoder block on its own, to be run on collected inputs or other hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,6 +77,27 @@ class Block:
             for name, child in self.module.named_modules()
             if isinstance(child, nn.Linear)
         }
+
+
+@dataclass(frozen=True)
+class BlockPair:
+    """A dense block and its pruned counterpart, which is to come close to it."""
+
+    dense: Block  # on the dense model's hidden states
+    pruned: Block  # on the pruned model's hidden states
+    targets: Sequence[Tensor]  # Y, after the dense block, [1, L, D] of each sample
+    squared_norm: float  # ||Y - X||_F^2, see ``squared_residual_norm``
+    kept: Mapping[str, Tensor]  # name of a pruned Linear -> bool [rows, columns]
+
+
+def masks_of(dense: Block, pruned: Block) -> dict[str, Tensor]:
+    """The kept entries, bool [rows, columns], of every Linear that has been pruned."""
+    masks = {}
+    for name, linear in pruned.linears().items():
+        kept = linear.weight != 0
+        if (~kept).sum() > (dense.linears()[name].weight == 0).sum():
+            masks[name] = kept
+    return masks
 
 
 @torch.no_grad()

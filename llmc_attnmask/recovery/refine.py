@@ -9,7 +9,6 @@ its predecessors. A and A~ are the attention matrices inside the two blocks.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from llmc_attnmask.calibration.micro_batches import (
     micro_batches_of,
     sample_count,
 )
-from llmc_attnmask.recovery.block import Block, block_error
+from llmc_attnmask.recovery.block import Block, BlockPair, block_error
 from llmc_attnmask.solvers.descent import (
     Derivative,
     DescentSettings,
@@ -51,34 +50,24 @@ class Refinement:
     fallback: str | None = None  # what was not finite, if anything
 
 
-def refine(
-    dense: Block,
-    pruned: Block,
-    targets: Sequence[Tensor],
-    start_error: float,
-    squared_norm: float,
-    kept: dict[str, Tensor],
-    settings: RefineSettings,
-) -> Refinement:
-    """Move the surviving weights of ``pruned``, or restore them if the error rises.
+def refine(pair: BlockPair, start_error: float, settings: RefineSettings) -> Refinement:
+    """Move the surviving weights of ``pair.pruned``; restore them if the error rises.
 
     :param start_error: ||Y~ - Y||_F^2 over all samples before the descent
-    :param targets: Y of every sample, [1, L, D]
-    :param squared_norm: ||Y - X||_F^2 over all samples
-    :param kept: name of a Linear of the block -> bool [rows, columns]
     """
-    linears = {name: pruned.linears()[name] for name in kept}
+    linears = {name: pair.pruned.linears()[name] for name in pair.kept}
     before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-    spread = {name: dense.linears()[name].weight.std().item() for name in kept}
+    dense = pair.dense.linears()
+    spread = {name: dense[name].weight.std().item() for name in pair.kept}
     learned = [
         (linear.weight, settings.learning_rate * spread[name])
         for name, linear in linears.items()
     ]
-    micro_batches = micro_batches_of(pruned.inputs, settings.batch_size)
-    per_norm = sample_count(micro_batches) / squared_norm
-    objective = _Objective(dense, pruned, targets, kept, per_norm, settings)
+    micro_batches = micro_batches_of(pair.pruned.inputs, settings.batch_size)
+    per_norm = sample_count(micro_batches) / pair.squared_norm
+    objective = _Objective(pair, per_norm, settings.attention_weight)
     fallback = descend(learned, micro_batches, objective.differentiate, settings)
-    error = math.nan if fallback else block_error(pruned, targets)
+    error = math.nan if fallback else block_error(pair.pruned, pair.targets)
     if not fallback and not math.isfinite(error):
         fallback = f"the error after the descent is {error}"
     better = error <= start_error  # False for NaN
@@ -98,34 +87,29 @@ class _Objective:
     :param per_norm: number of samples divided by ||Y - X||_F^2
     """
 
-    def __init__(
-        self,
-        dense: Block,
-        pruned: Block,
-        targets: Sequence[Tensor],
-        kept: dict[str, Tensor],
-        per_norm: float,
-        settings: RefineSettings,
-    ):
-        self.pruned, self.targets, self.per_norm = pruned, targets, per_norm
-        self.kept = kept
-        self.attention_weight = settings.attention_weight
-        weighed = bool(self.attention_weight)
-        self.attention = _AttentionTerm(dense, pruned) if weighed else None
+    def __init__(self, pair: BlockPair, per_norm: float, attention_weight: float):
+        self.pair, self.per_norm = pair, per_norm
+        self.attention_weight = attention_weight
+        weighed = bool(attention_weight)
+        self.attention = _AttentionTerm(pair.dense, pair.pruned) if weighed else None
 
     def differentiate(self, batch: list[MicroBatch], progress: float) -> Derivative:
         """Return the mean loss over a mini-batch's samples, on all ranks."""
-        linears = self.pruned.linears()
-        weights = {name: linears[name].weight for name in self.kept}
-        loss, gradients = mean_gradient(self._loss, weights, batch, self.pruned.runner)
+        linears = self.pair.pruned.linears()
+        kept = self.pair.kept
+        weights = {name: linears[name].weight for name in kept}
+        loss, gradients = mean_gradient(
+            self._loss, weights, batch, self.pair.pruned.runner
+        )
         with torch.enable_grad():  # pruned entries get no gradient
-            survivors = [w.masked_fill(~self.kept[n], 0.0) for n, w in weights.items()]
+            survivors = [w.masked_fill(~kept[n], 0.0) for n, w in weights.items()]
         return Derivative(loss, survivors, list(gradients.values()))
 
     def _loss(self, samples: list[int]) -> Tensor:
         """Return the sum of some samples' losses."""
-        targets = torch.cat([self.targets[sample] for sample in samples])
-        lost = (self.pruned(samples) - targets.to(self.pruned.device)).square().sum()
+        pruned = self.pair.pruned
+        targets = torch.cat([self.pair.targets[sample] for sample in samples])
+        lost = (pruned(samples) - targets.to(pruned.device)).square().sum()
         loss = lost * self.per_norm
         if self.attention is not None:
             relative = self.attention(samples) * len(samples)

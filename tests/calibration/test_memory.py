@@ -62,15 +62,7 @@ def test_a_block_recovers_with_little_memory_as_well(calibration, warnings):
         settings = RefineSettings(
             steps=4, learning_rate=0.03, batch_size=8, attention_weight=0.0, seed=0
         )
-        found = refine(
-            case.dense,
-            case.pruned,
-            case.targets,
-            start,
-            case.squared_norm,
-            case.kept,
-            settings,
-        )
+        found = refine(case, start, settings)
         errors.append(found.error)
     assert errors[1] == pytest.approx(errors[0], rel=1e-4) and warnings
 

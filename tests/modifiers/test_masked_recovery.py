@@ -167,7 +167,7 @@ def test_a_failed_run_leaves_no_hook_and_no_dense_copy(run, monkeypatch, tmp_pat
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr(
-        "llmc_attnmask.modifiers.masked_recovery.refit",
+        "llmc_attnmask.recovery.recover.refit",
         lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")),
     )
     model = tiny()

@@ -8,10 +8,10 @@ from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error
 from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
-from llmc_attnmask.recovery.block import block_error
+from llmc_attnmask.recovery.block import BlockPair, block_error
 from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.recovery.refit import refit
-from tests.support.blocks import Case, case_of
+from tests.support.blocks import case_of
 
 SETTINGS = RefineSettings(
     steps=20, learning_rate=0.03, batch_size=4, attention_weight=0.0, seed=0
@@ -19,27 +19,19 @@ SETTINGS = RefineSettings(
 
 
 @pytest.fixture
-def case(calibration) -> Case:
+def case(calibration) -> BlockPair:
     return case_of(load_model(MODEL_DIR), calibration[:16])
 
 
-def run(case: Case, **changes) -> float:
+def run(case: BlockPair, **changes) -> float:
     settings = replace(SETTINGS, **changes)
     start_error = block_error(case.pruned, case.targets)
-    found = refine(
-        case.dense,
-        case.pruned,
-        case.targets,
-        start_error,
-        case.squared_norm,
-        case.kept,
-        settings,
-    )
+    found = refine(case, start_error, settings)
     assert found.error == block_error(case.pruned, case.targets)
     return found.error
 
 
-def matrix_error(case: Case) -> float:
+def matrix_error(case: BlockPair) -> float:
     """||A - A~||^2 inside the blocks, summed over the samples."""
     total = 0.0
     calls = []
@@ -107,15 +99,7 @@ def test_a_step_to_infinity_leaves_a_block_as_it_was(calibration, warnings):
     before = {n: x.weight.clone() for n, x in case.pruned.linears().items()}
     start = block_error(case.pruned, case.targets)
     settings = replace(SETTINGS, steps=3, learning_rate=math.inf, batch_size=8)
-    found = refine(
-        case.dense,
-        case.pruned,
-        case.targets,
-        start,
-        case.squared_norm,
-        case.kept,
-        settings,
-    )
+    found = refine(case, start, settings)
     assert found.error == start and found.fallback and warnings
     for name, linear in case.pruned.linears().items():
         assert torch.equal(linear.weight, before[name])

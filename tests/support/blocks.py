@@ -1,30 +1,17 @@
 """Blocks to recover, dense and pruned, with the inputs that reach them."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.recovery.block import Block, squared_residual_norm
+from llmc_attnmask.recovery.block import Block, BlockPair, squared_residual_norm
 
 TWO_OF_FOUR = MaskStructure.parse("2:4")
 
 
-@dataclass
-class Case:
-    """One block: dense in the dense model, and magnitude-pruned in a pruned one."""
-
-    dense: Block
-    pruned: Block
-    targets: list[Tensor]
-    squared_norm: float
-    kept: dict[str, Tensor]
-
-
-def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> Case:
+def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> BlockPair:
     """Return the block at an index, whose predecessors are pruned, too."""
     block = model.model.layers[index]
     with torch.no_grad():
@@ -42,7 +29,7 @@ def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> Case:
     targets = dense.outputs()
     squared_norm = squared_residual_norm(stream.hidden, targets)
     pruned = Block(block, inputs, device)
-    return Case(dense, pruned, targets, squared_norm, kept)
+    return BlockPair(dense, pruned, targets, squared_norm, kept)
 
 
 def inputs_of(
