@@ -5,7 +5,7 @@ import re
 from tests.support.error_messages import HOLE, ROOT, Message, messages
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
-OTHERS = "\n## Messages of others\n"  # from here on, not this package's
+OTHERS = "\n## Messages of other libraries\n"  # from here on, not this package's
 # no command, recipe or checkpoint leads to these, only a call with wrong arguments
 INTERNAL = {
     "module ... has no attribute ...",
