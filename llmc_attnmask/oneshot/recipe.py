@@ -156,7 +156,8 @@ def _read(path: Path) -> Any:
 def _check_shape(path: Path, content: object) -> None:
     if not isinstance(content, dict) or not content:
         raise RecipeError(
-            f"recipe {path} is a {type(content).__name__}, not a mapping; {_SHAPE}"
+            f"recipe {path} is not a mapping: its type is {type(content).__name__}; "
+            f"{_SHAPE}"
         )
     for stage, groups in content.items():
         if stage == "args":
