@@ -1,9 +1,9 @@
 """Communication between the processes (ranks) of one run.
 
 Each rank has its share of the samples. Every rank sees the same sums and so makes the
-same decisions. Sums over all samples are added up in float64, where the order of the
-terms does not show in a result that is then rounded to float32: the result equals that
-of one process. In a run of one process, nothing here communicates.
+same decisions. Sums over all samples are added up in float64 and then rounded to
+float32, where the order of the terms no longer shows, so the result equals that of one
+process. In a run of one process, nothing here communicates.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _SOURCE = 0  # the rank that writes, as in compressed-tensors
 _TIMEOUT = timedelta(hours=1)
 _COMPARED = 8  # samples of each rank, to detect ranks with the same data
 _REPORTED = "llmc_attnmask/reported"
-_store: dist.Store | None = None  # of the group; outlives it
+_store: dist.Store | None = None  # of the process group, which it outlives
 
 Value = TypeVar("Value")
 
@@ -39,27 +39,27 @@ class LostRankError(OSError):
 
 
 def world_size() -> int:
-    """Number of ranks in this run; 1 without a process group."""
+    """Return the number of ranks in this run; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's rank; 0 without a process group."""
+    """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else _SOURCE
 
 
 def is_source() -> bool:
-    """Whether this rank is the one that writes."""
+    """Return whether this rank is the one that writes."""
     return rank() == _SOURCE
 
 
 def owner(position: int) -> int:
-    """The rank that does the ``position``-th of several similar pieces of work."""
+    """Return the rank that does piece ``position`` of several similar pieces."""
     return position % world_size()
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait until all ranks have called this."""
     if world_size() > 1:
         dist.barrier()
 
@@ -138,7 +138,7 @@ def reached(layers: Iterable[str]) -> list[str]:
     """Return the layers that samples reached, which must be the same on every rank.
 
     :param layers: those that this rank's samples reached
-    :raises ValueError: on every rank, if they are not
+    :raises ValueError: on every rank, if they are not the same
     """
     shares = gathered(list(layers))
     for r, share in enumerate(shares):
@@ -186,7 +186,7 @@ def process_group() -> Iterator[None]:
 
     An existing group is used as it is. GPUs communicate with NCCL, CPUs with gloo.
 
-    :raises LostRankError: if another rank ended in the meantime
+    :raises LostRankError: if another rank ended within the block
     """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -214,7 +214,10 @@ def process_group() -> Iterator[None]:
 
 
 def first_to_report() -> bool:
-    """Whether this rank is the first to report why the run ends; others stay silent."""
+    """Return whether this rank is the first to report why the run ends.
+
+    The others stay silent.
+    """
     if _store is None:
         return True
     try:
@@ -224,7 +227,7 @@ def first_to_report() -> bool:
 
 
 def _sendable(tensor: Tensor) -> Tensor:
-    """Move the tensor to where the group's backend accepts it: not a CPU for NCCL."""
+    """Move a tensor to a device that the backend accepts: for NCCL, not the CPU."""
     if tensor.is_cuda or "cpu:" in dist.get_backend_config():
         return tensor
     return tensor.to(torch.device("cuda", torch.cuda.current_device()))

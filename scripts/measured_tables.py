@@ -123,12 +123,12 @@ def cost() -> str:
 
 
 def _as_written(module: Any, name: str) -> str:
-    """Return the whole table as the benchmark writes it."""
+    """Write the whole table as the benchmark does."""
     return "\n".join([module.HEADER, *(module.markdown(row) for row in read(name))])
 
 
 def loss_of(recipe: str) -> str:
-    """Return a recipe's gap to the dense model, or that it was not measured."""
+    """Write a recipe's gap to the dense model, or that it was not measured."""
     if recipe in _LOSSES:
         file, *target = _LOSSES[recipe]
         row = _find((file,), *target)
@@ -155,7 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def written(text: str) -> str:
-    """Return a document with its tables and the losses beside recipes written again."""
+    """Rewrite a document's tables, and the losses next to its recipes."""
     text = _TABLE.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text)
     return re.sub(
         r"(<!-- loss (\w+) -->).*?(<!---->)",

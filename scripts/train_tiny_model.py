@@ -3,7 +3,7 @@
     python scripts/train_tiny_model.py --output llmc_attnmask/builtin/model
 
 At the end it prints the perplexity on held-out text and that of a unigram model.
-Nothing of the evaluation split is used for training or for the tokenizer.
+The evaluation split is used neither for training nor for the tokenizer.
 """
 
 import argparse

@@ -10,7 +10,7 @@ OTHERS = "\n## Messages of other libraries\n"  # from here on, not this package'
 INTERNAL = {
     "module ... has no attribute ...",
     "output_weight > 0 needs the output_projection's weight",
-    "the mask is ...; expected torch.bool ..., as the weight",
+    "the mask is ...; expected torch.bool ..., the shape of the weight",
     "the weight is ...; expected two dimensions",
     "... inputs are not divisible by 4, so there are no groups of four",
     "the bitmask is ...; expected torch.uint8",
@@ -23,7 +23,7 @@ INTERNAL = {
     "cuSPARSELt plans for ... are needed while a CUDA graph is captured",
     "no cuSPARSELt plan for ...; call prepare when the model is loaded",
     "scales with a weight of ...: expected both with 8 bits",
-    "cuSPARSELt takes no ... weight here; expected",
+    "... weights are not supported; expected",
     "... has no function ...",
     "cannot load ...",
 }

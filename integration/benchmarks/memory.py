@@ -11,7 +11,7 @@ memory or on disk. Printed for each process, in MB:
 
 - resident: the peak of what was in memory, including files mapped from disk
 - anonymous: the same without those files, which the system can drop at any time
-- address space: what the limit counts; imports alone take the amount printed first
+- address space: what the limit counts; the first line shows what imports alone take
 """
 
 import argparse
@@ -195,7 +195,7 @@ def main() -> None:
 
 
 def _imports(limit: int, folder: Path) -> str:
-    """Peaks of a process that only imports what pruning imports."""
+    """Return the peaks of a process that only imports what pruning imports."""
     command = [sys.executable, "-c", "import llmc_attnmask.oneshot.prune"]
     *_, peaks = measure(command, limit, folder / "log")
     return ", ".join(f"{name} {value / 1e6:.0f}" for name, value in peaks.items())

@@ -104,7 +104,7 @@ def measure(action: str, source: Path, target: Path, sync: bool) -> dict[str, fl
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """sha256 of every tensor."""
+    """Return the sha256 of every tensor, by name."""
     return dict(_digests(directory))
 
 

@@ -68,7 +68,7 @@ class Result:
 
 
 def modifiers(run: Run, model: PreTrainedModel) -> list[Any]:
-    """The recipe of a method; none for dense and magnitude."""
+    """Return the recipe of a method; none for dense and magnitude."""
     shape: dict[str, Any] = {"sparsity": run.sparsity, "mask_structure": run.structure}
     whole = run.scope == "block"
     linears = ["re:.*_proj$"] if whole else q_and_k_names(model)
@@ -153,7 +153,7 @@ def in_own_process(function: Callable[[Run], Result], run: Run) -> Result:
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row a method, scope and structure, with all its runs."""
+    """Yield one row per method, scope and structure, with all its runs."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     calibration = calibration_windows(
         load_texts(args.calibration), tokenizer, args.num_samples, args.max_length

@@ -78,7 +78,7 @@ class Result:
 
     broken: int  # pruned entries that are no longer zero
     perplexity: float
-    divergence: float  # KL from the pruned model's tokens, mean, nats
+    divergence: float  # mean KL divergence from the pruned model, in nats
     seconds: float  # of quantizing
 
 
@@ -140,7 +140,7 @@ def masks_unguarded() -> Iterator[None]:
 def divergence(
     reference: PreTrainedModel, model: PreTrainedModel, windows: Tensor
 ) -> float:
-    """Mean KL divergence of the next token's distribution, in nats.
+    """Return the mean KL divergence of the next token's distribution, in nats.
 
     :param windows: int64 [windows, length]
     """

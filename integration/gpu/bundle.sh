@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Collect what a GPU machine without network lacks in one ignored folder, build/gpu.
+# Collect what a GPU machine without network access lacks in one ignored folder, build/gpu.
 #
 #     bash integration/gpu/bundle.sh
 #

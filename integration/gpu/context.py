@@ -24,7 +24,8 @@ class GpuLostError(RuntimeError):
 class Context:
     """One step of one call.
 
-    ``trial``: on a CPU, with small shapes, to find mistakes; its rows are not results.
+    A ``trial`` runs on a CPU, with small shapes, to find mistakes; its rows are not
+    results.
     """
 
     step: str
@@ -40,7 +41,7 @@ class Context:
         return self.device == "cpu"
 
     def left(self) -> float:
-        """Seconds until this step times out."""
+        """Return the seconds until this step times out."""
         return self.deadline - time.monotonic()
 
     def record(self, **figures: Any) -> None:
@@ -51,7 +52,7 @@ class Context:
         append(self.folder, row | figures)
 
     def rows(self) -> list[Row]:
-        """The rows that this and earlier steps recorded."""
+        """Return the rows that this and earlier steps recorded."""
         path = self.folder / FILE
         return read(path).rows if path.exists() else []
 
@@ -103,7 +104,7 @@ class Context:
             self.record(**row)
 
     def failed(self, **case: Any) -> bool:
-        """Whether this step has recorded a failure of exactly this case."""
+        """Return whether this step has recorded a failure of exactly this case."""
         return any(
             "failed" in row and record.case(row) == case
             for row in self.rows()
@@ -121,7 +122,7 @@ class Context:
 
 
 def known(rows: list[Row], step: str) -> set[str]:
-    """The cases of a step that have a row, in the form of ``Context.done``.
+    """Return the cases of a step that have a row, in the form of ``Context.done``.
 
     A row starts with what identifies its case, followed by figures, so every prefix of
     a row may be a case.
@@ -138,5 +139,5 @@ def known(rows: list[Row], step: str) -> set[str]:
 
 
 def short(error: BaseException) -> str:
-    """Type and message on one line of at most 300 characters."""
+    """Return the type and message on one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -47,20 +47,21 @@ class Figures:
                 ] = row["us"]
 
     def of(self, step: str, **given: Any) -> list[Row]:
-        """Rows of a step with these entries that did not fail, in order."""
+        """Return a step's rows that have these entries and did not fail, in order."""
         entries = {"step": step, **given}.items()
         return [
             row for row in self.rows if entries <= row.items() and "failed" not in row
         ]
 
     def last(self, step: str, key: str, **given: Any) -> Any:
-        """The last figure of that name; None without one."""
+        """Return the last figure of that name; None without one."""
         found = [row[key] for row in self.of(step, **given) if key in row]
         return found[-1] if found else None
 
     def dense(self, shape: str, dtype: str, tokens: int, mode: str) -> float | None:
-        """Microseconds of the fastest dense product, torch's or vLLM's, of the same
-        type or of the type to compare with.
+        """Return the microseconds of the fastest dense product, torch's or vLLM's.
+
+        It has the same type or the type to compare with.
         """
         found = (
             self.times.get((shape, kind, tokens, kernel, mode))
@@ -70,8 +71,9 @@ class Figures:
         return min((us for us in found if us), default=None)
 
     def correctness(self) -> list[Row]:
-        """The last row of every case of the step `correct`, without failures of a whole
-        kernel that are older than a success.
+        """Return the last row of every case of the step `correct`.
+
+        A failure of a whole kernel is left out if the kernel succeeded later.
         """
         last: dict[tuple[Any, ...], Row] = {}
         for row in self.rows:
@@ -87,7 +89,7 @@ class Figures:
         return list(last.values())
 
     def setups(self) -> list[dict[str, Any]]:
-        """The engines' numbers of layers and ways of running, the deepest first."""
+        """Return the engines' setups (layers and way of running), the deepest first."""
         found = {(row["layers"], row["as_installed"]) for row in self.of("engine")}
         return [
             {"layers": layers, "as_installed": as_installed}
@@ -97,7 +99,7 @@ class Figures:
     def best(
         self, shape: str, dtype: str, tokens: int, mode: str | None = None
     ) -> Best | None:
-        """The fastest sparse kernel of a size; None if it or dense was not timed.
+        """Return the fastest sparse kernel at a size; None if it or dense is untimed.
 
         :param mode: by default, the one in which a server runs this many tokens
         """
@@ -114,14 +116,14 @@ class Figures:
         return Best(kernel, us, dense)
 
     def sizes(self) -> list[tuple[str, str, int]]:
-        """Shape, type and tokens of everything that was timed, in the tables' order."""
+        """Return shape, type and tokens of all that was timed, in the tables' order."""
         found = {(shape, dtype, tokens) for shape, dtype, tokens, *_ in self.times}
         return sorted(
             found, key=lambda s: (DTYPES.index(s[1]), SHAPES.index(s[0]), s[2])
         )
 
     def failures(self) -> list[Row]:
-        """Rows of cases that failed and did not succeed later."""
+        """Return the rows of cases that failed and did not succeed later."""
         found = []
         for index, row in enumerate(self.rows):
             if "failed" not in row:

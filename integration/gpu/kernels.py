@@ -49,7 +49,7 @@ class Packed:
     parts: Parts
 
     def __call__(self, x: Tensor, token_scale: Tensor | None) -> Tensor:
-        """``x W^T``.
+        """Return ``x W^T``.
 
         :param x: [tokens, K] in the weight's dtype
         :param token_scale: fp32 [tokens], for 8 bits
@@ -63,7 +63,7 @@ class Packed:
         return sum(part.nbytes for part in self.parts)
 
     def copy(self) -> "Packed":
-        """The same weight at another address."""
+        """Return the same weight at another address."""
         return replace(self, parts=tuple(part.clone() for part in self.parts))
 
     def prepare(self, tokens: list[int]) -> None:
@@ -78,7 +78,7 @@ def pack(name: str, weight: Weight) -> Packed:
 
 
 def missing(name: str, dtype: torch.dtype, shape: tuple[int, int], device: str) -> str:
-    """Why a kernel cannot run on such a weight here; empty if it can."""
+    """Return why a kernel cannot run on such a weight here; empty if it can."""
     return KERNELS[name].missing(dtype, *shape, device) or ""
 
 
@@ -177,8 +177,10 @@ def _cusparselt(
 
 
 def searched(packed: Packed) -> list[int] | None:
-    """The numbers of tokens with a search for cuSPARSELt's algorithm; once the time for
-    searches is spent, it uses its default. None for other kernels.
+    """Return the numbers of tokens for which cuSPARSELt's algorithm was searched.
+
+    Once the time for searches is spent, cuSPARSELt uses its default. None for other
+    kernels.
     """
     if packed.kernel is not KERNELS["cusparselt"]:
         return None

@@ -1,8 +1,8 @@
-"""Write figures to disk as soon as they are known: one JSON object per line.
+"""Write figures to disk as soon as they are known, as one JSON object per line.
 
     python integration/gpu/record.py OUT --step NAME --failed WHY [--seconds N]
 
-appends the row of a step that failed without recording it. It imports nothing heavy,
+appends a row for a step that failed without recording one. It imports nothing heavy,
 because the shell scripts call it between two steps.
 """
 
@@ -87,7 +87,7 @@ def read(path: Path) -> Read:
 
 
 def case(row: Row, *others: str) -> Row:
-    """A row without the entries that every row has: its case and its figures.
+    """Return a row without the entries that every row has: its case and its figures.
 
     :param others: further entries to drop
     """

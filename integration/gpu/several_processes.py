@@ -34,7 +34,7 @@ def seconds(command: list[str], environment: dict[str, str]) -> float:
 
 
 def differences(first: Path, second: Path) -> dict[str, float]:
-    """Differences between the weights of two checkpoints of one model."""
+    """Return the differences between the weights of two checkpoints of one model."""
     found = {"masks": 0, "entries": 0, "largest": 0.0}
     names = [path.name for path in sorted(first.glob("*.safetensors"))]
     for name in names:

@@ -5,7 +5,7 @@
 #     step NAME LIMIT LEAST run COMMAND...                      any command
 #     finish
 #
-# LIMIT is the step's time limit in seconds; LEAST is how many of all SECONDS must be left
+# LIMIT is the step's time limit in seconds; LEAST is how many of the SECONDS must be left
 # for it to start. Output goes to OUT/log.txt, failures to OUT/results.jsonl, where the
 # steps' own figures are. Without a GPU the steps are only listed; with --cpu they are
 # tried with small shapes. STATUS is the exit code of the preceding step.
@@ -35,7 +35,7 @@ begin() {
         GPU=$(gpu_name)
     fi
     if ! running; then
-        echo "No CUDA GPU on this machine. On one, these steps would run within $TOTAL s:"
+        echo "No CUDA GPU on this machine. With one, these steps would run within $TOTAL s:"
         return
     fi
     mkdir -p "$OUT"
@@ -103,7 +103,7 @@ bundled() {
 
 finish() {
     if ! running; then return; fi
-    echo "== $SECONDS s in all"
+    echo "== $SECONDS s in total"
     "$PYTHON" integration/gpu/summary.py --print "${TRIAL[@]/--cpu/--trials}" \
         "$OUT/results.jsonl" |
         tee "$OUT/summary.md"

@@ -50,7 +50,7 @@ def read_all(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
 
 
 def tables(rows: Sequence[Row], trials: bool = False) -> dict[str, str]:
-    """Every table by its name; each table has a part per GPU, under the GPU's name."""
+    """Make every table, by name; each has a part per GPU, under the GPU's name."""
     measured = by_gpu(rows, trials)
     if not measured:
         return {name: make(Figures([])) for name, (_, make) in TABLES.items()}

@@ -14,7 +14,7 @@ _KERNELS = {
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """A Markdown table; the first ``left`` columns are words, the others numbers."""
+    """Make a Markdown table; all but the first ``left`` columns are numbers."""
     lines = [list(row) for row in rows]
     if not lines:
         return NOT_YET
@@ -31,7 +31,7 @@ _NOT_NAMED = ("seconds", "left_out", "first")
 
 
 def state(figures: Figures) -> str:
-    """When the tables were measured, if at all."""
+    """Say when the tables were measured, if they were."""
     dates = sorted({row["date"] for row in figures.rows})
     if not dates:
         return "**Nothing here has been measured yet.**"
@@ -47,7 +47,7 @@ def reached(figures: Figures) -> str:
 
 
 def machine(figures: Figures) -> str:
-    """The card, versions and peak rates."""
+    """List the card, versions and peak rates."""
     versions = figures.last("machine", "versions")
     if not versions:
         return NOT_YET
@@ -66,7 +66,7 @@ def machine(figures: Figures) -> str:
 
 
 def correctness(figures: Figures) -> str:
-    """The largest error of each kernel over all shapes, or what failed."""
+    """List the largest error of each kernel over all shapes, or what failed."""
     rows = []
     cases = figures.correctness()
     names = dict.fromkeys((row["kernel"], row.get("dtype")) for row in cases)
@@ -141,7 +141,7 @@ def times(step: str) -> Callable[[Figures], str]:
 
 
 def blocks(figures: Figures) -> str:
-    """Microseconds of the decode kernel with other block sizes, in a graph."""
+    """List the microseconds of the decode kernel with other block sizes, in a graph."""
     found = figures.of("blocks", mode="graph")
     kernels = list(dict.fromkeys(row["kernel"] for row in found))
     times = {
@@ -163,7 +163,7 @@ def blocks(figures: Figures) -> str:
 
 
 def memory(figures: Figures) -> str:
-    """Bytes of one weight relative to dense, by kernel, and which part is shared."""
+    """List the bytes of a weight relative to dense, by kernel, and what is shared."""
     rows = []
     for dtype in DTYPES:
         for kernel in ("cuda", "cusparselt", "triton"):
@@ -188,7 +188,7 @@ def memory(figures: Figures) -> str:
 
 
 def _shared(stored: Sequence[Row]) -> str:
-    """The part of cuSPARSELt's form that the decode kernel can read."""
+    """Return the part of cuSPARSELt's form that the decode kernel can read."""
     if not stored:
         return ""
     if spans := sorted({str(row["span"]) for row in stored if row.get("span")}):
@@ -219,7 +219,7 @@ def pruning(figures: Figures) -> str:
 
 
 def serving(figures: Figures) -> str:
-    """Engines with the same weights, stock and with the plugin."""
+    """Compare engines with the same weights, stock and with the plugin."""
     keys = ("dtype", "layers", "as_installed")
     setups = dict.fromkeys(
         (*(row[key] for key in keys), row["kernel"])
@@ -264,7 +264,7 @@ def _serving_cases(
 
 
 def counters(figures: Figures) -> str:
-    """Counters of Nsight Compute for every launch of a case."""
+    """List the counters of Nsight Compute for every launch of a case."""
     keys = ("duration", "dram_percent", "alu_percent", "warps_percent", "registers")
     rows = [
         (
@@ -280,7 +280,7 @@ def counters(figures: Figures) -> str:
 
 
 def failures(figures: Figures) -> str:
-    """Cases without figures, and why; each missing kernel only once."""
+    """List the cases without figures, and why; each missing kernel only once."""
     rows = []
     for row in figures.failures():
         case = ", ".join(f"{k} {v}" for k, v in record.case(row, *_NOT_NAMED).items())

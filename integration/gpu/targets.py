@@ -22,7 +22,7 @@ class Target:
 
 
 def ratios(found: Iterable[Best | None], least: float) -> str:
-    """The range from the slowest to the fastest case; the slowest one decides."""
+    """Write the range from the slowest to the fastest case; the slowest decides."""
     cases = list(found)
     known = [case.ratio for case in cases if case is not None]
     if not known:
@@ -50,7 +50,7 @@ def prefill(dtype: str, least: float) -> Callable[[Figures], str]:
 
 
 def slower(figures: Figures) -> str:
-    """The worst size, and how many sizes are more than 3 % slower than dense."""
+    """Name the worst size, and count the sizes that are over 3 % slower than dense."""
     known = [
         (best.ratio, f"{dtype} {shape}, {tokens} tokens: {best.kernel}")
         for shape, dtype, tokens in figures.sizes()
@@ -67,8 +67,9 @@ def slower(figures: Figures) -> str:
 def against_stock(
     figures: Figures, key: str, dtype: str, **case: Any
 ) -> tuple[float, str] | None:
-    """A figure of the served model relative to the stock engine's, for the deepest
-    model with both figures, and which model that was.
+    """Return a figure of the served model relative to the stock engine's.
+
+    It is that of the deepest model with both figures; the result names this model.
     """
     case = {"dtype": dtype, **case}
     for setup in figures.setups():
@@ -83,7 +84,7 @@ def against_stock(
 
 
 def memory(dtype: str, most: float) -> Callable[[Figures], str]:
-    """Bytes of the linear layers relative to the stock engine's."""
+    """Compare the bytes of the linear layers with the stock engine's."""
 
     def reached(figures: Figures) -> str:
         found = against_stock(figures, "linear_gb", dtype, of="memory")
@@ -95,7 +96,7 @@ def memory(dtype: str, most: float) -> Callable[[Figures], str]:
 
 
 def speed(batch: int, least: float) -> Callable[[Figures], str]:
-    """Tokens per second relative to the stock engine's, in bf16."""
+    """Compare the tokens per second with the stock engine's, in bf16."""
 
     def reached(figures: Figures) -> str:
         case = {"of": "decode", "batch": batch}
@@ -108,7 +109,7 @@ def speed(batch: int, least: float) -> Callable[[Figures], str]:
 
 
 def pruning(figures: Figures) -> str:
-    """32 times the time of the measured layer."""
+    """Take 32 times the time of the measured layer."""
     case = {"samples": 128, "length": 2048, "width": 4096}
     seconds = figures.last("prune", "seconds_per_layer", **case)
     peak = figures.last("prune", "peak_gb", **case)

@@ -1,4 +1,4 @@
-"""Time calls, on a GPU with its events, on a CPU with the clock.
+"""Time calls: on a GPU with its events, on a CPU with the clock.
 
 Inputs and weights must rotate: a call that finds its weight in a cache measures the
 cache. ``calls`` are such rotating calls of one kernel, and all times are per call.
@@ -19,13 +19,13 @@ BUDGET = 60.0  # milliseconds that the repetitions of one figure may take
 
 
 def repetitions(milliseconds: float) -> int:
-    """How often to repeat a measurement that takes this long once."""
+    """Return how often to repeat a measurement that takes this long."""
     least, most = REPLAYS
     return max(least, min(most, round(BUDGET / max(milliseconds, 1e-3))))
 
 
 class Timer:
-    """Median microseconds of one call.
+    """Measures the median microseconds of one call.
 
     :param device: "cuda" or "cpu"; on a CPU there are no graphs, so both ways of
         calling are the same

@@ -54,7 +54,7 @@ class Weight:
         return self.dense.dtype if self.dense.itemsize == 2 else torch.bfloat16
 
     def product(self, x: Tensor, token_scale: Tensor | None) -> Tensor:
-        """``x W^T`` in float64, not rounded."""
+        """Return ``x W^T`` in float64, not rounded."""
         out = x.double() @ self.dense.double().t()
         if self.scale is not None and token_scale is not None:
             out *= self.scale.double()
@@ -69,7 +69,7 @@ def random_values(rows: int, columns: int, dtype: torch.dtype, device: str) -> T
 
 
 def random_weight(rows: int, columns: int, dtype: torch.dtype, device: str) -> Weight:
-    """A weight with two of four kept at random indices."""
+    """Return a weight with two of four kept at random indices."""
     dense = random_values(rows, columns, dtype, device)
     choice = torch.randint(len(_PAIRS), (rows, columns // 4), device=device)
     pruned = ~_PAIRS.to(device)[choice].view(rows, columns)
@@ -83,7 +83,7 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype, device: str) -> W
 def random_tokens(
     count: int, columns: int, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor | None]:
-    """[count, columns] in ``dtype`` and, for 8 bits, the tokens' scales."""
+    """Return [count, columns] in ``dtype`` and, for 8 bits, the tokens' scales."""
     x = torch.randn(count, columns, device=device, dtype=torch.bfloat16)
     if dtype.itemsize == 2:
         return x.to(dtype), None
@@ -91,5 +91,5 @@ def random_tokens(
 
 
 def copies(rows: int, columns: int, itemsize: int) -> int:
-    """How many weights must rotate so that no cache holds them."""
+    """Return how many weights must rotate so that no cache holds them."""
     return max(2, -(-ROTATED // (rows * columns * itemsize)))

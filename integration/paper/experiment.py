@@ -44,7 +44,7 @@ class Row:
 
 
 def synthetic(n: int, d: int, tail: str, seed: int) -> tuple[Tensor, Tensor]:
-    """X [n, d] of unit variance and W [d, d] with logits of standard deviation 2."""
+    """Draw X [n, d] of unit variance, and W [d, d] for logits of deviation 2."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(n, d, generator=generator, dtype=torch.float64)
     if tail == "heavy":
@@ -104,14 +104,14 @@ def measure(n: int, d: int, tail: str, seed: int) -> Iterator[Row]:
 
 
 def converge(n: int = 128, d: int = 64, l2_penalty: float = 1e-3) -> Descent:
-    """A long run on one light-tailed instance."""
+    """Run for long on one light-tailed instance."""
     inputs, weight = synthetic(n, d, "light", seed=0)
     problem = FusedProblem(inputs, weight, l2_penalty)
     return projected_gradient_descent(problem, CONVERGENCE_STEPS)
 
 
 def _as_linear(weight: Tensor) -> nn.Linear:
-    """X W as the Linear layer that upstream's functions prune: its weight is W^T."""
+    """Make the Linear layer of X W, whose weight W^T upstream's functions prune."""
     linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False)
     linear.weight.data = weight.T.float().contiguous()
     return linear

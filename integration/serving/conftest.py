@@ -19,7 +19,7 @@ def checkpoints() -> Path:
 def outputs(
     checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Output]]]:
-    """All of RUNS, two processes at a time: they mostly import and load."""
+    """The outputs of all RUNS, two processes at a time: they mostly import and load."""
     folder = tmp_path_factory.mktemp("runs")
     with ThreadPoolExecutor(2) as pool:
         yield {

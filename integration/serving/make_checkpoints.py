@@ -43,7 +43,10 @@ def shipped() -> PreTrainedModel:
 
 
 def biased(folder: Path) -> PreTrainedModel:
-    """Two layers, four query heads on two key-value heads, the shipped vocabulary."""
+    """Make a random Qwen2 with two layers, four query and two key-value heads.
+
+    It has the shipped model's vocabulary.
+    """
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=2048,
@@ -66,7 +69,7 @@ def biased(folder: Path) -> PreTrainedModel:
 
 
 def make_adapter(folder: Path) -> None:
-    """A random LoRA adapter of every q and v projection of the shipped model."""
+    """Write a random LoRA adapter of every q and v projection of the shipped model."""
     config = AutoConfig.from_pretrained(MODEL_DIR)
     torch.manual_seed(0)
     heads = {
@@ -107,7 +110,7 @@ def make(out: Path, name: str, model: PreTrainedModel, modifiers: list) -> None:
 
 
 def pack_each(directory: Path, output: Path) -> None:
-    """Pack every 2:4 layer, also where a server fuses it with one that is not."""
+    """Pack every 2:4 layer, even if a server fuses it with one that is not 2:4."""
     shutil.copytree(directory, output)
     tensors = load_file(output / "model.safetensors")
     config = json.loads((output / "config.json").read_text())

@@ -101,7 +101,7 @@ def generate(run: Run, checkpoints: Path, folder: Path) -> Output:
 
 @contextmanager
 def server(model: Path, log: Path) -> Iterator[str]:
-    """``vllm serve`` on a free port of 127.0.0.1 until the block ends.
+    """Run ``vllm serve`` on a free port of 127.0.0.1 until the block ends.
 
     :return: the base URL of its OpenAI API
     """

@@ -1,5 +1,6 @@
-"""vLLM's compiler sees how sparse layers quantize their tokens, and fuses this with the
-preceding norm; on the CPU, up to the graph that it would generate code for.
+"""vLLM's compiler fuses the quantization of tokens with the preceding norm.
+
+The tests run on the CPU, up to the graph for which the compiler would generate code.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ SCHEMAS = (
 )
 
 
-class Stop(Exception):  # noqa: N818 - not an error: only no code to generate
+class Stop(Exception):  # noqa: N818 - not an error: no code is to be generated
     """Raised in Inductor once the graph has been seen."""
 
 
@@ -73,7 +74,7 @@ def configured(request: pytest.FixtureRequest) -> Iterator[VllmConfig]:
 
 
 def _layer(dtype: torch.dtype) -> tuple[Sparse24LinearMethod, Any]:
-    """A method as a GPU would have it after loading, and its layer."""
+    """Return a method as a GPU would have it after loading, and its layer."""
     torch.manual_seed(0)
     weight = torch.randn(ROWS, COLUMNS).to(dtype)
     weight.view(torch.int8).view(-1, 4)[:, :2] = 0
@@ -94,8 +95,9 @@ def _layer(dtype: torch.dtype) -> tuple[Sparse24LinearMethod, Any]:
 
 
 def _compiled(function: Callable, passes: list[Callable[[fx.Graph], object]]) -> str:
-    """The graph of a function of tokens, other tokens and the weight of a norm, after
-    Inductor's passes and then vLLM's.
+    """Return a function's graph after Inductor's passes and then vLLM's.
+
+    :param function: of tokens, other tokens and the weight of a norm
     """
     graphs = []
 
@@ -123,7 +125,7 @@ def _compiled(function: Callable, passes: list[Callable[[fx.Graph], object]]) ->
 
 @enable_fake_mode
 def _per_token_patterns() -> PatternMatcherPass:
-    """The patterns of vLLM's RMSNormQuantFusionPass with one scale per token."""
+    """Return the patterns of vLLM's RMSNormQuantFusionPass with one scale per token."""
     from vllm.compilation.passes.fusion import rms_quant_fusion
 
     patterns = PatternMatcherPass()

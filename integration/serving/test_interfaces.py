@@ -67,7 +67,7 @@ Method = linear.LinearMethodBase
     ids=lambda value: getattr(value, "__qualname__", ""),
 )  # fmt: skip
 def test_functions_take_what_the_plugin_passes(function: Callable, passed: str) -> None:
-    """The same names where the plugin overrides, and no further required parameters."""
+    """Names are the same, and there are no further required parameters."""
     found = list(inspect.signature(function).parameters.values())
     names = passed.split()
     assert [parameter.name for parameter in found][: len(names)] == names

@@ -1,5 +1,7 @@
-"""Real vLLM on the CPU: 2:4 checkpoints with the plugin, compared with the same weights
-stored dense without it.
+"""Real vLLM on the CPU.
+
+2:4 checkpoints with the plugin are compared with the same weights stored dense without
+it.
 
     make test-serving
 """

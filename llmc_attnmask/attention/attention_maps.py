@@ -71,13 +71,13 @@ def attention_maps(dense: AttentionCall, pruned: AttentionCall) -> list[Attentio
 
 
 def heads_of(call: AttentionCall) -> dict[str, int]:
-    """How many heads divide the rows of q, k and v, and the columns of o."""
+    """Return how many heads divide the rows of q, k and v, and the columns of o."""
     heads, groups = call.query.shape[1], call.key.shape[1]
     return {"q": heads, "k": groups, "v": groups, "o": heads}
 
 
 def zeros_by_head(role: str, kept: Tensor, heads: int) -> list[float]:
-    """Share of pruned entries per head.
+    """Return the share of pruned entries per head.
 
     :param kept: bool [rows, columns]; heads divide the columns of o, and the rows of
         the others

@@ -144,7 +144,12 @@ class AttentionReplica:
     def read_by(
         self, child: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Tensor:
-        """What a Linear of the module reads under the module's own eager attention."""
+        """Return what a Linear of the module reads when attention is the model's own.
+
+        That is its eager attention, not the interface of this file.
+
+        :param child: name of the Linear within the module
+        """
         seen: list[Tensor] = []
         handle = self.module.get_submodule(child).register_forward_pre_hook(
             lambda _, inputs: seen.append(inputs[0])
@@ -160,7 +165,7 @@ class AttentionReplica:
 
 
 def uses_attention_interface(attention: nn.Module) -> bool:
-    """Whether the module's forward looks up transformers' attention functions."""
+    """Return whether a module's forward looks up transformers' attention functions."""
     forward = type(attention).forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__

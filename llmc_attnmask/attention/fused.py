@@ -132,12 +132,15 @@ class _Problem:
         )
 
     def _wide(self) -> Tensor:
-        """Zeros [B, H, L, dv] to add to, or a pointer that is not followed."""
+        """Return zeros [B, H, L, dv] to add to, or a stand-in that no kernel reads."""
         used = self.options["OUTPUT"]
         return self._new(self.length, self.options["dv"]) if used else self.softmax
 
     def statistics(self) -> Tensor:
-        """A~ V, [B, H, L, dv], where the output counts."""
+        """Compute m and l of all rows; return A~ V, [B, H, L, dv].
+
+        A~ V is a stand-in where the output does not count.
+        """
         context = self._wide()
         sinks = self.ranges if self.sinks is None else self.sinks
         kernels.statistics[(*self.by_row, 2)](
@@ -148,7 +151,11 @@ class _Problem:
         )
 
     def change(self) -> tuple[Tensor, Tensor, Tensor]:
-        """||A~ - A||_F^2, (A~ - A) V where the output counts, rowsum(A~ o (A~ - A))."""
+        """Return ||A~ - A||_F^2, (A~ - A) V and rowsum(A~ o (A~ - A)).
+
+        (A~ - A) V, [B, H, L, dv], is computed only where the output counts; the sums,
+        [B, H, L], always.
+        """
         squares, inner, reached = (
             self._new(self.length),
             self._new(self.length),
@@ -162,7 +169,7 @@ class _Problem:
     def gradients(
         self, upstream: Tensor | None, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """dE/dQ~ and dE/dK~.
+        """Return dE/dQ~ and dE/dK~.
 
         :param upstream: U, [B, H, L, dv], where the output counts
         :param delta: [B, H, L]

@@ -15,7 +15,7 @@ CAPABILITIES = (8, 9)  # major numbers
 
 
 def fusible(call: AttentionCall) -> bool:
-    """Whether the kernels of ``fused.py`` can run this call and are its default."""
+    """Return whether the kernels of ``fused.py`` can run a call and are its default."""
     query, value = call.query, call.value
     # triton comes with torch's CUDA builds
     if not query.is_cuda or torch.version.hip or not find_spec("triton"):
@@ -28,7 +28,7 @@ def fusible(call: AttentionCall) -> bool:
 def fused_by_default(
     capability: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int]
 ) -> bool:
-    """The rule of ``fusible`` for a CUDA device.
+    """Apply the rule of ``fusible`` to a CUDA device.
 
     :param capability: of the GPU, major and minor number
     :param dtype: of the query; float64 is the reference for checks

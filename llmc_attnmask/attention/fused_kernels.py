@@ -52,7 +52,7 @@ def _product(
     left, right, rows, columns, length, keys, width: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a matrix [length, width] times columns of one [keys, width], float32."""
+    """Multiply rows of a [length, width] by columns of a [keys, width], in float32."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, width, CHUNK):
         a = _load(left, rows, length, start, width, CHUNK)
@@ -91,7 +91,10 @@ def _logits(
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """S and the soft cap's derivative, float32 [rows, columns]; ``row`` is rows[0]."""
+    """Return S and the soft cap's derivative, float32 [rows, columns].
+
+    ``row`` is rows[0].
+    """
     logits = scaling * _product(
         query, key, rows, columns, length, keys, dh, ROWS, COLUMNS, CHUNK
     )
@@ -163,7 +166,7 @@ def _tile(
     dh: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """A~ - A, A~ and the pruned logits' slope, [rows, columns]."""
+    """Return A~ - A, A~ and the pruned logits' slope, [rows, columns]."""
     inside = rows < length  # other rows get A = 0
     change = tl.zeros((ROWS, COLUMNS), tl.float32)
     found = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -229,7 +232,7 @@ def _through_softmax(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """scaling * P: the gradient at the logits, [rows, columns]."""
+    """Return scaling * P: the gradient at the logits, [rows, columns]."""
     change, pruned, slope = _tile(
         query, pruned_query, key, pruned_key, statistics,
         mask, mask_row, row, rows, columns,

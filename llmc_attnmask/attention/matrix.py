@@ -1,15 +1,15 @@
 """The attention matrix, the error of a pruned one, and that error's exact gradient.
 
 For one head with logits S = scaling * Q K^T (soft-capped and masked where the model
-does so) the attention matrix is A = softmax(S), row by row. With Q~, K~ from pruned
-weights the error is, one term per head (arXiv 2410.11261),
+does so), the attention matrix is A = softmax(S), row by row. With Q~ and K~ from
+pruned weights, the error is, with one term per head (arXiv 2410.11261),
 
     E  = ||A~ - A||_F^2
     Eo = ||sum_h (A~_h - A_h) V_h W_o,h||_F^2      the part that reaches the output
 
-With G = dE/dA~ the gradient through the softmax is P = A~ o (G - rowsum(A~ o G)), the
-paper's P = F o C - diag((F o C) 1) F for G = C, and dE/dQ~ = scaling * P K~,
-dE/dK~ = scaling * P^T Q~ summed over the query heads that share a key head.
+With G = dE/dA~, the gradient through the softmax is P = A~ o (G - rowsum(A~ o G)). For
+G = C this is the paper's P = F o C - diag((F o C) 1) F. Then dE/dQ~ = scaling * P K~,
+and dE/dK~ = scaling * P^T Q~, summed over the query heads that share a key head.
 
 Everything is computed in blocks of query rows (``softmax.py``), so memory does not grow
 with L^2. On a GPU the error and its gradient come from the kernels in ``fused.py``
@@ -46,7 +46,7 @@ class AttentionNorms(NamedTuple):
 def attention_norms(
     call: AttentionCall, output_projection: Tensor | None = None
 ) -> AttentionNorms:
-    """Squared norms of the attention matrix and of the attention output.
+    """Return the squared norms of the attention matrix and of the attention output.
 
     :param output_projection: [D, H * dv] weight of o_proj; without it ``output`` is 0
     """
@@ -61,7 +61,7 @@ def attention_norms(
 
 
 def first_rows(call: AttentionCall, rows: int) -> Tensor:
-    """The attention of the first queries to every key.
+    """Return the attention of the first queries to every key.
 
     :return: [B, H, min(rows, L), L]
     """
@@ -76,7 +76,9 @@ def attention_changes(
     pruned: Sequence[AttentionCall],
     output_projection: Tensor,
 ) -> list[AttentionNorms]:
-    """E and Eo separately, for several pruned modules at once; not differentiable.
+    """Return E and Eo separately, for several pruned modules at once.
+
+    The result is not differentiable.
 
     :param reference: call of the dense module
     :param pruned: calls of the pruned modules; only query and key are used
@@ -107,7 +109,7 @@ def attention_error(
     output_weight: float = 0.0,
     output_projection: Tensor | None = None,
 ) -> Tensor:
-    """``matrix_weight * E + output_weight * Eo`` summed over samples and heads.
+    """Return ``matrix_weight * E + output_weight * Eo`` summed over samples and heads.
 
     Differentiable in ``query`` and ``key``; the gradient is the closed form above,
     computed in the same pass.
@@ -117,6 +119,7 @@ def attention_error(
     :param key: [B, G, L, dh] of the pruned module
     :param output_projection: [D, H * dv] weight of o_proj, needed if ``output_weight``
     :return: scalar, in the dtype of ``query``
+    :raises ValueError: if ``output_weight`` is given without ``output_projection``
     """
     if output_weight and output_projection is None:
         raise ValueError("output_weight > 0 needs the output_projection's weight")
@@ -184,11 +187,13 @@ def probe_gradients(
     output_weight: float,
     output_projection: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients g of a random projection of A and of A V W_o (signs z, mean zero).
+    """Return the gradients g of a random projection of A and of A V W_o.
+
+    The projection is on random signs, which have a mean of zero.
 
     Their second moment is the Gauss-Newton matrix of ``attention_error`` at the dense
-    weights: E[g g^T] = matrix_weight * J^T J + output_weight * Jo^T Jo with J = dA/dQ,
-    that is scaling^2 * K^T (diag(a) - a a^T)^2 K for a query with the row a of A.
+    weights: E[g g^T] = matrix_weight * J^T J + output_weight * Jo^T Jo. With J = dA/dQ,
+    J^T J is scaling^2 * K^T (diag(a) - a a^T)^2 K for a query with the row a of A.
 
     :param generator: draws the signs; on the device of the call
     :return: with respect to the query [B, H, L, dh] and to the key [B, G, L, dh]
@@ -218,7 +223,7 @@ def _signs(
 
 
 def attention_context(call: AttentionCall, value: Tensor) -> Tensor:
-    """What o_proj reads: A V of every head, side by side.
+    """Return what o_proj reads: A V of every head, side by side.
 
     Differentiable in ``value``; the backward pass computes A again.
 
@@ -256,7 +261,7 @@ class _AttentionContext(torch.autograd.Function):
 def _fused(
     reference: AttentionCall, query: Tensor, *arguments: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
-    """Error and gradients from the GPU kernels; None where they are not used."""
+    """Return error and gradients from the GPU kernels; None where they are not used."""
     if not _fusible(reference):
         return None
     from llmc_attnmask.attention.fused import error_and_gradient
@@ -265,18 +270,18 @@ def _fused(
 
 
 def _per_head(grouped: Tensor, call: AttentionCall) -> Tensor:
-    """[B, G, H/G, rows, columns] -> [B, H, rows, columns]."""
+    """Reshape [B, G, H/G, rows, columns] to [B, H, rows, columns]."""
     return grouped.flatten(1, 2)
 
 
 def _to_query(inner: Tensor, key: Tensor) -> Tensor:
-    """P K: [B, G, H/G, rows, columns] -> [B, H, rows, dh]."""
+    """Return P K: [B, G, H/G, rows, columns] -> [B, H, rows, dh]."""
     flat = inner.flatten(2, 3) @ key[:, :, : inner.shape[-1]]
     return flat.view(*inner.shape[:-1], -1).flatten(1, 2)
 
 
 def _to_key(inner: Tensor, query_rows: Tensor) -> Tensor:
-    """P^T Q over the heads of a group: [B, G, columns, dh]."""
+    """Return P^T Q over the heads of a group: [B, G, columns, dh]."""
     per_group = grouped(query_rows, inner.shape[1]).flatten(2, 3)
     return inner.flatten(2, 3).mT @ per_group
 
@@ -284,13 +289,13 @@ def _to_key(inner: Tensor, query_rows: Tensor) -> Tensor:
 def _to_output(
     attention: Tensor, call: AttentionCall, output_projection: Tensor
 ) -> Tensor:
-    """sum_h A_h V_h W_o,h: [B, G, H/G, rows, columns] -> [B, rows, D]."""
+    """Return sum_h A_h V_h W_o,h: [B, G, H/G, rows, columns] -> [B, rows, D]."""
     mixed = _mixed(attention, call.value)
     return mixed.transpose(1, 2).flatten(2) @ output_projection.T
 
 
 def _mixed(attention: Tensor, value: Tensor) -> Tensor:
-    """A V: [B, G, H/G, rows, columns] and [B, G, L, dv] -> [B, H, rows, dv]."""
+    """Return A V: [B, G, H/G, rows, columns] and [B, G, L, dv] -> [B, H, rows, dv]."""
     mixed = attention.flatten(2, 3) @ value[:, :, : attention.shape[-1]]
     return mixed.view(*attention.shape[:-1], -1).flatten(1, 2)
 
@@ -298,7 +303,10 @@ def _mixed(attention: Tensor, value: Tensor) -> Tensor:
 def _from_output(
     gradient: Tensor, call: AttentionCall, output_projection: Tensor, columns: int
 ) -> Tensor:
-    """The transpose of ``_to_output``: [B, rows, D] -> [B, G, H/G, rows, columns]."""
+    """Apply the transpose of ``_to_output``.
+
+    [B, rows, D] -> [B, G, H/G, rows, columns]
+    """
     heads, groups = call.query.shape[1], call.value.shape[1]
     mixed = (gradient @ output_projection).unflatten(-1, (heads, -1)).transpose(1, 2)
     per_group = grouped(mixed, groups)  # [B, G, H/G, rows, dv]

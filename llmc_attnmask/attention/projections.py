@@ -37,7 +37,7 @@ _INTERLEAVED: tuple[dict[str, str], ...] = (
     {"qkv": "query_key_value", "o": "dense"},  # GPT-NeoX, Persimmon
 )
 # Multi-head latent attention: k (without its rotary part) and v share a Linear, head by
-# head; q has one of its own, with or without a latent space before it.
+# head; q has its own, with or without a latent space before it.
 _LATENT: tuple[dict[str, str], ...] = (
     {"q": "q_b_proj", "kv": "kv_b_proj", "o": "o_proj"},  # DeepSeek-V3
     {"q": "q_proj", "kv": "kv_b_proj", "o": "o_proj"},  # DeepSeek-V2-Lite
@@ -52,7 +52,7 @@ class Projection:
     child: str  # name of the Linear within the attention module
     rows: slice | list[int]
     columns: int  # in-features
-    whole: bool = True  # whether these are all of its rows
+    whole: bool = True  # whether these are all rows of the Linear
     transposed: bool = False  # a Conv1D, whose weight is [in, out]
 
     @property
@@ -61,7 +61,7 @@ class Projection:
         return f"{self.child}.weight"
 
     def of(self, weight: Tensor) -> Tensor:
-        """This projection's rows [rows, columns] of its Linear's weight."""
+        """Return this projection's rows [rows, columns] of its Linear's weight."""
         return (weight.T.contiguous() if self.transposed else weight)[self.rows]
 
     def put(self, weight: Tensor, values: Tensor) -> None:
@@ -70,7 +70,7 @@ class Projection:
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module for everything that looks like an attention with projections."""
+    """Map names to the modules that look like attention with projections."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -128,7 +128,7 @@ def find_projections(attention: nn.Module) -> dict[Role, Projection]:
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
-    """Rows and columns of a weight as [out, in]."""
+    """Return the rows and columns of a weight as [out, in]."""
     if isinstance(linear, Conv1D):
         return linear.nf, linear.nx
     assert isinstance(linear, nn.Linear)
@@ -152,7 +152,7 @@ def _check_query_rows(attention: nn.Module, query: nn.Module) -> None:
 def _rows(
     role: Role, child: str, linear: nn.Module, rows: slice | list[int] | None = None
 ) -> Projection:
-    """Some rows of a Linear; by default, all of them."""
+    """Describe some rows of a Linear; by default, all of them."""
     out, columns = _shape(linear)
     return Projection(
         role,
@@ -167,7 +167,7 @@ def _rows(
 def _stacked(
     attention: nn.Module, qkv: str, o: str, linears: Mapping[str, nn.Module]
 ) -> dict[Role, Projection]:
-    """q, then k, then v, stacked along the rows of one Linear."""
+    """Find q, then k, then v, stacked along the rows of one Linear."""
     config: Any = attention.config
     query_rows = int(config.num_attention_heads * attention.head_dim)
     rows, _ = _shape(linears[qkv])
@@ -185,7 +185,7 @@ def _stacked(
 def _interleaved(
     attention: nn.Module, qkv: str, o: str, linears: Mapping[str, nn.Module]
 ) -> dict[Role, Projection]:
-    """Head by head: its q, its k, its v, in one Linear."""
+    """Find, head by head, its q, its k and its v in one Linear."""
     config: Any = attention.config
     rows, _ = _shape(linears[qkv])
     width = rows // (3 * config.num_attention_heads)
@@ -201,7 +201,7 @@ def _interleaved(
 def _latent(
     attention: nn.Module, names: Mapping[str, str], linears: Mapping[str, nn.Module]
 ) -> dict[Role, Projection]:
-    """In the shared Linear, each head has the rows of its k, then those of its v."""
+    """Find, head by head, its k and then its v in one Linear; q is in another."""
     config: Any = attention.config
     width = config.qk_nope_head_dim + config.v_head_dim
     rows, _ = _shape(linears[names["kv"]])

@@ -1,7 +1,7 @@
 """A = softmax(S) in blocks of query rows, and the gradient through it, in plain torch.
 
-Shapes: B samples, H query heads on G key heads, L tokens; query heads lie beside the
-key head that they share, [B, G, H/G, rows, columns].
+Shapes: B samples, H query heads on G key heads, L tokens. Query heads are
+grouped by the key head that they share: [B, G, H/G, rows, columns].
 """
 
 from collections.abc import Iterator
@@ -37,14 +37,14 @@ def row_blocks(call: AttentionCall) -> Iterator[tuple[slice, int]]:
 
 
 def grouped(per_head: Tensor, groups: int) -> Tensor:
-    """[B, H, ...] -> [B, G, H/G, ...]: query heads beside the key head they share."""
+    """Reshape [B, H, ...] to [B, G, H/G, ...], by the key head that heads share."""
     return per_head.unflatten(1, (groups, -1))
 
 
 def block_logits(
     call: AttentionCall, query: Tensor, key: Tensor, rows: slice, columns: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits [B, G, H/G, rows, columns] and the soft cap's derivative there."""
+    """Return logits [B, G, H/G, rows, columns] and the soft cap's derivative there."""
     groups = key.shape[1]
     per_group = grouped(query[:, :, rows], groups)
     flat = per_group.flatten(2, 3) @ key[:, :, :columns].transpose(-1, -2)
@@ -61,7 +61,7 @@ def block_logits(
 
 
 def block_softmax(logits: Tensor, call: AttentionCall) -> Tensor:
-    """A; a row of nothing but -inf sees no key and is zero."""
+    """Return A; a row of nothing but -inf sees no key and becomes zero."""
     if call.sinks is not None:
         sinks = call.sinks.to(logits.dtype).view(1, logits.shape[1], -1, 1, 1)
         logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], -1)
@@ -77,7 +77,10 @@ def block_softmax(logits: Tensor, call: AttentionCall) -> Tensor:
 def through_softmax(
     attention: Tensor, gradient: Tensor, slope: Tensor | None, call: AttentionCall
 ) -> Tensor:
-    """scaling * P: the gradient at the logits, all [B, G, H/G, rows, columns]."""
+    """Return scaling * P, the gradient at the logits.
+
+    All tensors are [B, G, H/G, rows, columns].
+    """
     inner = attention * gradient
     inner -= inner.sum(-1, keepdim=True) * attention  # P
     if slope is not None:

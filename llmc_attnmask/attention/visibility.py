@@ -12,7 +12,7 @@ _ELEMENTS_AT_ONCE = 2**22
 
 
 def key_ranges(call: AttentionCall, rows_at_once: int) -> Tensor:
-    """The first visible key and the one after the last, per block of query rows.
+    """Return the first visible key and the one after the last, per block of query rows.
 
     :return: int64 [blocks, 2], on the call's device
     """

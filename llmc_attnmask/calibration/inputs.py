@@ -1,4 +1,4 @@
-"""The arguments that a module was called with, stored to be replayed by sample."""
+"""Store the arguments that a module was called with, to replay them by sample."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ class ModuleInputs:
         yield from pending.values()
 
     def _joined(self, column: tuple[Any, ...]) -> Any:
-        """Join an argument of several samples; one row broadcasts over the batch."""
+        """Join an argument of several samples; one that all share is not repeated."""
         first = column[0]
         if not isinstance(first, _Stored):
             return first

@@ -24,7 +24,7 @@ class MicroBatchRunner:
 
         A micro-batch that is too large is split, and yields one result per part.
 
-        :param run: must have no effect besides its result, as it may be repeated
+        :param run: must have no effect other than its result, as it may be repeated
         :raises MemoryError: if a single sample is too large for the device
         """
         for micro_batch in micro_batches:

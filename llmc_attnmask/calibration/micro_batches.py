@@ -22,7 +22,7 @@ from llmc_attnmask.distributed import all_sum, gathered, rank
 _TOKENS_AT_ONCE = 2048
 _MIN_MICRO_BATCHES = 8  # if there are as many samples
 MAX_MICRO_BATCH = 8  # samples
-_VALIDATION_ONE_IN = 8  # micro-batches that select the best mask and do not train it
+_VALIDATION_ONE_IN = 8  # micro-batches: they select the best mask, and do not train it
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -75,14 +75,14 @@ def micro_batches_of(
     """Split the samples of all ranks into micro-batches, in one order on all ranks.
 
     :param inputs: this rank's samples
-    :param batch_size: of a descent; the size of the micro-batches divides it
+    :param batch_size: samples per step of a descent; the micro-batches' size divides it
     """
     mine = range(len(inputs))
     longest = max((inputs.hidden.shape(sample)[1] for sample in mine), default=1)
     shares = gathered((len(inputs), longest))
     total, longest = sum(n for n, _ in shares), max(n for _, n in shares)
     chunk = micro_batch_size(total, longest)
-    size = math.gcd(chunk, batch_size)  # parts of the chunks that a rank got
+    size = math.gcd(chunk, batch_size)  # of the parts into which chunks are split
     chunks = [
         [samples[i : i + size] for i in range(0, len(samples), size)]
         for samples in inputs.batches(mine, chunk)
@@ -101,7 +101,7 @@ def micro_batches_of(
 def train_validation_split(
     micro_batches: Sequence[MicroBatch],
 ) -> tuple[list[MicroBatch], list[MicroBatch]]:
-    """Split off the validation set; if there are few, all are in both sets."""
+    """Split off the validation set; if there are too few, all are in both sets."""
 
     def validates(m: MicroBatch) -> bool:
         # along a diagonal, so that every rank has some

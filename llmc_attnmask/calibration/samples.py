@@ -1,4 +1,4 @@
-"""Tensors of many calibration samples, in memory or on disk."""
+"""Keep the tensors of many calibration samples, in memory or on disk."""
 
 import tempfile
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class SampleTensors(Sequence[Tensor]):
         return index
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        """Set a tensor, each index once; indices may come in any order.
+        """Set a tensor; each index is set once, in any order.
 
         :raises OSError: if the tensor does not fit into the temporary folder
         """
@@ -104,5 +104,5 @@ class SampleTensors(Sequence[Tensor]):
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """View the memory of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data

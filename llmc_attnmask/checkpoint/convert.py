@@ -1,6 +1,7 @@
 """Convert a checkpoint from one storage to the other, bit by bit.
 
-It is done shard by shard, a few megabytes at a time. Files without weights are copied.
+Shards are converted one by one, a few megabytes at a time. Files without weights are
+copied.
 """
 
 import json

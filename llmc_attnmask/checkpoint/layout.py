@@ -23,7 +23,7 @@ from torch import Tensor
 NAME = "sparse-24-bitmask"
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per entry
-_BLOCK = 1 << 18  # entries at a time on a CPU: what stays in its cache
+_BLOCK = 1 << 18  # entries at a time on a CPU; they stay in its cache
 
 # The flags of a group of four form a code below 16; column j of the group is its bit j.
 # This table gives, by code, the code with exactly two bits set, or 0 if more are set.
@@ -61,7 +61,7 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
     if kept is not None and (kept.shape != weight.shape or kept.dtype != torch.bool):
         raise ValueError(
             f"the mask is {kept.dtype} {list(kept.shape)}; expected torch.bool "
-            f"{list(weight.shape)}, as the weight"
+            f"{list(weight.shape)}, the shape of the weight"
         )
     compressed = weight.new_empty(rows, columns // 2)
     bitmask = weight.new_empty(rows, _mask_bytes(columns), dtype=torch.uint8)

@@ -9,7 +9,7 @@ _IN_DECODER = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixture-of-experts models
 _DTYPES = {"F32", "F16", "BF16", "I8", "F8_E4M3", "F8_E5M2"}
 
-# Modules that servers fuse into one matrix: sparse as a whole or not at all.
+# Modules that servers fuse into one matrix, which is sparse as a whole or not at all.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),

@@ -33,9 +33,9 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     For a dense-stored checkpoint this gives the same as
     ``AutoModelForCausalLM.from_pretrained``, which would fill the packed layers of a
     packed one with random weights. Packed layers are unpacked as the model takes them,
-    so that peak memory is the dense model and one tensor.
+    so that peak memory is that of the dense model and one tensor.
 
-    Pickled weights are never read, and no code of the model's own runs unless the
+    Pickled weights are never read, and none of the model's own code runs unless the
     caller passes ``trust_remote_code=True``.
 
     :param model: local folder or Hub name
@@ -107,7 +107,7 @@ def _complete(
 class _Lazy:
     """A tensor of the state dict that is read when transformers indexes it.
 
-    transformers does so with slices of a safetensors file; these are their methods.
+    It has the methods of a slice of a safetensors file, which transformers expects.
     """
 
     def __init__(self, spec: TensorSpec, read: Callable[[], Tensor]):

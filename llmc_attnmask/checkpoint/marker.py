@@ -1,4 +1,4 @@
-"""The note in config.json that a dense-stored checkpoint has 2:4 layers.
+"""The marker in config.json that says which layers of a dense checkpoint are 2:4.
 
 It is a top-level key that transformers and vLLM keep and ignore:
 
@@ -20,10 +20,10 @@ STRUCTURE = "2:4"
 
 
 def write(config: dict[str, Any], targets: Sequence[str]) -> None:
-    """Note the 2:4 layers in a config, in place of any earlier note.
+    """Mark the 2:4 layers in a config, replacing any earlier marker.
 
     :param config: content of config.json
-    :param targets: module names; without any, the note is removed
+    :param targets: module names; without any, the marker is removed
     """
     config.pop(KEY, None)
     if targets:
@@ -32,9 +32,9 @@ def write(config: dict[str, Any], targets: Sequence[str]) -> None:
 
 
 def read(config: Mapping[str, Any]) -> list[str] | None:
-    """Return the module names that a config notes as 2:4, or None without a note.
+    """Return the module names that a config marks as 2:4, or None without a marker.
 
-    :raises ValueError: if the note is malformed or has another version
+    :raises ValueError: if the marker is malformed or has another version
     """
     if KEY not in config:
         return None

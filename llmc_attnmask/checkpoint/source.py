@@ -1,4 +1,4 @@
-"""Read what transformers reads of a model.
+"""Read a model's config, tokenizer and headers, with errors that name the model.
 
 None of the model's own code runs, and anything wrong with its files becomes one error
 that names the model.
@@ -34,7 +34,7 @@ def read_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
 
     :param model: local folder or Hub name
     :param kwargs: arguments of ``from_pretrained``
-    :raises ValueError, OSError: naming the model
+    :raises ValueError, OSError: if it cannot be read; the message names the model
     """
     if Path(model).is_dir():
         read_mapping(Path(model) / CONFIG)
@@ -48,7 +48,7 @@ def read_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
 def read_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """Read a model's tokenizer.
 
-    :raises ValueError, OSError: naming the model
+    :raises ValueError, OSError: if it cannot be read; the message names the model
     """
     with reading_errors(model):
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)

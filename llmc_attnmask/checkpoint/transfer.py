@@ -12,18 +12,18 @@ from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.io.files import StoredTensor, TensorSpec
 from llmc_attnmask.checkpoint.io.writer import ShardWriter
 
-# The layout deals with bits, not values: any dtype with that many bytes will do.
+# The layout deals with bits, not values, so any dtype with as many bytes will do.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 class Transfer(Protocol):
-    """One or more tensors of the output, and where their bytes come from."""
+    """One or more tensors of the output, and the source of their bytes."""
 
     @property
     def outputs(self) -> list[TensorSpec]: ...
 
     def write(self, writer: ShardWriter) -> None:
-        """Write the tensors; called once, in a thread of its own."""
+        """Write the tensors; this is called once, in a separate thread."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Unpack:
     shape: StoredTensor
 
     def check(self) -> None:
-        """Compare what the headers say of the three.
+        """Compare what the headers say about the three tensors.
 
         :raises ValueError: if their shapes or dtypes do not fit together
         """

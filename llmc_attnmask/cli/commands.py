@@ -1,4 +1,4 @@
-"""The commands: each parses its arguments, calls one function and prints the result.
+"""The commands; each parses its arguments, calls one function and prints the result.
 
 Functions are imported when their command runs, so that ``--help`` takes no time.
 """
@@ -65,7 +65,7 @@ def prune(
     except KeyboardInterrupt as interrupt:
         messages.interrupted(interrupt)
         raise typer.Exit(130) from None
-    if os.environ.get("RANK", "0") == "0":  # torchrun's number of this process
+    if os.environ.get("RANK", "0") == "0":  # this process's number, set by torchrun
         _out.print(plain(f"saved {saved}"), soft_wrap=True)
 
 
@@ -91,7 +91,7 @@ def evaluate(
                 f"--update-report: {model} is not a folder; expected a checkpoint "
                 "folder, whose report can be updated"
             )
-        read(Path(model))  # fails now, if at all, and not after hours
+        read(Path(model))  # a broken report fails now, not after hours
     if tasks:
         from llmc_attnmask.evaluation.tasks import evaluate_tasks
 
@@ -124,7 +124,7 @@ def evaluate(
 
 @app.command()
 def inspect(directory: o.Directory, as_json: o.Json = False) -> None:
-    """List the weights of a checkpoint: format, sparsity, 2:4 or not, size on disk."""
+    """List the weights of a checkpoint with format, sparsity, 2:4 or not, and size."""
     from llmc_attnmask.checkpoint.inspect import inspect as run
 
     found = run(directory)
@@ -136,7 +136,7 @@ def inspect(directory: o.Directory, as_json: o.Json = False) -> None:
 
 @app.command()
 def report(directory: o.Directory, as_json: o.Json = False) -> None:
-    """Rewrite report.html: what was pruned, what it cost, charts."""
+    """Rewrite report.html, which shows what was pruned and what it cost."""
     from llmc_attnmask.report.files import render
     from llmc_attnmask.report.mark import PAGE
 

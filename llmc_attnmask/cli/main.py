@@ -1,4 +1,4 @@
-"""The entry point: how the command ends, whatever happens."""
+"""The entry point, which also decides how the command ends."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from llmc_attnmask.cli.commands import app
 def main() -> None:
     """Run the command.
 
-    Exit code 0; 1 after an error, with one line on stderr; 2 for wrong usage; 130 if
-    interrupted.
+    The exit code is 0, 1 after an error (with one line on stderr), 2 for wrong usage,
+    or 130 after an interrupt.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = _one_line  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What is said on stderr when a run ends early: one line, by one process."""
+"""Say on stderr why a run ends early: one line, from one process."""
 
 import sys
 
@@ -16,7 +16,7 @@ def interrupted(interrupt: KeyboardInterrupt) -> None:
 
 
 def failed(error: Exception) -> None:
-    """Say what went wrong; of an unexpected error, also how to see where."""
+    """Say what went wrong and, for an unexpected error, how to see where."""
     expected = isinstance(error, OSError | ValueError | ImportError)
     kind = "" if expected else f"{type(error).__name__}: "
     hint = "" if expected else " (LLMC_ATTNMASK_TRACEBACK=1 shows where)"
@@ -26,7 +26,7 @@ def failed(error: Exception) -> None:
 
 
 def _reports() -> bool:
-    """Whether this process says how the run ends: of several, the first that fails."""
+    """Return whether this process reports; of several, only the first to fail does."""
     distributed = sys.modules.get("llmc_attnmask.distributed")
     return distributed is None or distributed.first_to_report()
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 # prune
-Model = Annotated[str, Argument(help="Model folder, or name on the hub.")]
+Model = Annotated[str, Argument(help="Model folder, or name on the Hub.")]
 Recipe = Annotated[
     Path, Option(help="Recipe in YAML, or the name of one that the package ships.")
 ]
@@ -15,7 +15,7 @@ Dataset = Annotated[
     str,
     Option(
         help="Calibration text: builtin:pydoc, a .jsonl or text file, or a dataset on "
-        "the hub."
+        "the Hub."
     ),
 ]
 TextColumn = Annotated[str, Option(help="Column that holds the text.")]
@@ -23,7 +23,7 @@ NumSamples = Annotated[int, Option(help="Number of calibration windows.")]
 MaxLength = Annotated[
     int | None,
     Option(
-        help="Tokens per window; by default 2048, or the model's positions if fewer."
+        help="Tokens per window; by default 2048, or the model's limit if that is less."
     ),
 ]
 Seed = Annotated[int, Option(help="Seed for modifiers whose recipe sets none.")]
@@ -41,7 +41,7 @@ OffloadActivations = Annotated[
     ),
 ]
 OffloadModel = Annotated[
-    Literal["cpu", "disk"], Option(help="Where weights wait for their turn.")
+    Literal["cpu", "disk"], Option(help="Where weights are kept until used.")
 ]
 Resume = Annotated[
     bool, Option("--resume", help="Continue a run that was interrupted.")
@@ -56,7 +56,7 @@ Text = Annotated[
     str | None,
     Option(
         help="Evaluation text: builtin:pydoc, a .jsonl or text file, or a dataset on "
-        "the hub; by default builtin:pydoc, or none with --tasks."
+        "the Hub; by default builtin:pydoc, or none with --tasks."
     ),
 ]
 Tasks = Annotated[
@@ -81,6 +81,6 @@ PackedDirectory = Annotated[Path, Argument(help="Checkpoint folder, stored packe
 NewDirectory = Annotated[Path, Argument(help="Folder to create.")]
 Only2Of4 = Annotated[
     bool,
-    Option("--only-2of4", help="Pack the layers that are 2:4, leave the others dense."),
+    Option("--only-2of4", help="Pack the layers that are 2:4; leave the others dense."),
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def perplexities(results: "list[Evaluation]", title: str, compare: bool) -> Table:
-    """A row per model.
+    """Make a table with a row per model.
 
     :param compare: whether the first model is the reference
     """
@@ -33,7 +33,7 @@ def perplexities(results: "list[Evaluation]", title: str, compare: bool) -> Tabl
 
 
 def tasks(results: "list[TaskResult]") -> Table:
-    """A row per metric, a column per model."""
+    """Make a table with a row per metric and a column per model."""
     table = Table(title="Tasks, with recovery of the reference")
     for column in ("task", "metric", "samples"):
         table.add_column(column)
@@ -56,7 +56,7 @@ def tasks(results: "list[TaskResult]") -> Table:
 
 
 def layers(found: "list[LayerInfo]", title: str) -> Table:
-    """A row per weight matrix."""
+    """Make a table with a row per weight matrix."""
     table = Table(title=plain(title))
     for column in ("layer", "format", "shape", "zeros", "2:4", "MB"):
         table.add_column(column, justify="left" if column == "layer" else "right")
@@ -73,6 +73,6 @@ def layers(found: "list[LayerInfo]", title: str) -> Table:
 
 
 def plain(text: str) -> str:
-    """Other people's text, safe for a terminal: no markup, no control codes."""
+    """Make any text safe for a terminal: without markup and control codes."""
     shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     return escape("".join(shown))

@@ -16,7 +16,7 @@ _TOKENS_AT_ONCE = 8192
 def attention_errors(
     dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor
 ) -> dict[str, float]:
-    """Return ||A - A~||_F^2 / ||A||_F^2 of every attention module, on equal inputs.
+    """Return ||A - A~||_F^2 / ||A||_F^2 of every attention module.
 
     Both modules see the inputs from the dense model, so a layer's error does not
     include the errors of the layers before it.

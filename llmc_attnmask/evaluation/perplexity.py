@@ -82,6 +82,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     """Return exp of the mean over windows of the mean loss per predicted token.
 
     :param windows: int64 [windows, length]
+    :raises ValueError: if the mean loss is not finite
     """
     device = next(model.parameters()).device
     batch_size = max(1, _TOKENS_AT_ONCE // windows.shape[1])

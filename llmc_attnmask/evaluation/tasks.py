@@ -99,7 +99,7 @@ def _matched(manager: Any, tasks: Sequence[str]) -> list[str]:
         try:
             with _quiet():
                 manager.load([name])
-        except Exception as error:  # any kind: tasks are other people's code
+        except Exception as error:  # of any kind, because tasks are other people's code
             raise ValueError(
                 f"task {name} cannot be loaded: {type(error).__name__}: {error}; "
                 "offline, its data must be in a local file or in the cache of datasets"

@@ -10,7 +10,9 @@ _DISTINCT = (
 
 
 def detect_mask(weight: Tensor) -> Tensor | None:
-    """The mask of an already pruned weight, its nonzero entries; None if it is dense.
+    """Return the mask of an already pruned weight; None if the weight is dense.
+
+    The mask keeps the nonzero entries.
 
     A weight is 2:4 if every group of four inputs has two zeros. Without a pattern, a
     weight counts as pruned if a quarter of it is zero and its other values do not look

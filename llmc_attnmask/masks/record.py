@@ -24,7 +24,7 @@ class _Bits:
 def set_mask(linear: nn.Module, kept: Tensor) -> None:
     """Remember the mask of a pruned module.
 
-    What was pruned before stays pruned: of two masks, entries that both keep remain.
+    What was pruned before stays pruned: only entries that both masks keep remain.
     The mask is a plain attribute, not a buffer, so it neither moves with the module nor
     is saved with it, but copies of the module have it.
 
@@ -43,7 +43,7 @@ def set_mask(linear: nn.Module, kept: Tensor) -> None:
 
 
 def get_mask(linear: nn.Module) -> Tensor | None:
-    """The remembered mask: bool, shape of the weight, on CPU; None if there is none."""
+    """Return the remembered mask: bool, shape of the weight, on the CPU; or None."""
     bits = getattr(linear, _ATTRIBUTE, None)
     return None if bits is None else from_bits(bits.packed, bits.shape)
 
@@ -72,6 +72,6 @@ def to_bits(flags: Tensor) -> np.ndarray:
 
 
 def from_bits(bits: np.ndarray, shape: Sequence[int]) -> Tensor:
-    """The bool tensor that ``to_bits`` packed, on CPU."""
+    """Return the bool tensor that ``to_bits`` packed, on CPU."""
     flags = np.unpackbits(bits, count=prod(shape), bitorder="little")
     return torch.from_numpy(flags.view(bool)).view(*shape)

@@ -52,7 +52,7 @@ class MaskStructure:
             )
 
     def groups(self, scores: Tensor) -> Tensor:
-        """View [rows, columns] as the groups that compete: [groups, entries].
+        """View scores [rows, columns] as groups [groups, entries] that share a quota.
 
         :raises ValueError: if the columns are not a multiple of M
         """
@@ -67,7 +67,7 @@ class MaskStructure:
         return scores.reshape(-1, self.group)
 
     def kept(self, scores: Tensor, sparsity: float) -> int:
-        """Entries kept in each group: exact for N:M, rounded for a share."""
+        """Count the entries kept in each group: exact for N:M, rounded for a share."""
         if self.unstructured:
             return scores.numel() - round(sparsity * scores.numel())
         return self.group - self.pruned

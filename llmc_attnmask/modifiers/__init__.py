@@ -1,7 +1,7 @@
 """The modifiers, registered with llm-compressor so that recipes can name them.
 
-Importing them also installs the mask guard, which watches every modifier of a run, and
-a correction to llm-compressor's tracer (``upstream/``).
+Importing this module also installs the mask guard, which checks every modifier of a
+run, and a correction to llm-compressor's tracer (both in ``upstream/``).
 """
 
 from llmcompressor.modifiers.factory import ModifierFactory

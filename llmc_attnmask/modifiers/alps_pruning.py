@@ -1,4 +1,4 @@
-"""``ALPSPruningModifier``: llm-compressor's life cycle for layer-wise pruning."""
+"""``ALPSPruningModifier``: layer-wise pruning in llm-compressor's life cycle."""
 
 from typing import Any
 
@@ -60,7 +60,8 @@ class ALPSPruningModifier(StoredModifier):
     :param mask_structure: "N:M" prunes N of every M consecutive inputs of a row; "0:0"
         prunes a share of the whole matrix. Defaults to "0:0"
     :param targets: Linears to prune, by name, "re:" pattern or class
-    :param ignore: Linears to leave dense, likewise. Defaults to the output layer
+    :param ignore: Linears to leave dense, in the same notation. Defaults to the output
+        layer
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
         to the storage that another modifier of the recipe names, or else to "dense"
     """

@@ -1,4 +1,4 @@
-"""What the journal records about a pruned attention module, for the report."""
+"""Measure a pruned attention module for the journal, from which the report is made."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from llmc_attnmask.solvers.solver import MaskSolution
 def measurements(
     layer: AttentionLayer, solutions: Sequence[MaskSolution], with_maps: bool
 ) -> dict[str, Any]:
-    """Measurements as JSON values, described in the report's schema.
+    """Return the measurements as JSON values; the report's schema describes them.
 
     :param with_maps: whether to include attention maps
     """
@@ -55,5 +55,5 @@ def measurements(
 
 
 def joined(roles: Iterable[str]) -> str:
-    """Names of projections as one name, such as "q and k"."""
+    """Join names of projections into one, such as "q and k"."""
     return " and ".join(roles)

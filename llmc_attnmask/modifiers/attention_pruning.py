@@ -1,4 +1,4 @@
-"""``AttentionMatrixPruningModifier``: llm-compressor's life cycle for the solver."""
+"""``AttentionMatrixPruningModifier``: the solver in llm-compressor's life cycle."""
 
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from llmc_attnmask.solvers.settings import SolverSettings
 from llmc_attnmask.solvers.solver import learn_masks
 from llmc_attnmask.upstream.baselines import baselines
 
-_STEPS = {False: 200, True: 25}  # by update_weights, which starts from more
+_STEPS = {False: 200, True: 25}  # by update_weights, which has the better start
 _MAPPED = 6  # attention modules whose attention maps the report shows
 
 
@@ -66,7 +66,8 @@ class AttentionMatrixPruningModifier(StoredModifier):
     :param mask_structure: "N:M" prunes N of every M consecutive inputs of a row; "0:0"
         prunes a share of the whole matrix. Defaults to "0:0"
     :param projections: which projections to prune, of q, k, v and o. Defaults to q and
-        k. v and o are pruned on the attention output, given the pruned attention matrix
+        k. v and o are pruned on the error of the attention output, given the pruned
+        attention matrix
     :param update_weights: false, light mode: survivors keep their original bits; true,
         accuracy mode: masks and survivors are solved for to second order, then the
         survivors are refined by gradient steps
@@ -74,22 +75,22 @@ class AttentionMatrixPruningModifier(StoredModifier):
         attention output, ||(A - A~) V W_o||, in [0, 1]; 0 is the paper's objective
     :param targets: attention modules to prune, by name, "re:" pattern or class.
         Defaults to all attention modules
-    :param ignore: attention modules to leave alone, likewise
+    :param ignore: attention modules to leave alone, in the same notation
     :param l2_penalty: the paper's lambda, on the mean square of the relaxed mask; light
         mode only
     :param steps: optimization steps per attention module; 0 keeps what they start from:
         Wanda's mask, or the second-order solution if survivors are updated. Defaults to
         200, or to 25 if survivors are updated
-    :param learning_rate: Adam's, for the mask's scores, whose mean starts at 1; light
+    :param learning_rate: of Adam, for the mask's scores, whose mean starts at 1; light
         mode only
     :param batch_size: calibration samples per step, of any length. Padding is treated
         as text
-    :param seed: order of the calibration samples; the same seed on the same machine
-        gives the same bytes
+    :param seed: sets the order of the calibration samples; the same seed on the same
+        machine gives the same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
         memory, or "disk", in TMPDIR or /var/tmp. The result is the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
-        to what another modifier of the recipe asks for, or dense
+        to the storage that another modifier of the recipe names, or else to "dense"
     """
 
     requires_calibration_data: bool = True
@@ -141,7 +142,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
         return True
 
     def _sparsities(self, names: list[str]) -> list[float]:
-        """The sparsity of each attention module."""
+        """Return the sparsity of each attention module."""
         if not isinstance(self.sparsity, list):
             return [self.sparsity] * len(names)
         if len(self.sparsity) != len(names):
@@ -252,7 +253,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
 
 
 def _spread(names: list[str], most: int) -> set[str]:
-    """The first, the last and some at equal spacing between them."""
+    """Return the first and last name, and some at equal spacing between them."""
     if len(names) <= most:
         return set(names)
     return {names[i * (len(names) - 1) // (most - 1)] for i in range(most)}

@@ -1,4 +1,4 @@
-"""Which attention modules a modifier works on, and how their weights are written."""
+"""Select the attention modules that a modifier prunes, and write their weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -28,8 +28,8 @@ class AttentionTarget:
     :param roles: the projections to prune
     :param sparsity: share of each projection's entries to prune
     :param offload: where the inputs are kept
-    :raises UnsupportedAttentionError: if the module has no such projections, or hides
-        its softmax
+    :raises UnsupportedAttentionError: if the module has no such projections, or its
+        softmax cannot be seen
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class AttentionTarget:
     def check(self, structure: MaskStructure) -> None:
         """Refuse weights that the mask structure does not fit.
 
-        :raises ValueError: naming the Linear
+        :raises ValueError: if one does not; the message names the Linear
         """
         for role in self.roles:
             projection = self.projections[role]
@@ -64,7 +64,7 @@ class AttentionTarget:
         self.inputs.append(args, kwargs)
 
     def linears(self) -> list[nn.Linear]:
-        """The Linears that are pruned, or a part of them."""
+        """Return the Linears that are pruned, wholly or in part."""
         children = dict.fromkeys(self.projections[role].child for role in self.roles)
         return [self._linear(child) for child in children]
 
@@ -78,7 +78,8 @@ class AttentionTarget:
         """Write the pruned weights, and remember their masks.
 
         :param masks: bool [rows, columns] of each projection
-        :param weights: [rows, columns], where survivors are updated
+        :param weights: [rows, columns] of each projection; None if survivors keep their
+            values
         :return: the Linears that have changed
         """
         by_child: dict[str, list[Projection]] = {}
@@ -114,7 +115,7 @@ def _projections(
     for role in roles:
         if role not in found:
             raise UnsupportedAttentionError(
-                f"{name}: {type(attention).__name__} has no {role} within; prune "
+                f"{name}: {type(attention).__name__} contains no {role}; prune "
                 f"{list(found)} here, and {role} with SparseGPTModifier"
             )
     return found
@@ -123,7 +124,7 @@ def _projections(
 def select_attention(
     model: nn.Module, targets: list[str] | None, ignore: list[str]
 ) -> dict[str, nn.Module]:
-    """The attention modules that targets and ignore leave, in the model's order.
+    """Return the attention modules that are targeted and not ignored, in model order.
 
     :param targets: names, "re:" patterns or classes; None means all
     :raises ValueError: if there are none, or a target matches none

@@ -1,4 +1,4 @@
-"""The common base of the modifiers: the field ``storage``, and their run."""
+"""The common base of this package's modifiers: the field ``storage``, and the run."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,7 +21,8 @@ class StoredModifier(Modifier):
     saved, by ``oneshot(output_dir=...)`` or ``save_pretrained``.
 
     :param storage: "dense", with zeros in place and a marker, or "sparse-24-bitmask".
-        Defaults to what another modifier of the recipe asks for, or dense
+        Defaults to the storage that another modifier of the recipe names, or else to
+        "dense"
     """
 
     storage: Storage | None = None
@@ -30,7 +31,7 @@ class StoredModifier(Modifier):
 
     @property
     def done(self) -> dict[str, int]:
-        """Layers that are finished -> how many of their modules changed."""
+        """Finished layer -> how many of its modules have changed."""
         return self._done
 
     def initialize(self, state: State, **kwargs: Any) -> None:
@@ -54,7 +55,7 @@ class StoredModifier(Modifier):
 
 
 def recipe_storage(modifiers: Iterable[Modifier]) -> Storage:
-    """The storage that the modifiers of a recipe agree on.
+    """Return the storage that the modifiers of a recipe agree on.
 
     :raises ValueError: if they name more than one
     """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def _quoted(value: object) -> object:
-    if isinstance(value, int):  # YAML 1.1 reads 2:4 as a number to base 60
+    if isinstance(value, int):  # YAML 1.1 reads 2:4 as a number in base 60
         raise ValueError('write it in quotes, "N:M", as YAML reads 2:4 as a number')
     return value
 
@@ -22,7 +22,10 @@ Names = Annotated[list[str], BeforeValidator(_as_list)]
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse a model with NaN or infinite parameters."""
+    """Refuse a model with NaN or infinite parameters.
+
+    :raises ValueError: naming the first such parameter
+    """
     for prefix, module in model.named_modules():
         # scales that are not calibrated yet hold whatever was in memory
         quantized = hasattr(module, "quantization_scheme")
@@ -40,7 +43,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """By the extremes, which NaN is among: far faster than entry by entry."""
+    """Test the extremes alone, which are NaN if any entry is: this is far faster."""
     if not tensor.numel():
         return True
     return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())

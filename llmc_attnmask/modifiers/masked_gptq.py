@@ -1,4 +1,4 @@
-"""``MaskedGPTQModifier``: llm-compressor's GPTQ, which keeps zeros here."""
+"""``MaskedGPTQModifier``: llm-compressor's GPTQ, changed to keep zeros."""
 
 from typing import ClassVar
 
@@ -39,13 +39,13 @@ class MaskedGPTQModifier(GPTQModifier, StoredModifier):
         - quantize_weight of ``llmc_attnmask.solvers.gptq``
 
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
-        to what another modifier of the recipe asks for, or dense
+        to the storage that another modifier of the recipe names, or else to "dense"
     """
 
     keeps_masks: ClassVar[bool] = True
 
     def compress_module_list(self, module_list: list[nn.Module]) -> None:
-        if not module_list or is_distributed():  # every rank has a list of its own
+        if not module_list or is_distributed():  # ranks have different lists
             self._quantize(module_list)
             return
         others = f" and {len(module_list) - 1} more"

@@ -1,4 +1,4 @@
-"""``MaskedRecoveryModifier``: llm-compressor's life cycle for block recovery."""
+"""``MaskedRecoveryModifier``: block recovery in llm-compressor's life cycle."""
 
 import tempfile
 from pathlib import Path
@@ -48,9 +48,9 @@ from llmc_attnmask.upstream.mask_guard import modifiers_before
 
 class MaskedRecoveryModifier(StoredModifier):
     """
-    Recovers what pruning lost: refines the surviving weights of each decoder block so
-    that its output comes close to that of the dense block in the dense model. The masks
-    of the pruning modifiers before it in the recipe stay as they are.
+    Recovers accuracy that pruning lost: refines the surviving weights of each decoder
+    block so that its output comes close to that of the dense block in the dense model.
+    The masks of the pruning modifiers before it in the recipe stay as they are.
 
     Survivors are first solved for Linear by Linear, as a least-squares problem, then
     refined together by gradient steps on the block's output.
@@ -81,19 +81,19 @@ class MaskedRecoveryModifier(StoredModifier):
         - remove_hooks(), remove the temporary folder
 
     :param steps: gradient steps per block; 0 stops after the least-squares solution
-    :param learning_rate: Adam's, in standard deviations of each Linear's dense weight
+    :param learning_rate: of Adam, in standard deviations of each Linear's dense weight
     :param batch_size: calibration samples per step, of any length
     :param attention_weight: weight of the relative error of the attention matrices,
-        next to that of the block's output
+        compared with that of the block's output
     :param targets: decoder blocks to refine, by name, "re:" pattern or class. Defaults
         to all blocks with attention
-    :param ignore: blocks to leave alone, likewise
-    :param seed: order of the calibration samples; the same seed on the same machine
-        gives the same bytes
+    :param ignore: blocks to leave alone, in the same notation
+    :param seed: sets the order of the calibration samples; the same seed on the same
+        machine gives the same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
         memory, or "disk", in TMPDIR or /var/tmp. The result is the same
     :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
-        to what another modifier of the recipe asks for, or dense
+        to the storage that another modifier of the recipe names, or else to "dense"
     """
 
     requires_calibration_data: bool = True
@@ -112,7 +112,7 @@ class MaskedRecoveryModifier(StoredModifier):
     _inputs: dict[str, ModuleInputs] = PrivateAttr(default_factory=dict)
     _dense: tempfile.TemporaryDirectory | None = PrivateAttr(default=None)
     _folder: str = PrivateAttr()  # of the dense blocks, written by one rank for all
-    # hidden states of the dense model on their way, by the blocks' container
+    # the dense model's hidden states before the next block, by the blocks' container
     _streams: dict[str, SampleTensors] = PrivateAttr(default_factory=dict)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -144,7 +144,7 @@ class MaskedRecoveryModifier(StoredModifier):
         return True
 
     def _check_place(self) -> None:
-        """Refuse a place after quantization, whose rounded weights would change."""
+        """Refuse to run after quantization, because rounded weights would change."""
         for modifier in modifiers_before(self):
             if isinstance(modifier, QuantizationMixin):
                 raise ValueError(
@@ -154,7 +154,7 @@ class MaskedRecoveryModifier(StoredModifier):
                 )
 
     def _check_attention(self) -> None:
-        """Refuse ``attention_weight`` for attention matrices that cannot be seen."""
+        """Refuse ``attention_weight`` if an attention matrix cannot be seen."""
         if not self.attention_weight:
             return
         for name in sorted(self._refined):
@@ -284,13 +284,13 @@ class MaskedRecoveryModifier(StoredModifier):
 
 
 def _decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> parent of every attention module, in the model's order."""
+    """Map names to the parents of attention modules, in the model's order."""
     names = dict.fromkeys(n.rpartition(".")[0] for n in attention_modules(model))
     return {name: model.get_submodule(name) for name in names}
 
 
 def _zeros(block: nn.Module) -> float:
-    """Share of exact zeros in a block's Linears."""
+    """Return the share of exact zeros in a block's Linears."""
     weights = [m.weight for m in block.modules() if isinstance(m, nn.Linear)]
     zeros = sum(int((w == 0).sum()) for w in weights)
     return zeros / max(1, sum(w.numel() for w in weights))

@@ -65,7 +65,7 @@ def compare(
 ) -> Iterator[Row]:
     """Measure dense, magnitude, Wanda, SparseGPT and the recipes, one row each.
 
-    :param recipes: with one AttentionMatrixPruningModifier each; the baselines take the
+    :param recipes: each has one AttentionMatrixPruningModifier; the baselines take the
         sparsity and mask structure of the first
     :param calibration: int64 [samples, length]
     :param evaluation: int64 [windows, length]
@@ -138,7 +138,9 @@ def compare(
 
 
 def q_and_k_names(model: PreTrainedModel) -> list[str]:
-    """Names of the Linears that are q or k, for modifiers that prune whole Linears.
+    """Return the names of the Linears that are q or k.
+
+    They are for modifiers that prune whole Linears.
 
     :raises ValueError: if q or k shares a Linear with other projections
     """
@@ -167,7 +169,7 @@ def _attention_modifier(recipe: str | Path) -> AttentionMatrixPruningModifier:
 
 
 def _weights(model: PreTrainedModel) -> list[Tensor]:
-    """The q and k projections of every attention module, views [rows, columns]."""
+    """Return views [rows, columns] of every attention module's q and k projections."""
     weights = []
     for attention in attention_modules(model).values():
         projections = find_projections(attention)

@@ -1,4 +1,4 @@
-"""What the bytes of a run's result depend on, by which an interrupted run is known."""
+"""Identify an interrupted run by everything that the bytes of its result depend on."""
 
 import hashlib
 from pathlib import Path
@@ -16,10 +16,10 @@ def fingerprint(
     windows: Tensor,
     seed: int,
 ) -> dict[str, str]:
-    """Everything but the machine, name -> value.
+    """Return what a result depends on, except the machine: name -> value.
 
-    :param model: local folder, whose files are known by name, size and time; or the
-        name of a hub model, which is known by its revision
+    :param model: local folder, whose files are identified by name, size and time; or
+        name on the Hub, which is identified by its revision
     :param windows: calibration data, int64 [windows, length]
     """
     weights = sorted(Path(model).glob("*.safetensors"))

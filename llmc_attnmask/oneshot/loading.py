@@ -1,4 +1,4 @@
-"""The model that a recipe runs on: in memory, or in the files of its checkpoint."""
+"""Load the model that a recipe runs on: into memory, or backed by files on disk."""
 
 import tempfile
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from llmc_attnmask.checkpoint.load import load
 def loaded(
     model: str | Path, config: PreTrainedConfig, offload: Offload
 ) -> Iterator[PreTrainedModel]:
-    """The model; offloaded to disk, it exists as long as this context does.
+    """Load a model; if it is offloaded to disk, it can be used only within the block.
 
-    :param offload: where weights wait for their turn: in memory ("cpu"), or in the
+    :param offload: where weights are kept until used: in memory ("cpu"), or in the
         checkpoint's files and, once they have changed, in the scratch folder ("disk")
     :raises ValueError: for a quantized or packed model that would be offloaded to disk
     """
@@ -34,7 +34,7 @@ def loaded(
     with tempfile.TemporaryDirectory(
         prefix="offloaded-weights-", dir=scratch()
     ) as folder:
-        # accelerate's offloading, which `oneshot` turns into its own
+        # offloaded by accelerate, which `oneshot` converts to its own offloading
         yield load(
             model,
             device_map={"": "disk"},
@@ -44,7 +44,7 @@ def loaded(
 
 
 def _dequantized(config: PreTrainedConfig) -> dict[str, CompressedTensorsConfig]:
-    """Arguments that load a quantized checkpoint as floats, which ``oneshot`` needs."""
+    """Return arguments that load a quantized model as floats, as ``oneshot`` needs."""
     quantization = getattr(config, "quantization_config", None) or {}
     if not quantization.get("config_groups"):
         return {}

@@ -1,4 +1,4 @@
-"""Run a recipe on a model and save the result: ``oneshot``, with checks up front."""
+"""Run a recipe with ``oneshot``, after checking everything, and save the result."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -58,23 +58,23 @@ def prune(
     checkpoint is complete.
 
     Finished layers are kept in the output folder until the checkpoint is complete.
-    ``config.json`` is written last, so a folder without it is not a checkpoint yet.
+    ``config.json`` is written last: a folder without it is not a complete checkpoint.
 
-    :param model: local folder or hub name
+    :param model: local folder or Hub name
     :param recipe: YAML file, or the name of a recipe that the package ships; any
         llm-compressor recipe, with or without this package's modifiers
-    :param output: folder to create; must not exist, or be empty
+    :param output: folder to create; must not exist or must be empty
     :param dataset: calibration text, see ``load_texts``
     :param text_column: key of the text in the rows of the dataset
     :param num_samples: calibration windows, at equal spacing over the text
-    :param max_length: tokens per window; by default 2048, or the model's positions if
-        they are fewer
+    :param max_length: tokens per window; by default 2048 or, if less, the model's
+        number of positions
     :param seed: of torch's generator, and of every modifier whose recipe sets none
     :param storage: of the 2:4 layers; by default what the recipe's modifiers ask for,
         or dense
     :param offload_activations: of every modifier that has this field and whose recipe
         does not set it
-    :param offload_model: where weights wait for their turn: in memory, or in the
+    :param offload_model: where weights are kept until used: in memory, or in the
         checkpoint's files and, once they have changed, in TMPDIR or /var/tmp
     :param resume: continue an interrupted run with the same arguments, if the output
         folder holds one; the result is the same to the byte
@@ -139,7 +139,7 @@ def compress(
         {"input_ids": window, "attention_mask": torch.ones_like(window)}
         for window in own
     ]
-    # a loader: llm-compressor would sort the samples of a dataset by length
+    # a loader, because llm-compressor would sort the samples of a dataset by length
     loader: DataLoader = DataLoader(samples, batch_size=1)  # type: ignore[arg-type]
     oneshot(model=model, tokenizer=tokenizer, dataset=loader, recipe=modifiers)
 
@@ -150,7 +150,7 @@ def save(
     output: Path,
     storage: Storage = "dense",
 ) -> Path:
-    """Write a checkpoint beside its destination, then rename it into place.
+    """Write a checkpoint next to its destination, then rename it into place.
 
     One rank writes; all return when the checkpoint is complete.
     """
@@ -160,7 +160,7 @@ def save(
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     else:
-        model.save_pretrained(output)  # takes part in gathering, writes nothing
+        model.save_pretrained(output)  # takes part in gathering but writes nothing
     barrier()
     return output
 
@@ -185,7 +185,7 @@ def _set_default(modifiers: Iterable[Modifier], field: str, value: object) -> No
 
 @contextmanager
 def _kept(progress: Progress) -> Iterator[None]:
-    """If the run ends early, say that its finished layers are kept."""
+    """Add a note to an error if finished layers are kept; close the progress."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Check a recipe before it runs: llm-compressor drops what it does not know."""
+"""Check a recipe before it runs, as llm-compressor drops what it does not know."""
 
 import re
 from collections.abc import Hashable
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from llmc_attnmask.oneshot.shipped import recipes
 
 _BYTES = 1 << 20  # largest recipe: a megabyte of YAML takes seconds
-_NODES = 10_000  # most values of a recipe, with its aliases expanded
+_NODES = 10_000  # most values in a recipe, with its aliases expanded
 _NUMBERED = re.compile(r"_stage_(\d+)\Z")
 _SHAPE = """expected this shape:
 
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _nodes(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """How many values a node stands for when its aliases are expanded."""
+    """Return how many values a node stands for when its aliases are expanded."""
     if node in known:
         if not known[node]:
             raise yaml.constructor.ConstructorError(
@@ -107,10 +107,10 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """The file of a recipe.
+    """Return the file of a recipe.
 
     :param recipe: a file, or the name of a recipe that the package ships
-    :raises RecipeError: if there is none, with the names of those shipped
+    :raises RecipeError: if there is none; the message lists the shipped recipes
     """
     if Path(recipe).is_file():
         return Path(recipe)
@@ -124,7 +124,7 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 def _with_stages(path: Path, content: dict[Any, Any]) -> dict[Any, Any]:
-    """The content with stages named so that llm-compressor reads them.
+    """Return the content with stages named so that llm-compressor reads them.
 
     The recipe.yaml that it writes after a second run has numbered stages, such as
     ``default_stage_0``, which its own reader drops.
@@ -146,7 +146,7 @@ def _read(path: Path) -> Any:
         raise
     except RecursionError:
         raise RecipeError(f"recipe {path} is nested too deeply") from None
-    except Exception as error:  # PyYAML raises any kind for scalars unlike their tag
+    except Exception as error:  # PyYAML raises any kind if a scalar does not fit
         raise RecipeError(
             f"recipe {path} has a value that does not fit its tag: "
             f"{type(error).__name__}: {error}"
@@ -183,7 +183,7 @@ def _reject(path: Path, place: str, expected: str) -> None:
 
 
 def _described(error: ValidationError) -> str:
-    """One line per wrong field: modifier, field, what is wrong."""
+    """Return one line per wrong field: modifier, field, what is wrong."""
     lines = []
     for problem in error.errors(include_url=False):
         field = ".".join(map(str, problem["loc"]))

@@ -19,7 +19,9 @@ class Descent:
     squared_gradients: list[float] = field(default_factory=list)  # projected
 
     def pl_ratios(self, minimum: float) -> list[float]:
-        """||gradient||^2 / (2 (L - L*)) per step: bounded below where PL holds.
+        """Return ||gradient||^2 / (2 (L - L*)) per step, bounded below where PL holds.
+
+        PL is the Polyak-Lojasiewicz inequality.
 
         :param minimum: L*, the lowest known loss; steps within rounding of it are
             left out
@@ -70,7 +72,7 @@ def projected_gradient_descent(
 
 
 def threshold(mask: Tensor, sparsity: float) -> Tensor:
-    """Keep the largest entries; exactly ``round(sparsity * d * d)`` are pruned.
+    """Keep the largest entries and prune exactly ``round(sparsity * d * d)``.
 
     :return: bool [d, d], True where the weight is kept
     """
@@ -82,6 +84,6 @@ def threshold(mask: Tensor, sparsity: float) -> Tensor:
 
 
 def _projected(mask: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient without what points out of the box: zero exactly at a minimum."""
+    """Return the gradient without what points out of the box; zero at a minimum."""
     blocked = ((mask <= 0) & (gradient > 0)) | ((mask >= 1) & (gradient < 0))
     return gradient.masked_fill(blocked, 0.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def causal_attention(inputs: Tensor, weight: Tensor) -> Tensor:
-    """A(W): [n, n], lower triangular, rows sum to 1.
+    """Return A(W), [n, n]: lower triangular, with rows that sum to 1.
 
     :param inputs: X [n, d]
     :param weight: W [d, d]
@@ -46,17 +46,17 @@ class FusedProblem:
             )
 
     def attention_error(self, weight: Tensor) -> Tensor:
-        """||A(W') - A(W)||_F^2 for any other fused weight W' [d, d]."""
+        """Return ||A(W') - A(W)||_F^2 for any other fused weight W' [d, d]."""
         change = causal_attention(self.inputs, weight) - self._target()
         return change.square().sum()
 
     def loss(self, mask: Tensor) -> Tensor:
-        """L(M), a scalar."""
+        """Return L(M), a scalar."""
         penalty = self.l2_penalty / 2 * mask.square().sum()
         return self.attention_error(mask * self.weight) / 2 + penalty
 
     def loss_and_gradient(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """L(M) and dL/dM [d, d]."""
+        """Return L(M) and dL/dM [d, d]."""
         attention = causal_attention(self.inputs, mask * self.weight)  # F
         change = attention - self._target()  # C
         weighted = attention * change

@@ -81,7 +81,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockPair:
-    """A dense block and its pruned counterpart, which is to come close to it."""
+    """A dense block and its pruned counterpart, which recovery brings close to it."""
 
     dense: Block  # on the dense model's hidden states
     pruned: Block  # on the pruned model's hidden states
@@ -91,7 +91,7 @@ class BlockPair:
 
 
 def masks_of(dense: Block, pruned: Block) -> dict[str, Tensor]:
-    """The kept entries, bool [rows, columns], of every Linear that has been pruned."""
+    """Return the kept entries of every pruned Linear: name -> bool [rows, columns]."""
     masks = {}
     for name, linear in pruned.linears().items():
         kept = linear.weight != 0
@@ -121,7 +121,7 @@ def squared_residual_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -
     It is a sum over the samples of all ranks, as ``block_error`` is.
 
     :param inputs: X, hidden states before the block, [1, L, D] of each sample
-    :param outputs: Y, hidden states after the block, likewise
+    :param outputs: Y, hidden states after the block, [1, L, D] of each sample
     """
     pairs = zip(inputs, outputs, strict=True)
     total = sum((y.float() - x.float()).square().sum().item() for x, y in pairs)

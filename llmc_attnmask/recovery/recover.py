@@ -13,7 +13,7 @@ from llmc_attnmask.recovery.refit import refit
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a block's output has lost, before and after each stage."""
+    """The errors of a block's output before and after each stage."""
 
     errors: list[float]  # ||Y~ - Y||_F^2 / ||Y - X||_F^2 over all samples
     fallback: str | None = None  # what was not finite, if anything

@@ -134,7 +134,7 @@ class _AttentionTerm:
         self.pruned_inputs = self._watched(pruned)
 
     def _watched(self, block: Block) -> dict[str, tuple[Any, Any]]:
-        """Return a dictionary that each run fills with the attentions' arguments."""
+        """Return a dictionary that each run fills with attention modules' arguments."""
         seen: dict[str, tuple[Any, Any]] = {}
 
         def hook(name: str) -> Any:

@@ -27,7 +27,7 @@ from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.least_squares import solve
 from llmc_attnmask.solvers.matrix_objective import OUTPUT_WEIGHT, MatrixObjective
 
-_HESSIAN = ""  # a key beside the names of Linears
+_HESSIAN = ""  # a key that no Linear has as its name
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def _normal_equations(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return H and, by name, C of Linears that read the same input.
 
-    :param silent: Linears whose outputs are replaced by zeros: if the group writes to
+    :param silent: Linears whose outputs are replaced with zeros; if the group writes to
         the residual stream, the block's output is then the stream without them
     """
     linears = dense.linears()

@@ -88,7 +88,7 @@ def _license(base: str | None) -> dict[str, str]:
     front = re.match(r"\s*---\r?\n(.*?)\n---", text, re.DOTALL)
     try:
         data = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:  # the Hub could not read such a card either
+    except yaml.YAMLError:  # the Hub cannot read such a card either
         return {}
     if not isinstance(data, dict):
         return {}

@@ -1,6 +1,6 @@
 """The charts of the page: Plotly's data and layout, and the table behind each.
 
-Colors are names of CSS variables ("--ours"), which the page replaces by its theme's.
+Colors are names of CSS variables ("--ours"); the page fills in those of its theme.
 """
 
 import math
@@ -29,7 +29,7 @@ class Chart:
 
     id: str
     title: str
-    says: str  # what it shows, as the caption and the text alternative
+    says: str  # what it shows, for the caption and the alternative text
     data: list[dict[str, Any]]
     layout: dict[str, Any]
     header: list[str]
@@ -99,7 +99,7 @@ def _relative(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _log(values: Sequence[float]) -> dict[str, Any]:
-    """Make a log axis with labels at 1, 2 and 5 of each decade, or at 1 if many."""
+    """Make a log axis labeled at 1, 2 and 5 of each decade, or at 1 if it is long."""
     if min(values) <= 0:
         return {"rangemode": "tozero"}
     low, high = math.log10(min(values)), math.log10(max(values))

@@ -25,7 +25,9 @@ class ReportError(ValueError):
 
 
 def save_hook(model: PreTrainedModel) -> Callable[[Path, Path], None]:
-    """Take a model's numbers and return a function that writes the files about them.
+    """Collect a model's numbers; return a function that writes the report and the card.
+
+    The function takes the folder to write into and the folder that it will replace.
 
     A checkpoint never fails to be saved because of its report: if the report cannot be
     made, a warning says so, and the checkpoint is saved without it.
@@ -59,7 +61,7 @@ def render(directory: str | Path) -> Report:
     """Write report.html again, from report.json and the checkpoint as it is now.
 
     The model card is written again, too, if this package wrote it. Without report.json,
-    the report contains only what the checkpoint's files tell.
+    the report contains only what the checkpoint's files show.
 
     :return: content of report.json
     :raises FileNotFoundError, ValueError: if the folder is not a checkpoint, or its
@@ -100,7 +102,10 @@ def add_evaluation(
 
 
 def read(directory: Path) -> Report:
-    """Read a checkpoint's report.json, or make a reduced report if there is none."""
+    """Read a checkpoint's report.json, or make a reduced report if there is none.
+
+    :raises ReportError: if it is not JSON, or has another version
+    """
     path = directory / REPORT
     if not path.is_file():
         return reduced()

@@ -1,6 +1,6 @@
 """Names of the files about a checkpoint, and how this package's cards are recognized.
 
-This module imports nothing heavy, because every copy of a checkpoint needs it.
+This module imports nothing heavy, because every conversion of a checkpoint needs it.
 """
 
 import hashlib
@@ -8,14 +8,14 @@ import re
 
 REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
 
-# the digest of the rest shows whether a card has been edited since
+# the digest of the rest of a card shows whether the card has been edited since
 _MARK = "<!-- written by llmc-attnmask, {} -->"
 _FOUND = re.compile(_MARK.format("([0-9a-f]{16})"))
 UNSIGNED = _MARK.format("0" * 16)  # placeholder in a card that is not signed yet
 
 
 def signed(text: str) -> str:
-    """Replace ``UNSIGNED`` in a card by the mark with the card's digest."""
+    """Replace ``UNSIGNED`` in a card with the mark that has the card's digest."""
     return text.replace(UNSIGNED, _MARK.format(_digest(text)), 1)
 
 

@@ -1,4 +1,4 @@
-"""The numbers of one run, as in ``report.json``, which ``schema.json`` describes."""
+"""Collect the numbers of a run for ``report.json``, which ``schema.json`` describes."""
 
 import platform
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ Report = dict[str, Any]
 
 
 def of_model(model: PreTrainedModel) -> Report:
-    """Report what a model in memory knows of its pruning, before it is saved."""
+    """Report what a model in memory knows about its pruning, before it is saved."""
     known = run_metadata(model)
     return reduced() | {
         "base_model": model.config.name_or_path or None,
@@ -43,7 +43,7 @@ def of_model(model: PreTrainedModel) -> Report:
 
 
 def of_folder(directory: Path) -> Report:
-    """Report what a checkpoint's files tell without the run that wrote them."""
+    """Report what a checkpoint's files show without the run that wrote them."""
     layers = inspect(directory)
     two_of_four = {layer.name for layer in layers if layer.two_of_four}
     token_bytes = bytes_per_token(open_checkpoint(directory), two_of_four)

@@ -2,7 +2,7 @@
 
 Decoding one token of one sequence reads every weight once and computes little with it,
 so its time is the time to read the weights. A sparse kernel reads two values of every
-four and a bit per entry; a dense one reads every value. The prediction ignores the
+four and one bit per entry; a dense one reads every value. The prediction ignores the
 KV cache, activations, and any bandwidth that a kernel does not reach.
 """
 

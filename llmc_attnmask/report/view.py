@@ -1,4 +1,4 @@
-"""A report's numbers in the terms of the page and the model card."""
+"""Derive from a report the numbers that the page and the model card show."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def attention_layers(report: Report) -> list[Mapping[str, Any]]:
 
 
 def methods(report: Report) -> list[str]:
-    """Return the ``METHODS`` that were measured on each of these layers."""
+    """Return those of ``METHODS`` that were measured on all attention layers."""
     layers = attention_layers(report)
     return [m for m in METHODS if layers and all(m in x["compared"] for x in layers)]
 
@@ -50,7 +50,7 @@ def mean_error(report: Report, method: str, kind: str = "matrix") -> float:
 
 
 def decoder_zeros(report: Report) -> float | None:
-    """Return the share of zeros in those decoder Linears of which the files tell it."""
+    """Return the share of zeros in the decoder Linears whose sparsity is known."""
     known = [
         layer
         for layer in report["checkpoint"]

@@ -1,7 +1,7 @@
-"""One run of a recipe while it is running: modifiers, time left, warnings, progress.
+"""The running run of a recipe: its modifiers, time left, warnings and progress.
 
-There is at most one at a time. A run that is recorded on disk is started by whoever
-records it (``recorded_run``), any other by the first of its modifiers that asks.
+There is at most one at a time. ``recorded_run`` starts a run that is recorded on disk;
+any other run starts when the first of its modifiers asks for it.
 """
 
 import json
@@ -22,7 +22,7 @@ class RunContext:
     """Keeps the clock of a run and collects its warnings.
 
     :param modifiers: the recipe's, in order
-    :param progress: what of the run is on disk; None if the run is not recorded
+    :param progress: the run's progress on disk; None if the run is not recorded
     """
 
     def __init__(self, modifiers: Sequence[Modifier], progress: Progress | None = None):
@@ -37,7 +37,7 @@ class RunContext:
     def listen(self) -> None:
         """Collect warnings from now on; further calls have no effect.
 
-        Call it once llm-compressor has set up its log, which removes earlier sinks.
+        Call it after llm-compressor has set up its log, which removes earlier sinks.
         """
         if self._sink is None:
             self._sink = logger.add(self._collect, level="WARNING", filter=_is_warning)
@@ -53,7 +53,7 @@ class RunContext:
             return
         try:
             logger.remove(self._sink)
-        except ValueError:  # removed by whoever configured the logger again
+        except ValueError:  # the logger has been configured again
             logger.debug("the log was configured again during the run")
         self._sink = None
 
@@ -106,7 +106,7 @@ _current: ContextVar[RunContext | None] = ContextVar("run", default=None)
 
 
 def run_of(modifier: Modifier, recipe: Sequence[Modifier] = ()) -> RunContext:
-    """The run that a modifier is part of; if there is none, it begins here.
+    """Return the run that a modifier is part of; if there is none, it begins here.
 
     :param recipe: all modifiers of the run, in case it begins here
     """
@@ -122,7 +122,7 @@ def run_of(modifier: Modifier, recipe: Sequence[Modifier] = ()) -> RunContext:
 
 @contextmanager
 def recorded_run(progress: Progress) -> Iterator[RunContext]:
-    """A run whose finished layers are written to disk, and read from there."""
+    """Start a run whose finished layers are written to disk and read from there."""
     end_run()
     run = RunContext(progress.modifiers, progress)
     _current.set(run)
@@ -133,7 +133,7 @@ def recorded_run(progress: Progress) -> Iterator[RunContext]:
 
 
 def end_run() -> None:
-    """Let go of the run, which holds modifiers and what they hold."""
+    """Release the run, and with it the modifiers and what they hold."""
     run = _current.get()
     if run is not None:
         run.close()
@@ -141,7 +141,7 @@ def end_run() -> None:
 
 
 def described(modifiers: Iterable[Modifier]) -> list[dict[str, Any]]:
-    """Names and fields of modifiers, defaults included, as JSON values."""
+    """Return the names and fields of modifiers, defaults included, as JSON values."""
     found = []
     for modifier in modifiers:
         own = type(modifier).model_fields.keys() - Modifier.model_fields.keys()

@@ -1,7 +1,7 @@
 """The journal of a run, layer by layer: modifiers write it, the report reads it.
 
-It is kept with the model in memory, as plain attributes, so a copy of the model has a
-journal of its own.
+It is kept with the model in memory, as plain attributes, so a copy of the model has its
+own journal.
 """
 
 from dataclasses import dataclass, field
@@ -28,14 +28,14 @@ def note(model: nn.Module, modifier: str, layer: str, **measurements: Any) -> No
 
 
 def entries(model: nn.Module) -> list[Entry]:
-    """The journal of a model, oldest entry first, to read or to add to."""
+    """Return the journal of a model, oldest entry first, to read or to add to."""
     if not hasattr(model, _ENTRIES):
         setattr(model, _ENTRIES, [])
     return getattr(model, _ENTRIES)
 
 
 def run_metadata(model: nn.Module) -> dict[str, Any]:
-    """What is known about the run as a whole, to read or to add to.
+    """Return the metadata of the run as a whole, to read or to add to.
 
     ``modifiers``: name and fields of each; ``warnings``: their texts; ``options``: the
     arguments the run was started with. JSON values only.

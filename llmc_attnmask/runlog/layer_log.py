@@ -67,7 +67,7 @@ class LayerLog:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes that torch allocated on a GPU, or that this process had in memory."""
+    """Return peak memory in bytes: torch's on a GPU, or this process's on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -75,7 +75,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def summarize(model: nn.Module) -> None:
-    """Log what each modifier in the journal did, one line each, and what to do next."""
+    """Log one line per modifier in the journal, and one on the files that are saved."""
     by_modifier: dict[str, list[Entry]] = {}
     for entry in entries(model):
         by_modifier.setdefault(entry.modifier, []).append(entry)

@@ -1,4 +1,4 @@
-"""One layer's share of a modifier's pass: computed, or read from an earlier run."""
+"""One layer's part in a modifier's pass, computed or read from an earlier run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,14 +24,14 @@ class Resumable(Protocol):
 
 @dataclass
 class LayerWork:
-    """What is done to one layer."""
+    """What was done to one layer."""
 
-    restored: bool = False  # read from disk: there is nothing to do
+    restored: bool = False  # read from disk, so that nothing remains to be done
     changed: list[nn.Module] = field(default_factory=list)
 
 
 def restorable(modifier: Modifier, layer: str) -> bool:
-    """Whether ``layer_work`` will read this layer instead of having it computed."""
+    """Return whether ``layer_work`` will read a layer instead of having it computed."""
     progress = run_of(modifier).progress
     return progress is not None and progress.has(modifier, layer)
 
@@ -51,7 +51,7 @@ def layer_work(
         work.restored = True
         work.changed = run.progress.restore(model, owner, layer)
         run.layer_restored(owner)
-        logger.info(f"{type(modifier).__name__}: {layer} was finished before; read it")
+        logger.info(f"{type(modifier).__name__}: {layer} was finished; read from disk")
     before = len(journal.entries(model))
     yield work
     if run.progress is not None and not work.restored:

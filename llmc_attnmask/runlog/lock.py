@@ -1,4 +1,4 @@
-"""A folder that one process at a time works in."""
+"""Lock a folder, so that one process at a time works in it."""
 
 import fcntl
 from pathlib import Path
@@ -8,7 +8,7 @@ from loguru import logger
 
 
 class FolderLock:
-    """A lock on a folder; it goes with the process, however that ends."""
+    """A lock on a folder, which ends with the process, however that ends."""
 
     def __init__(self) -> None:
         self._file: IO | None = None
@@ -18,7 +18,7 @@ class FolderLock:
         return self._file is not None
 
     def take(self, folder: Path) -> bool:
-        """Lock a folder. Where the file system has no locks, warn and go ahead.
+        """Lock a folder; if the file system has no locks, warn and continue.
 
         :return: whether no other process holds the lock
         """

@@ -1,11 +1,11 @@
-"""The progress of a run on disk, by which an interrupted run is resumed.
+"""The progress of a run on disk, from which an interrupted run is resumed.
 
 A run is one pass per modifier, and a pass works layer by layer. What a modifier changed
 in a layer (the tensors of some modules, their masks, the journal's entries) is one
-safetensors file, which exists complete or not at all. When the same run starts again,
-layers that have a file are read instead of computed. What a layer is calibrated on
-comes through the layers before it, which have the same bytes, so the result has the
-same bytes, too. A pass that was finished is not calibrated again at all.
+safetensors file, which is either complete or absent. When the same run starts again,
+layers that have a file are read instead of computed. The inputs of a layer come from
+the layers before it, which have the same bytes, so the result has the same bytes, too.
+A pass that was finished is not calibrated again.
 """
 
 import json
@@ -34,7 +34,7 @@ from llmc_attnmask.runlog import journal
 from llmc_attnmask.runlog.lock import FolderLock
 
 _RUN, _LAYER, _PASS = "run.json", ".safetensors", ".json"
-_MASK = "mask"  # beside a module's own tensors in a layer's file
+_MASK = "mask"  # key in a layer's file, next to the module's own tensors
 
 Fingerprint = Mapping[str, str]
 
@@ -67,7 +67,7 @@ class Progress:
 
     @property
     def layers(self) -> int:
-        """Layers on disk, counted once for each modifier."""
+        """The number of layers on disk; a layer counts once for each modifier."""
         return len(self._finished)
 
     def _open(self) -> None:
@@ -105,7 +105,7 @@ class Progress:
         self._lock.release()
 
     def has(self, modifier: Modifier, layer: str) -> bool:
-        """Whether a layer is on disk, from an earlier run or from this one."""
+        """Return whether a layer is on disk, from an earlier run or from this one."""
         return self._file(modifier, layer) in self._finished
 
     def _file(self, modifier: Modifier, layer: str) -> str:
@@ -124,10 +124,10 @@ class Progress:
         changed: Iterable[nn.Module],
         entries: Sequence[journal.Entry],
     ) -> None:
-        """Write a layer; in a distributed run one process does.
+        """Write a layer; in a distributed run, only one process writes.
 
         :param changed: modules whose tensors and masks are written
-        :param entries: of the journal, about this layer
+        :param entries: the journal's entries about this layer
         """
         file = self._file(modifier, layer)
         self._finished.add(file)
@@ -149,7 +149,7 @@ class Progress:
 
     def _create(self) -> None:
         if not self.folder.exists():
-            check_new(self.folder.parent)  # another run may have finished meanwhile
+            check_new(self.folder.parent)  # another run may have just finished
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take()
         for left in self.folder.glob("[0-9]*"):  # without run.json, of an unknown run
@@ -183,7 +183,7 @@ class Progress:
         return list(modules.values())
 
     def name_of(self, model: nn.Module, module: nn.Module) -> str:
-        """The name of a module within the model."""
+        """Return the name of a module within the model."""
         if module not in self._names:
             self._names = {m: name for name, m in model.named_modules()}
         return self._names[module]
@@ -191,13 +191,13 @@ class Progress:
     def finish_pass(self, modifier: Modifier, layers: Sequence[str]) -> None:
         """Record that the pass of a modifier is complete.
 
-        :param layers: of the pass, each of them saved
+        :param layers: the layers of the pass, each already saved
         """
         if is_source() and self._lock.held:
             self._write(f"{self._stem(modifier)}{_PASS}", list(layers))
 
     def finished_pass(self, modifier: Modifier) -> list[str] | None:
-        """The layers of a pass that was complete when the run started, or None."""
+        """Return a pass's layers if it was complete when the run started, else None."""
         name = f"{self._stem(modifier)}{_PASS}"
         if name not in self._passes:
             return None
@@ -209,7 +209,7 @@ class Progress:
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a module, not those of its children."""
+    """Return the parameters and buffers of a module, not those of its children."""
     named = [
         *module.named_parameters(recurse=False),
         *module.named_buffers(recurse=False),

@@ -12,7 +12,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those it builds on, where they are installed."""
+    """Return the installed versions of this package and of those it builds on."""
     found = {}
     for package in _PACKAGES:
         try:

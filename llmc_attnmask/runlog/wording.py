@@ -2,7 +2,7 @@
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them: "89 s", "2 min", "2.5 h"."""
+    """Write seconds as a person would say them: "89 s", "2 min", "2.5 h"."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     if seconds < 90 * 60:
@@ -11,6 +11,6 @@ def duration(seconds: float) -> str:
 
 
 def listed(names: list[str], most: int = 8) -> str:
-    """Names separated by commas; of many, the first few and the number of the rest."""
+    """Join names with commas; of many, show the first few and count the rest."""
     shown = ", ".join(names[:most]) or "nothing"
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

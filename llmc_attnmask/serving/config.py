@@ -27,7 +27,7 @@ logger = init_logger(__name__)
 
 
 class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
-    """The stock configuration of every layer, plus which layers are 2:4.
+    """The stock configuration of every layer, and which of the layers are 2:4.
 
     It also serves unquantized checkpoints, for which the stock class has no groups.
     """
@@ -110,7 +110,7 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
         )
 
     def _parts(self, prefix: str) -> list[str]:
-        """The checkpoint's names of the layers that vLLM fuses into this one."""
+        """Return the checkpoint's names of the layers that vLLM fuses into this one."""
         parent, dot, kind = prefix.rpartition(".")
         kinds = self.packed_modules_mapping.get(kind, [kind])
         return [parent + dot + part for part in kinds]

@@ -66,12 +66,16 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.few_tokens = 0
         self.span = 1  # of the decode kernel's metadata
         self.quantize: activations.Quantizer | None = None  # of 8-bit layers
-        self.rows = self.columns = 0  # on this rank
+        self.rows = self.columns = 0  # of this rank's part
 
     @property
     def supports_pre_processed_weights(self) -> bool:
-        """Only vLLM's weight cache asks: ``vllm preload``, and an engine that takes
-        another process's weights from GPU memory as they are.
+        """Refuse vLLM's weight cache, which alone asks for this.
+
+        It consists of ``vllm preload`` and of engines that take another process's
+        weights from GPU memory as they are.
+
+        :raises ValueError: always
         """
         raise ValueError(
             f"{self.name} is 2:4, and every process prepares its weights for the "
@@ -252,18 +256,18 @@ class Sparse24LinearMethod(LinearMethodBase):
 
 
 def _dummy_weights() -> bool:
-    """Whether vLLM fills in random weights instead of reading the checkpoint's."""
+    """Return whether vLLM uses random weights instead of reading the checkpoint's."""
     return get_current_vllm_config().load_config.load_format == "dummy"
 
 
 def _largest_step() -> int:
-    """The most tokens that vLLM multiplies at once."""
+    """Return the most tokens that vLLM multiplies at once."""
     largest: int = get_current_vllm_config().scheduler_config.max_num_batched_tokens
     return largest
 
 
 def _by_row(scale: Tensor, widths: list[int]) -> Tensor:
-    """Scales as fp32 [rows], given per row or per part of the fused layer."""
+    """Expand scales, given per row or per part of the fused layer, to fp32 [rows]."""
     if scale.numel() == len(widths) != sum(widths):
         counts = torch.tensor(widths, device=scale.device)
         scale = scale.view(-1).repeat_interleave(counts)

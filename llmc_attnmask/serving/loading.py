@@ -16,7 +16,7 @@ Deliver = Callable[[Tensor, Any], None]
 class ShardLoader:
     """Collects the three tensors of a shard, in any order, and delivers it dense.
 
-    It delivers the whole shard, as a checkpoint stored dense would have it. The loader
+    It delivers the whole shard, as a checkpoint that is stored dense has it. The loader
     of the dense weight then takes each rank's part of it.
     """
 
@@ -35,7 +35,7 @@ class ShardLoader:
         self._waiting: dict[Any, dict[str, Tensor]] = {}
 
     def loader(self, part: str) -> Callable[..., None]:
-        """The weight loader of one of ``PARTS``, with vLLM's signature."""
+        """Return the weight loader of one of ``PARTS``, with vLLM's signature."""
         return partial(self._receive, part)
 
     def _receive(
@@ -70,7 +70,7 @@ class ShardLoader:
     def check_complete(self) -> None:
         """Refuse a layer that the checkpoint has only in part.
 
-        :raises ValueError: naming the missing tensors
+        :raises ValueError: if tensors are missing; the message names them
         """
         for shard, parts in self._waiting.items():
             missing = [part for part in PARTS if part not in parts]

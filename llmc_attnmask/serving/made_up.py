@@ -1,7 +1,7 @@
 """Prune the random weights of ``--load-format dummy`` to 2:4.
 
-A benchmark then measures a layer that is 2:4 in the checkpoint on the kernels that
-would serve it.
+Layers that are 2:4 in the checkpoint then run on the kernels that would serve them, so
+that a benchmark measures those.
 """
 
 import torch

@@ -15,7 +15,9 @@ logger = logging.getLogger("vllm.llmc_attnmask")  # vLLM's handlers and level
 
 
 def register() -> None:
-    """Make this process's vLLM serve this package's 2:4 checkpoints; others as before.
+    """Let this process's vLLM serve this package's 2:4 checkpoints.
+
+    Other checkpoints are served as before.
 
     In an unsupported version, nothing is changed and the log says why.
     """

@@ -17,14 +17,14 @@ _SECONDS = 1  # limit for matching one pattern with one name
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The 2:4 layers of a checkpoint: names, "re:" patterns, or the class Linear."""
+    """The 2:4 layers of a checkpoint: names, "re:" patterns, or the class "Linear"."""
 
     packed: tuple[str, ...] = ()  # stored as sparse-24-bitmask
     dense: tuple[str, ...] = ()  # stored with their zeros
     ignore: tuple[str, ...] = ()  # not packed, whatever ``packed`` says
 
     def is_packed(self, name: str) -> bool:
-        """Whether the module of this name is stored packed."""
+        """Return whether the module of this name is stored packed."""
         if any(_matches(name, pattern) for pattern in self.ignore):
             return False
         return any(
@@ -32,7 +32,7 @@ class Sparsity:
         )
 
     def is_sparse(self, name: str) -> bool:
-        """Whether the module of this name is 2:4, in either storage."""
+        """Return whether the module of this name is 2:4, in either storage."""
         return name in self.dense or self.is_packed(name)
 
 
@@ -70,7 +70,7 @@ def annotate(config: dict[str, Any]) -> bool:
 
 
 def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
-    """The 2:4 layers that a quantization_config names; None if it names none.
+    """Return the 2:4 layers that a quantization_config names; None if it names none.
 
     :param quantization: ``quantization_config``, after ``annotate``
     :raises ValueError: for a malformed marker, or targets that are not names
@@ -92,7 +92,7 @@ def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
 
 
 def _names(sparsity: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """The validated names and patterns under a key."""
+    """Return the validated names and patterns under a key."""
     found = sparsity.get(key) or []
     try:
         if not isinstance(found, list) or not all(isinstance(n, str) for n in found):

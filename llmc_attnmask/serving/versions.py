@@ -7,7 +7,7 @@ LAST_NATIVE = Version("0.18.1")
 
 
 def refusal(version: str) -> str | None:
-    """Why the plugin stays off in this vLLM; None if it works.
+    """Return why the plugin stays off in this vLLM; None if it works.
 
     :param version: as vLLM reports it; suffixes like ``+cpu`` and ``.dev`` are ignored
     """
@@ -16,7 +16,7 @@ def refusal(version: str) -> str | None:
         return None
     if found <= LAST_NATIVE:
         return (
-            f"vLLM {version} serves packed 2:4 checkpoints by itself, on GPUs of "
+            f"vLLM {version} serves packed 2:4 checkpoints natively, on GPUs of "
             "capability 9.0; dense-stored ones are served with dense kernels"
         )
     return (

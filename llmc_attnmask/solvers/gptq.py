@@ -53,7 +53,8 @@ def quantize_weight(
 
     :param weights: float32 [batch, rows, columns]; overwritten
     :param hessians: float32 [batch, columns, columns]; overwritten
-    :param scale: from the observers, [batch, ...] by strategy; likewise the zero point
+    :param scale: from the observers, [batch, ...] by strategy
+    :param zero_point: from the observers, [batch, ...] by strategy
     :param percdamp: dampening, relative to the mean diagonal of H
     :return: weights on their grids [batch, rows, columns]; loss [batch]; and whether
         the Hessian could not be inverted, so that weights were rounded to the nearest

@@ -23,7 +23,8 @@ from llmc_attnmask.masks.structure import MaskStructure
 _DAMPENING = 0.01  # relative to the mean diagonal of H and of G
 _SOLVE_ITERATIONS = 50
 # ADMM's penalty, relative to the scaled H's diagonal of 1, rises from the first to the
-# last value. Measured: the error ends 1 % above that of twice the stages or iterations
+# last value. Measured: the final error is 1 % above that of twice the stages or
+# iterations.
 _FIRST_PENALTY, _LAST_PENALTY = 0.01, 1.0
 _STAGES, _ITERATIONS_PER_STAGE = 20, 5
 
@@ -132,7 +133,7 @@ def solve(
 
 def _damped(hessian: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Add a pull towards ``weight``, which also makes H invertible."""
-    # the minimum: inputs that are all zero leave the weight as it is
+    # not below 1e-12, so that inputs that are all zero leave the weight as it is
     pull = max(_DAMPENING * hessian.diagonal().mean().item(), 1e-12)
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     return hessian + pull * identity, target + pull * weight

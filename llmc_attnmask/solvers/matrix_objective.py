@@ -91,7 +91,7 @@ class MatrixObjective(Objective):
         for micro_batch in self.micro_batches:
             generator.manual_seed(
                 micro_batch.index
-            )  # the same signs whichever rank has it
+            )  # the same signs, whichever rank has the micro-batch
             for _, terms in self.runner(
                 [micro_batch], lambda samples: self._terms(samples, generator)
             ):
@@ -124,7 +124,7 @@ class MatrixObjective(Objective):
         linears: Mapping[str, tuple[Tensor, Tensor]],
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """Return gradients, by Linear, of a random projection of the error's inside."""
+        """Return gradients, by Linear, of a random projection of the norms' content."""
         with torch.no_grad():
             gradients = probe_gradients(
                 call,

@@ -4,7 +4,7 @@ For q and k (``matrix_objective.py``), where A~ is computed from the pruned q an
 
     (1 - w) * ||A - A~||_F^2 / ||A||_F^2 + w * ||(A - A~) V W_o||_F^2 / ||A V W_o||_F^2
 
-For v and o (``output_objective.py``), where A~ is what the pruned q and k give:
+For v and o (``output_objective.py``), where A~ is that of the already pruned q and k:
 
     ||A V W_o - A~ V~ W~_o||_F^2 / ||A V W_o||_F^2
 

@@ -75,7 +75,7 @@ class OutputObjective(Objective):
         return found
 
     def _terms(self, samples: list[int]) -> list[tuple[Role, Tensor]]:
-        """Return H sample by sample: that of v needs heads times the hidden states."""
+        """Return H by sample: that of v needs the hidden states once per head."""
         terms: list[tuple[Role, Tensor]] = []
         for sample in samples:
             call, linears = self._recorded_call([sample])

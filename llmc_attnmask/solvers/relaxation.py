@@ -6,7 +6,7 @@ s at a temperature T,
     m_i = sigmoid((s_i - tau) / T),   tau such that sum_i m_i = k in every group,
 
 which maximizes <s, m> + T * entropy(m) over the hypersimplex. At a high temperature it
-is an even mask, at a low one the hard top-k mask.
+is even; at a low one, it is the hard top-k mask.
 """
 
 from typing import Any

@@ -69,7 +69,7 @@ def learn_masks(
     The start is Wanda's mask, or the second-order solution in accuracy mode.
 
     :param prune: the projections to prune
-    :param baselines: other methods, by name, to compare the solution for q and k with
+    :param baselines: other methods by name, compared with the solution for q and k
     :return: one solution for q and k, on the attention matrix, and one for v and o, on
         the attention output; only for what ``prune`` names
     :raises ValueError: if the error of the start is not finite
@@ -98,7 +98,7 @@ def _compare(
     ours: Tensors,
     baselines: Mapping[str, Baseline],
 ) -> dict[str, AttentionNorms]:
-    """Return the errors of our weights and of other methods', where they are finite."""
+    """Return the errors of this solution and of the baselines, if they are finite."""
     candidates = {"ours": ours}
     for name, baseline in baselines.items():
         candidates[name] = {
@@ -142,7 +142,7 @@ def _start(
     scores: Tensors,
     settings: SolverSettings,
 ) -> tuple[MaskSolution, Tensors]:
-    """Return the measured start, and its weights before they are masked.
+    """Return the measured start, and its weights [rows, columns] before masking.
 
     :raises ValueError: if its error is not finite
     """
@@ -209,7 +209,7 @@ def _improve(
 ) -> None:
     """Descend, and leave in ``solution`` what is best on the validation samples.
 
-    Ends early if the error stalls.
+    The descent ends early if the error stalls.
     """
     stalled = 0
     check_every = max(1, settings.steps // _CHECKS)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def wanda_scores(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Return |W| * ||x||, [rows, columns].
+    """Return Wanda's scores, |W| * ||x||, [rows, columns].
 
     :param weight: [rows, columns]
     :param hessian: X^T X [columns, columns]

@@ -12,7 +12,7 @@ _FILE_SUFFIXES = {".jsonl", ".json", ".txt", ".md", ".csv", ".parquet", ".gz"}
 
 
 class DatasetError(ValueError):
-    """A dataset holds no usable text; the message says what was expected."""
+    """A dataset has no usable text; the message says what was expected."""
 
 
 def load_texts(
@@ -66,7 +66,7 @@ def _from_hub(name: str, text_column: str, split: pydoc.Split) -> Iterator[str]:
     hub_split = "train" if split == "calibration" else "test"
     try:
         rows = datasets.load_dataset(name, split=hub_split, streaming=True)
-    except Exception as error:  # any failure of the network or the format
+    except Exception as error:  # of any kind: the network or the format may fail
         raise DatasetError(
             f"dataset {name!r} is neither a file nor readable from the Hugging Face "
             f"Hub (split {hub_split}): {type(error).__name__}: {error}"

@@ -1,6 +1,6 @@
 """Text that every Python installation has: the standard library's own documentation.
 
-A document is one module's docstrings, outer ones first. Whole top-level modules are
+A document is one module's docstrings, outer ones first. Entire top-level modules are
 held out for evaluation, so no document of the ``evaluation`` split shares a package
 with the ``calibration`` split. The help topics of ``pydoc`` belong to ``calibration``.
 """

@@ -48,7 +48,9 @@ def calibration_windows(
 def evaluation_windows(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Tensor:
-    """Return all non-overlapping windows of the token stream, without a shorter rest.
+    """Return all non-overlapping windows of the token stream.
+
+    Tokens that do not fill a window are dropped.
 
     :return: int64 [windows, length]
     :raises DatasetError: if the texts are empty or shorter than one window
@@ -84,7 +86,7 @@ def _check_length(stream: Tensor, length: int) -> None:
 
 
 def window_length(config: object, asked: int | None) -> int:
-    """Return the window length in tokens: what was asked for, if the model has room.
+    """Return the window length in tokens: the requested one, if the model has room.
 
     :param config: of the model; its ``max_position_embeddings`` is the limit
     :param asked: requested length; by default 2048 or, if less, the limit

@@ -1,8 +1,8 @@
 """Every place where this package reaches into other people's code.
 
 ``SEAMS`` lists them: what is replaced or relied on, why, with which version, and the
-test that fails when it moves. Most modules are in this room. The others are where their
-room's work is done, as it makes no sense without them.
+test that fails when upstream changes it. Most of the modules are in this room; the
+others belong to the work of their own rooms.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from typing import NamedTuple
 class Seam(NamedTuple):
     """One place where this package depends on more than a public interface."""
 
-    what: str  # theirs
-    module: str  # this package's, which reaches in; a path within the package
+    what: str  # the upstream object or behavior
+    module: str  # the module that depends on it, as a path within the package
     why: str
     version: str  # the upstream version that was read, as the requirements pin it
-    canary: str  # the test that fails when upstream moves: file::function
+    canary: str  # the test that fails when upstream changes: file::function
 
 
 _LLM_COMPRESSOR = "llmcompressor==0.14.0.1"

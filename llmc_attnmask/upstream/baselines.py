@@ -1,4 +1,4 @@
-"""Other methods on the same weights, for the report to compare with.
+"""Prune the same weights with other methods, with which the report compares.
 
 Wanda and SparseGPT are llm-compressor's own code, with its default fields.
 """
@@ -18,9 +18,10 @@ Baseline = Callable[[Tensor, Tensor], Tensor]
 
 
 def baselines(structure: MaskStructure, sparsity: float) -> dict[str, Baseline]:
-    """Name -> function of a dense weight [rows, columns] and X^T X [columns, columns].
+    """Map names to functions of a dense weight [rows, columns] and X^T X.
 
-    Each returns the pruned weight and leaves its arguments unchanged.
+    X^T X is [columns, columns]. Each function returns the pruned weight and leaves its
+    arguments unchanged.
     """
     problem = (structure, sparsity)
     return {
@@ -56,7 +57,7 @@ def _sparsegpt(
     fields = SparseGPTModifier.model_fields
     logger.disable(
         sgpt_sparsify.__name__
-    )  # its advice is for users of its own modifier
+    )  # its advice is for users of SparseGPTModifier
     try:
         _, pruned = sgpt_sparsify.sparsify_weight(
             module=linear,

@@ -1,7 +1,7 @@
-"""``GPTQModifier`` quantizes with another function than its own.
+"""Let ``GPTQModifier`` quantize with another function than its own.
 
-It looks ``quantize_weight`` up in its module whenever it quantizes, so that is where
-the other function is put.
+It looks up ``quantize_weight`` in its module whenever it quantizes, so the other
+function is put there.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,9 +13,9 @@ from llmcompressor.modifiers.gptq import base as stock
 
 @contextmanager
 def quantizing_with(quantize_weight: Callable[..., Any]) -> Iterator[None]:
-    """Within, ``GPTQModifier`` calls this function.
+    """Let ``GPTQModifier`` call this function within the block.
 
-    :param quantize_weight: with the parameters and results of llm-compressor's own
+    :param quantize_weight: has the parameters and results of llm-compressor's own
     """
     original = stock.quantize_weight
     stock.quantize_weight = quantize_weight

@@ -1,4 +1,4 @@
-"""No modifier of a run fills in what an earlier one pruned.
+"""Guard the masks: no modifier of a run may fill in what an earlier one pruned.
 
 llm-compressor has no notion of masks: a modifier after the pruning one may write
 anything, and since 0.13 its GPTQ does. Modifiers change a model only within
@@ -48,7 +48,7 @@ class Pruner(Protocol):
     """A pruning modifier of this package; it records its masks with ``set_mask``."""
 
     def linears_to_prune(self) -> Iterable[nn.Module]:
-        """The modules it will prune, known once it is initialized."""
+        """Return the modules to prune, which are known once it is initialized."""
 
 
 def install() -> None:
@@ -112,7 +112,7 @@ def _recipe() -> list[Modifier]:
 
 
 def modifiers_before(modifier: Modifier) -> list[Modifier]:
-    """The modifiers before this one in the recipe that is running."""
+    """Return the modifiers before this one in the recipe that is running."""
     recipe = _recipe()
     position = next((i for i, m in enumerate(recipe) if m is modifier), 0)
     return recipe[:position]
@@ -120,7 +120,7 @@ def modifiers_before(modifier: Modifier) -> list[Modifier]:
 
 @torch.no_grad()
 def _find_masks(model: nn.Module) -> None:
-    """Record the masks that the model comes with, and drop those it does not match.
+    """Record the masks that the model comes with, and drop those that do not match it.
 
     Quantized weights have none: a zero among their integers need not mean zero.
     """
@@ -142,7 +142,7 @@ def _find_masks(model: nn.Module) -> None:
 
 
 def _refuse_racer(modifier: Modifier) -> None:
-    """Refuse stock pruning modifiers in several processes: each would write its own."""
+    """Refuse stock pruning modifiers if several processes would write their results."""
     if isinstance(modifier, SparsityModifierBase) and world_size() > 1:
         raise ValueError(
             f"{type(modifier).__name__} cannot run in {world_size()} processes: it "
@@ -182,7 +182,7 @@ def _refuse_breaker(
 
 
 def _linears_to_prune(modifier: Modifier) -> Iterable[nn.Module]:
-    """The modules that a modifier prunes; none if it is not a pruning modifier.
+    """Yield the modules that a modifier prunes; none if it is not a pruning modifier.
 
     Stock MagnitudePruningModifier and ConstantPruningModifier are for training: in a
     oneshot they change nothing.
@@ -201,7 +201,10 @@ def _linears_to_prune(modifier: Modifier) -> Iterable[nn.Module]:
 def _check(
     modifier: Modifier, model: nn.Module, modules: list[nn.Module] | None = None
 ) -> None:
-    """Compare the model, or some modules of it, with the masks."""
+    """Compare the model, or some of its modules, with the masks.
+
+    :raises MaskBrokenError: if a pruned entry is no longer zero
+    """
     for module in model.modules() if modules is None else modules:
         if count := count_violations(module):
             for member in [modifier, *_recipe()]:
@@ -211,7 +214,10 @@ def _check(
 
 @torch.no_grad()
 def _note(modifier: Modifier, modules: list[nn.Module]) -> None:
-    """Record what a stock modifier has just pruned; this package's do so themselves."""
+    """Record what a stock modifier has just pruned.
+
+    This package's modifiers record their masks themselves.
+    """
     if isinstance(modifier, Pruner):
         return
     pruned = set(_linears_to_prune(modifier))

@@ -1,7 +1,7 @@
-"""Passes that an earlier run finished are not calibrated again.
+"""Skip the calibration of passes that an earlier run finished.
 
-llm-compressor runs every modifier of a recipe through a pipeline of its own. A pass
-that is complete on disk is read there, layer by layer, and its pipeline is skipped.
+llm-compressor runs every modifier of a recipe through its own pipeline. A pass that is
+complete on disk is read from there, layer by layer, and its pipeline is skipped.
 This package's modifiers save layer by layer themselves (``runlog/layer_work.py``);
 stock pruning and GPTQ modifiers are saved when their pass is complete; any others run
 again, as they did the first time.
@@ -26,7 +26,7 @@ from llmc_attnmask.runlog.progress import Progress
 
 @contextmanager
 def resumable(progress: Progress) -> Iterator[None]:
-    """Record the run within, and skip what is on disk already."""
+    """Record the run within the block, and skip what is already on disk."""
     original = SequentialPipeline.__dict__["__call__"]
 
     def call(model: nn.Module, dataloader: Any, dataset_args: Any) -> None:
@@ -50,7 +50,7 @@ def resumable(progress: Progress) -> Iterator[None]:
 def _restore(
     progress: Progress, model: nn.Module, modifier: Modifier, layers: list[str]
 ) -> None:
-    logger.info(f"{type(modifier).__name__} was finished before; read from disk")
+    logger.info(f"{type(modifier).__name__} was already finished; reading it from disk")
     LifecycleCallbacks.calibration_start()
     for layer in layers:
         changed = progress.restore(model, modifier, layer)
@@ -63,7 +63,8 @@ def _restore(
 def _finish(progress: Progress, model: nn.Module, modifier: Modifier) -> None:
     """Record that the pass of a modifier is complete, if it can be resumed."""
     if isinstance(modifier, SparsityModifierBase | GPTQModifier):
-        # activation scales are known at the end only, so ours are written again, too
+        # activation scales are known only at the end, so this package's layers are
+        # written again, too
         layers = [progress.name_of(model, m) for m in modifier._module_names]
         for module, name in zip(modifier._module_names, layers, strict=True):
             progress.save(model, modifier, name, [module], [])

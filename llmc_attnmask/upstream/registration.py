@@ -1,7 +1,7 @@
-"""Modifiers are registered with llm-compressor once that is imported.
+"""Register modifiers with llm-compressor as soon as it is imported.
 
 Importing llm-compressor takes seconds and hundreds of megabytes, which reading and
-converting checkpoints need not pay.
+converting checkpoints do not need.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _HOST = "llmcompressor"
 
 
 def import_with_llm_compressor(module: str) -> None:
-    """Import a module right after llm-compressor, or now if that is imported already.
+    """Import a module right after llm-compressor, or now if that is already imported.
 
     :param module: name of the module, which registers what it defines
     """
@@ -28,7 +28,7 @@ def import_with_llm_compressor(module: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds llm-compressor as usual, and adds an import to its loading."""
+    """Finds llm-compressor as usual, and makes loading it import a module, too."""
 
     def __init__(self, module: str):
         self.module = module

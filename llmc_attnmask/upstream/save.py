@@ -1,6 +1,6 @@
-"""``save_pretrained`` writes the storage of the 2:4 layers and the report, too.
+"""Let ``save_pretrained`` also mark or pack the 2:4 layers and write the report.
 
-llm-compressor replaces a model's ``save_pretrained`` by its own, which writes the
+llm-compressor replaces a model's ``save_pretrained`` with its own, which writes the
 weights, dense or quantized. This module wraps that: what was written is marked or
 packed (``checkpoint/store.py``), and the report and model card are added.
 """
@@ -31,7 +31,7 @@ _MAX_SHARD_SIZE = "1GB"
 class _SaveAs:
     """The ``save_pretrained`` of one model, which wraps llm-compressor's."""
 
-    # by which llm-compressor knows that it has wrapped a model already
+    # llm-compressor reads this to see whether it has already wrapped a model
     _overridden = True
 
     def __init__(

@@ -1,9 +1,9 @@
-"""A correction to llm-compressor's tracer, which lets some models lose their mask.
+"""Correct llm-compressor's tracer, with which some models lose their causal mask.
 
 The traced graphs of Mistral, Mixtral, Phi-3, Qwen3-MoE, Starcoder2 and others call the
 mask function with a rebuilt config. llm-compressor 0.14.0.1 rebuilds it without the
 attention implementation, for which transformers then creates no mask, and the model is
-calibrated with every token attending to all that follow it.
+calibrated with every token attending to all tokens after it, too.
 """
 
 import functools
@@ -15,7 +15,10 @@ from transformers import PretrainedConfig
 
 
 def keep_attention_implementation() -> None:
-    """Keep it in the configs of traced graphs; further calls have no effect."""
+    """Keep the attention implementation in the configs of traced graphs.
+
+    Further calls have no effect.
+    """
     create_arg = SequentialTracer.create_arg
     if hasattr(create_arg, "__wrapped__"):
         return

@@ -15,4 +15,4 @@ def test_versions_in_between_are_refused_with_the_reason(version):
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.18.1"])
 def test_old_versions_serve_without_the_plugin(version):
-    assert "by itself" in refusal(version)
+    assert "natively" in refusal(version)

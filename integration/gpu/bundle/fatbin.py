@@ -81,9 +81,9 @@ def _entries(section: bytes, start: int, end: int) -> Iterator[Entry]:
 
 
 def containers(section: bytes) -> list[Container]:
-    """Containers of a ``.nv_fatbin`` section, in order.
+    """Return the containers of a ``.nv_fatbin`` section, in order.
 
-    Raises ValueError where there is neither a container nor zeros between two.
+    :raises ValueError: where there is neither a container nor zeros between two
     """
     found, start = [], 0
     while start < len(section):
@@ -114,10 +114,10 @@ def containers(section: bytes) -> list[Container]:
 
 
 def pruned(section: bytes, keep: Collection[int]) -> bytes:
-    """The section with machine code for ``keep`` only, with the same length.
+    """Return the section with machine code for ``keep`` only, of the same length.
 
-    ``keep`` are compute capabilities as numbers, 90 for 9.0. Raises ValueError if no
-    container holds any of them.
+    :param keep: compute capabilities as numbers, 90 for 9.0
+    :raises ValueError: if no container holds any of them
     """
     found = containers(section)
 
@@ -151,9 +151,9 @@ def pruned(section: bytes, keep: Collection[int]) -> bytes:
 
 
 def section_range(library: bytes, name: str = SECTION) -> tuple[int, int]:
-    """Where a section's bytes start and end in a 64-bit little-endian ELF file.
+    """Return where a section's bytes start and end in a 64-bit little-endian ELF file.
 
-    Raises ValueError for another kind of file, and if there is no such section.
+    :raises ValueError: for another kind of file, or without such a section
     """
     if library[:6] != b"\x7fELF\x02\x01":
         raise ValueError(
@@ -173,13 +173,13 @@ def section_range(library: bytes, name: str = SECTION) -> tuple[int, int]:
 
 
 def prune_library(library: bytes, keep: Collection[int]) -> bytes:
-    """A whole library with machine code for ``keep`` only, with the same length."""
+    """Return a library with machine code for ``keep`` only, of the same length."""
     start, end = section_range(library)
     return library[:start] + pruned(library[start:end], keep) + library[end:]
 
 
 def summary(library: bytes) -> str:
-    """Bytes per architecture, on one line."""
+    """Write the bytes per architecture on one line."""
     start, end = section_range(library)
     sizes: Counter[str] = Counter()
     for container in containers(library[start:end]):

@@ -30,7 +30,7 @@ Files = dict[str, bytes]
 
 
 def stripped(library: bytes) -> bytes:
-    """A shared library without the symbols that the loader does not need."""
+    """Strip a shared library of the symbols that the loader does not need."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "library.so"
         path.write_bytes(library)
@@ -39,7 +39,7 @@ def stripped(library: bytes) -> bytes:
 
 
 def content(wheel: Path) -> Files:
-    """The files of a wheel that the bundle includes, by path."""
+    """Return the files of a wheel that the bundle includes, by path."""
     distribution = wheel.name.split("-")[0].lower()
     files: Files = {}
     with zipfile.ZipFile(wheel) as archive:
@@ -58,7 +58,10 @@ def content(wheel: Path) -> Files:
 
 
 def one_of_each(folder: Path) -> list[Path]:
-    """The folder's wheels; ValueError if one distribution has two."""
+    """Return the folder's wheels.
+
+    :raises ValueError: if one distribution has two
+    """
     found: dict[str, Path] = {}
     for wheel in sorted(folder.glob("*.whl")):
         other = found.setdefault(wheel.name.split("-")[0].lower(), wheel)

@@ -42,7 +42,9 @@ RULES: dict[str, tuple[tuple[str, bool], ...]] = {
 
 
 def carried(distribution: str, path: str) -> bool:
-    """Whether the bundle includes the file at ``path`` of ``distribution``'s wheel.
+    """Return whether the bundle includes a file of a wheel.
+
+    ``path`` is the file's path in the wheel of ``distribution``.
 
     ``distribution`` is the first part of the wheel's file name, with underscores.
     """

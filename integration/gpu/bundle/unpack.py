@@ -37,7 +37,7 @@ def unpack_one(archive: Path, folders: list[Path]) -> int:
 def unpack(bundle: Path, destination: Path, parts: tuple[str, ...] = PARTS) -> int:
     """Unpack all archives of ``parts`` and what they share; returns unpacked bytes.
 
-    Raises FileNotFoundError if a part has no archive.
+    :raises FileNotFoundError: if a part has no archive
     """
     jobs: list[tuple[Path, list[Path]]] = []
     for part in (*SHARED, *parts):

@@ -1,6 +1,6 @@
 """Compare the fused kernels of the attention error with float64 and the plain version.
 
-One sample with Llama-3.1-8B's heads: the error and both gradients.
+The error and both gradients are computed for one sample with Llama-3.1-8B's heads.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Inputs = tuple[AttentionCall, Tensor, Tensor, Tensor]
 
 
 def random_inputs(length: int, dtype: torch.dtype, device: str) -> Inputs:
-    """A dense call, perturbed q and k as if pruned, and W_o."""
+    """Return a dense call, perturbed q and k as if pruned, and W_o."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -63,7 +63,7 @@ def in_float32(inputs: Inputs) -> Inputs:
 
 
 def deviation(length: int, device: str) -> dict[str, float]:
-    """Relative deviation from float64 of the error and of both gradients."""
+    """Measure how far the error and both gradients deviate from float64, relatively."""
     inputs = random_inputs(length, torch.float64, device)
     exact = error_and_gradients(*inputs)
     single = error_and_gradients(*in_float32(inputs))
@@ -76,7 +76,7 @@ def deviation(length: int, device: str) -> dict[str, float]:
 
 
 def hidden_row(length: int, device: str) -> dict[str, bool]:
-    """Whether everything stays finite when a query sees no key."""
+    """Check whether everything stays finite when a query sees no key."""
     call, *pruned = random_inputs(length, torch.float32, device)
     assert call.mask is not None
     call.mask[..., 3, :] = float("-inf")
@@ -85,7 +85,7 @@ def hidden_row(length: int, device: str) -> dict[str, bool]:
 
 
 def speed(length: int, device: str) -> dict[str, float]:
-    """Milliseconds and peak memory of one error with its gradients."""
+    """Measure milliseconds and peak MiB of one error with its gradients."""
     inputs = random_inputs(length, torch.float32, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -58,7 +58,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def configuration(layers: int, trial: bool) -> dict[str, Any]:
-    """config.json for this many layers."""
+    """Make the content of config.json for this many layers."""
     whole: dict[str, Any] = LLAMA_8B | (TINY if trial else {})
     vocabulary = whole["vocab_size"] * layers // LLAMA_8B["num_hidden_layers"]
     return whole | {
@@ -68,7 +68,7 @@ def configuration(layers: int, trial: bool) -> dict[str, Any]:
 
 
 def quantization(dtype: str) -> dict[str, Any] | None:
-    """W8A8 as compressed-tensors describes it, with tokens quantized while serving."""
+    """Describe W8A8 as compressed-tensors does, with tokens quantized while serving."""
     if dtype == "bf16":
         return None
     kind = {"num_bits": 8, "type": "float" if dtype == "fp8" else "int"}
@@ -89,7 +89,7 @@ def quantization(dtype: str) -> dict[str, Any] | None:
 
 
 def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the linear layers of one decoder layer."""
+    """Return the rows and columns of the linear layers of one decoder layer."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"] * config["head_dim"]
     key_values = config["num_key_value_heads"] * config["head_dim"]
@@ -105,7 +105,7 @@ def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def quantized(weight: Tensor, dtype: str) -> dict[str, Tensor]:
-    """The tensors of one linear layer, by suffix."""
+    """Return the tensors of one linear layer, by suffix."""
     if dtype == "bf16":
         return {"weight": weight}
     largest = 448.0 if dtype == "fp8" else 127.0
@@ -122,8 +122,9 @@ def quantized(weight: Tensor, dtype: str) -> dict[str, Tensor]:
 def shards(
     config: dict[str, Any], dtype: str, device: str
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the checkpoint's files, on the CPU; all decoder layers have the same
-    weights, which does not change what they cost.
+    """Yield the checkpoint's files, on the CPU.
+
+    All decoder layers have the same weights, which does not change what they cost.
     """
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     table: Any = {"device": device, "dtype": torch.bfloat16}
@@ -178,7 +179,7 @@ def make(folder: Path, config: dict[str, Any], dtype: str, device: str) -> int:
 
 
 def folder_with_room(needed: int) -> Path:
-    """The first folder with this many bytes free.
+    """Return the first folder with this many bytes free.
 
     :raises OSError: if there is none
     """
@@ -213,7 +214,7 @@ def run(context: Context, options: argparse.Namespace) -> None:
 
 
 def made(rows: list[record.Row], dtype: str, layers: int) -> Path:
-    """The folder of the checkpoint that an earlier step made.
+    """Return the folder of the checkpoint that an earlier step made.
 
     :raises RuntimeError: if there is none
     """

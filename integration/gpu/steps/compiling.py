@@ -31,8 +31,10 @@ PROCESSES = 12
 
 
 def tasks(trial: bool) -> Iterator[dict[str, Any]]:
-    """Yield what one process compiles at a time; Triton takes longest, and caches its
-    results on the disk, which NVRTC does not.
+    """Yield what one process compiles at a time.
+
+    Triton comes first, as it takes longest; it caches its results on disk, unlike
+    NVRTC.
     """
     for kind in DTYPES:
         for name in (

@@ -97,10 +97,12 @@ def check_kernel(context: Context, name: str) -> None:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative to the norm; relative to the largest entry, twice that is allowed.
+    """Return the largest error relative to the norm that is allowed.
 
-    Rounding a product to bf16 costs 0.002; tensor cores of capability 9.0 may add fp8
-    up with 14 bits, which costs more over thousands of columns.
+    Relative to the largest entry, twice that is allowed.
+
+    Rounding a product to bf16 costs 0.002; tensor cores of capability 9.0 may add up
+    fp8 with 14 bits, which costs more over thousands of columns.
     """
     return 0.04 if dtype == torch.float8_e4m3fn else 0.01
 
@@ -115,7 +117,7 @@ def _check(
 
 
 def errors(packed: Packed, tokens: int, device: str) -> dict[str, Any]:
-    """Relative errors, eager and replayed; ``right`` says whether both are small."""
+    """Measure relative errors, eager and replayed; ``right``: whether all are small."""
     weight = packed.weight
     x, scale = random_tokens(tokens, weight.dense.shape[1], weight.dense.dtype, device)
     expected = weight.product(x, scale)
@@ -147,7 +149,7 @@ def poison(entries: int, device: str) -> None:
 
 
 def in_graph(packed: Packed, x: Tensor, scale: Tensor | None) -> Tensor:
-    """The output of a recorded and replayed kernel, recorded with other tokens."""
+    """Record a kernel with other tokens, replay it with these; return the output."""
     packed(x, scale)  # compiles, which must not happen while recording
     own, bits = x.clone(), layout.bits_of(x)
     bits.copy_(bits.roll(1, dims=-1))
@@ -162,8 +164,10 @@ def in_graph(packed: Packed, x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def wrong(rows: list[record.Row]) -> set[tuple[str, str | None]]:
-    """Kernel and type of cases that failed, or were wrong at one of ``SHAPES``, and did
-    not pass later; the type None stands for all types.
+    """Return kernel and type of all cases that must not be timed.
+
+    They failed, or were wrong at one of ``SHAPES``, and did not pass later. The type
+    None stands for all types.
     """
     timed = set(SHAPES.values())
     return {

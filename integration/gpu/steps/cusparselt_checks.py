@@ -1,9 +1,9 @@
 """Check what the project assumes about cuSPARSELt.
 
-That is its version; the bytes of a weight; whether the kept values are row by row at
-the start of its buffer, where the decode kernels read them; how its metadata are laid
-out; whether a product of a size that was never called can be recorded; scales as a
-vector.
+It records the version, the bytes of a weight, and how the metadata are laid out. It
+checks whether the kept values are row by row at the start of the buffer, where the
+decode kernels read them, whether a product of a size that was never called can be
+recorded, and whether scales can be a vector.
 """
 
 import argparse
@@ -28,8 +28,11 @@ PROBED = (128, 256)  # rows, columns
 
 
 def stored(dtype: torch.dtype, shape: tuple[int, int], device: str) -> dict[str, Any]:
-    """Bytes relative to dense; whether the kept values come first, row by row; and the
-    spans in which the decode kernel can read the metadata, if it can.
+    """Describe how cuSPARSELt stores a weight.
+
+    :return: ``share``: bytes relative to dense; ``values_shared``: whether the kept
+        values come first, row by row; ``span``: the span with which the decode kernel
+        can read the metadata, if it can
     """
     weight = random_weight(*shape, dtype, device).dense
     compressed = cusparselt.compress(weight)
@@ -42,7 +45,7 @@ def stored(dtype: torch.dtype, shape: tuple[int, int], device: str) -> dict[str,
 
 
 def recorded_first(dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Record a product that was never called before."""
+    """Record a product in a graph without calling it first."""
     weight = random_weight(*SHAPES["o_proj"], dtype, device)
     packed = pack("cusparselt", weight)
     packed.prepare([64])

@@ -1,4 +1,4 @@
-"""Measure one vLLM engine: tokens per second, time to first token, and its answers.
+"""Measure one vLLM engine: tokens per second, time to first token, and answers.
 
 ``--plugin off`` is stock vLLM with the same weights, dense. By default the engine uses
 what a reduced vLLM has: Triton's attention, no torch.compile, and CUDA graphs of the
@@ -38,7 +38,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def arguments(as_installed: bool, trial: bool, longest: int) -> dict[str, Any]:
-    """The arguments of ``vllm.LLM``."""
+    """Return the arguments of ``vllm.LLM``."""
     found: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
@@ -73,7 +73,7 @@ class Server:
         self.vocabulary = self.engine.llm_engine.model_config.get_vocab_size()
 
     def answers(self, batch: int, prompt: int, answer: int, seed: int) -> list[Any]:
-        """Answers to random prompts; the same seed gives the same prompts."""
+        """Return answers to random prompts; the same seed gives the same prompts."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)
@@ -89,7 +89,7 @@ class Server:
         return found
 
     def seconds(self, batch: int, prompt: int, answer: int, repeats: int) -> float:
-        """Median time, after one warm-up."""
+        """Measure the median time in seconds, after one warm-up."""
         times = []
         for seed in range(repeats + 1):
             start = time.perf_counter()
@@ -98,12 +98,12 @@ class Server:
         return statistics.median(times[1:])
 
     def tokens(self, count: int, prompt: int, answer: int) -> list[list[int]]:
-        """Greedy answers."""
+        """Return the tokens of greedy answers."""
         found = self.answers(count, prompt, answer, seed=1000)
         return [list(one.outputs[0].token_ids) for one in found]
 
     def decoding(self, batch: int, answer: int, repeats: int) -> dict[str, float]:
-        """Speed of decoding a batch: the tokens after the first one."""
+        """Measure the speed of decoding a batch, after the first tokens."""
         first = self.seconds(batch, PROMPT, 1, repeats)
         whole = self.seconds(batch, PROMPT, answer, repeats)
         if whole <= first:
@@ -117,11 +117,11 @@ class Server:
         }
 
     def to_the_first(self, prompt: int, repeats: int) -> dict[str, float]:
-        """Milliseconds until a prompt is read and the first token is generated."""
+        """Measure the milliseconds from a prompt to the first generated token."""
         return {"ms": 1000 * self.seconds(1, prompt, 1, repeats)}
 
     def kernels(self, sparse: bool) -> dict[str, str]:
-        """Which kernels serve the layers.
+        """Return which kernels serve the layers.
 
         :param sparse: whether the plugin is on
         :raises RuntimeError: if it is on, but no layer is sparse
@@ -134,12 +134,12 @@ class Server:
         return {"layers_by_kernel": json.dumps(found)}
 
     def weights(self) -> dict[str, float]:
-        """Bytes of the decoder's linear layers, in any form."""
+        """Measure the bytes of the decoder's linear layers, in any form."""
         return {"linear_gb": sum(self.engine.apply_model(linear_bytes)) / 1e9}
 
 
 def kernels(model: Any) -> dict[str, int]:
-    """How many linear layers of the decoder are served by which kernels."""
+    """Count the decoder's linear layers by the kernels that serve them."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         if ".layers." in name and name.endswith("_proj"):
@@ -152,7 +152,7 @@ def kernels(model: Any) -> dict[str, int]:
 
 
 def linear_bytes(model: Any) -> int:
-    """Bytes of parameters and buffers, including scales and biases."""
+    """Return the bytes of the decoder's linear layers, with scales and biases."""
     seen: dict[int, int] = {}
     for name, module in model.named_modules():
         if ".layers." in name and name.endswith("_proj"):
@@ -163,7 +163,7 @@ def linear_bytes(model: Any) -> int:
 
 
 def agreement(tokens: list[list[int]], others: list[list[int]]) -> dict[str, float]:
-    """Share of equal first tokens, and of the answers before they differ."""
+    """Return the share of equal first tokens, and of answers before they differ."""
     first, before = [], []
     for one, other in zip(tokens, others, strict=True):
         equal = [a == b for a, b in zip(one, other, strict=True)]
@@ -234,7 +234,7 @@ def run(context: Context, options: argparse.Namespace) -> None:
 def greedy(
     context: Context, server: Server, case: dict[str, Any], size: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Answers, and how far they agree with earlier ones of the stock engine."""
+    """Return greedy answers and how far they agree with the stock engine's."""
     found = server.tokens(*size)
     result: dict[str, Any] = {"tokens": found}
     stock = case | {"plugin": "off", "kernel": None, "of": "tokens"}

@@ -21,11 +21,11 @@ Bits = NDArray[np.uint8]
 def of(
     compress: Compress, dtype: torch.dtype, rows: int, columns: int, device: str
 ) -> dict[str, Any]:
-    """The layout of everything after the kept values.
+    """Return the layout of everything after the kept values.
 
     :param compress: compresses a weight [rows, columns]; kept values come first
-    :return: ``groups``: number of the group, row * columns / 4 + group, whose four bits
-        are the first, second ... of the metadata, -1 for bits of no group; ``codes``:
+    :return: ``groups``: for every four bits of the metadata, the number of their group,
+        row * columns / 4 + group, or -1 for bits of no group; ``codes``:
         the four bits by the kept pair; ``regular``: whether all four bits of a nibble
         belong to one group, and every group has one nibble; ``metadata_bytes``
     """
@@ -65,7 +65,7 @@ def of(
 def _weight(
     second: NDArray[np.bool_], dtype: torch.dtype, rows: int, columns: int, device: str
 ) -> Tensor:
-    """A weight with ones at entries 0 and 1 of a group, or at 2 and 3."""
+    """Return a weight with ones at entries 0 and 1 of a group, or at 2 and 3."""
     chosen = torch.from_numpy(second).view(rows, columns // 4, 1)
     last = torch.tensor([False, False, True, True])
     return (chosen == last).view(rows, columns).to(device).float().to(dtype)
@@ -80,6 +80,6 @@ def _kept(
 
 
 def _metadata(compress: Compress, weight: Tensor) -> Bits:
-    """The bits after the kept values, the lowest of a byte first."""
+    """Return the bits after the kept values, the lowest of a byte first."""
     stored = compress(weight).contiguous().view(-1).view(torch.uint8).cpu().numpy()
     return np.unpackbits(stored[weight.nbytes // 2 :], bitorder="little")

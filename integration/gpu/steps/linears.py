@@ -54,19 +54,19 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def decode(context: Context, options: argparse.Namespace) -> None:
-    """Few tokens: reading the weight takes the time."""
+    """Time few tokens, where reading the weight takes the time."""
     kernels = (DENSE[0], *SPARSE, DENSE[1])
     measure(context, options, DECODE, kernels, CALLS)
 
 
 def prefill(context: Context, options: argparse.Namespace) -> None:
-    """Many tokens: arithmetic takes the time, and decode kernels are not run."""
+    """Time many tokens, where arithmetic takes the time; decode kernels are not run."""
     kernels = (DENSE[0], "cusparselt", "cusparselt unsearched", DENSE[1])
     measure(context, options, PREFILL, kernels, CALLS_PREFILL)
 
 
 def blocks(context: Context, options: argparse.Namespace) -> None:
-    """The CUDA decode kernel with other block sizes."""
+    """Time the CUDA decode kernel with other block sizes."""
     chosen = argparse.Namespace(
         shapes=options.shapes or SHAPES_OF_BLOCKS,
         dtypes=options.dtypes or DTYPES_OF_BLOCKS,
@@ -163,7 +163,7 @@ def _packed(
     tokens: Sequence[int],
     case: dict[str, Any],
 ) -> list[Packed]:
-    """``count`` copies, prepared for these tokens; empty if the kernel fails."""
+    """Return ``count`` copies, prepared for these tokens; empty if the kernel fails."""
     try:
         start = time.monotonic()
         first = pack(name, weight)

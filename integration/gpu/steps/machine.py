@@ -22,7 +22,7 @@ PACKAGES = ("triton", "vllm", "llmcompressor", "compressed-tensors", "transforme
 
 
 def versions(device: str) -> dict[str, str | None]:
-    """Versions of everything that the figures depend on; None for what is missing."""
+    """Return the versions that the figures depend on; None for what is missing."""
     found: dict[str, str | None] = {
         "llmc_attnmask": llmc_attnmask.__version__,
         "sources": sources(),
@@ -48,7 +48,7 @@ def versions(device: str) -> dict[str, str | None]:
 
 
 def sources() -> str:
-    """Digest of the package's source files, which identifies the measured code."""
+    """Return a digest of the package's source files, to identify the measured code."""
     digest = hashlib.sha256()
     files = (ROOT / "llmc_attnmask").rglob("*.*")
     for path in sorted(p for p in files if p.suffix in (".py", ".cu", ".h")):
@@ -68,7 +68,7 @@ def _last(text: str | None) -> str | None:
 
 
 def state() -> dict[str, str]:
-    """Driver, memory, clocks and power limit; read, not changed."""
+    """Return the driver, memory, clocks and power limit; read, not changed."""
     names = QUERIES.split(",")
     printed = _printed(
         "nvidia-smi", f"--query-gpu={QUERIES}", "--format=csv,noheader", "--id=0"
@@ -80,7 +80,7 @@ def state() -> dict[str, str]:
 
 
 def copied(context: Context) -> dict[str, float]:
-    """Bytes per second read and written by a copy."""
+    """Measure how fast a copy reads and writes, in TB/s."""
     size = COPIED if context.device == "cuda" else 2**20
     source = torch.randint(255, (size,), dtype=torch.uint8, device=context.device)
     target = torch.empty_like(source)
@@ -89,7 +89,7 @@ def copied(context: Context) -> dict[str, float]:
 
 
 def multiplied(context: Context) -> dict[str, float]:
-    """Operations per second of a large bf16 product."""
+    """Measure how fast a large bf16 product is, in TFLOP/s."""
     size = PRODUCT if context.device == "cuda" else 64
     a, b = (
         torch.randn(size, size, device=context.device, dtype=torch.bfloat16)

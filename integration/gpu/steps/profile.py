@@ -118,7 +118,7 @@ def run(context: Context, options: argparse.Namespace) -> None:
 
 
 def profiled(ncu: str, metrics: list[str], context: Context) -> tuple[int, str]:
-    """Exit code and output of ncu around ``launch``."""
+    """Run ``launch`` under ncu; returns the exit code and the output."""
     done = subprocess.run(
         [
             *(ncu, "--csv", "--profile-from-start", "off", "--clock-control", "none"),
@@ -135,7 +135,7 @@ def profiled(ncu: str, metrics: list[str], context: Context) -> tuple[int, str]:
 
 
 def parse(lines: Iterable[str]) -> list[dict[str, str]]:
-    """Launches in order, each with its metrics, from either of ncu's CSV forms.
+    """Parse launches, in order and with their metrics, from either of ncu's CSV forms.
 
     Values are ncu's, with its units, such as ``12.5 us``.
     """
@@ -165,7 +165,7 @@ def parse(lines: Iterable[str]) -> list[dict[str, str]]:
 
 
 def by_case(launches: Iterable[dict[str, str]]) -> list[list[dict[str, str]]]:
-    """The launches after each mark."""
+    """Split launches into those after each mark."""
     found: list[list[dict[str, str]]] = []
     for launch in launches:
         if MARK in launch["launch"]:

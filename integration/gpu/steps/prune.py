@@ -32,7 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def random_llama(layers: int, length: int, width: int, device: str) -> LlamaForCausalLM:
-    """A bf16 model in the CPU's memory, with Llama-3.1-8B's shapes at width 4096."""
+    """Make a bf16 model in CPU memory; at width 4096, it has Llama-3.1-8B's shapes."""
     heads = width // 128
     config = LlamaConfig(
         vocab_size=32768,

@@ -1,4 +1,4 @@
-"""Check that this vLLM runs at all: import it, and call its own kernels.
+"""Check that this vLLM runs: import it, and call its own kernels.
 
 A reduced vLLM has one extension with code for one capability. This step shows within
 seconds, before a checkpoint is made, whether the driver accepts such a library.
@@ -35,7 +35,10 @@ def imported() -> dict[str, Any]:
 
 
 def plugins() -> dict[str, Any]:
-    """Names in vLLM's plugin group, which must include this package's."""
+    """Return the names in vLLM's plugin group.
+
+    :raises RuntimeError: if this package's is not among them
+    """
     names = [entry.name for entry in entry_points(group="vllm.general_plugins")]
     if "llmc_attnmask" not in names:
         raise RuntimeError(
@@ -46,7 +49,7 @@ def plugins() -> dict[str, Any]:
 
 
 def normed(device: str) -> dict[str, Any]:
-    """The smallest call of a compiled kernel."""
+    """Make the smallest call of a compiled kernel."""
     from vllm import _custom_ops as ops
 
     x = torch.randn(2, 64, device=device, dtype=torch.bfloat16)

@@ -11,19 +11,19 @@ from pathlib import Path
 from llmc_attnmask.checkpoint.io.files import CONFIG
 
 _SAVING = ".saving-"
-# How transformers names a model's weights; an adapter beside them has another name.
+# How transformers names a model's weights; an adapter next to them has another name.
 _WEIGHTS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
 
 
-# What an interrupted run has done so far, within its output folder: as long as this
-# exists, the folder is not a finished checkpoint.
+# The progress of an interrupted run, within its output folder: as long as this exists,
+# the folder is not a finished checkpoint.
 PROGRESS = ".progress"
 
 
 def check_new(output: Path, resume: bool = False) -> None:
-    """Refuse a folder that cannot be created in the end, before hours of work.
+    """Refuse, before hours of work, a folder that could not be created at the end.
 
     :param resume: whether the folder may hold the progress of an interrupted run
     :raises FileExistsError: if it exists and is not empty
@@ -49,7 +49,7 @@ def check_new(output: Path, resume: bool = False) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a temporary file that becomes ``path`` at the end, replacing what was there.
+    """Yield a temporary file that becomes ``path`` at the end, replacing any old one.
 
     From then on it survives a power cut. If anything fails, it is removed.
     """
@@ -74,9 +74,9 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes ``output`` at the end.
+    """Yield a temporary folder that becomes ``output`` at the end.
 
-    If anything fails or interrupts, it is removed, and ``output`` is as it was. The
+    After an error or an interrupt it is removed, and ``output`` is as it was. The
     progress of the run within ``output`` is removed once everything else is there.
 
     :raises FileExistsError, PermissionError: as ``check_new``
@@ -118,7 +118,7 @@ def updated_folder(output: Path) -> Iterator[Path]:
         yield partial
         written = {path.name for path in partial.iterdir()}
         if CONFIG in written:
-            # meanwhile, without a config, nothing takes the folder for a checkpoint
+            # without a config, nothing takes the unfinished folder for a checkpoint
             (output / CONFIG).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG):
             target = output / path.name

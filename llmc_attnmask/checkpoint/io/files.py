@@ -39,7 +39,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a safetensors header says of a tensor."""
+    """What a safetensors header says about a tensor."""
 
     name: str
     dtype: str  # as safetensors spells it: BF16, I8, F8_E4M3, ...
@@ -112,7 +112,7 @@ class StoredTensor(TensorSpec):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors files of which only the headers have been read."""
+    """A folder of safetensors files, of which only the headers have been read."""
 
     directory: Path
     shards: dict[str, list[StoredTensor]]  # by file name, in the order of their bytes
@@ -127,7 +127,8 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """Content of config.json.
 
-        :raises FileNotFoundError, ValueError: if it is missing or not a mapping
+        :raises FileNotFoundError: if it is missing
+        :raises ValueError: if it is not a mapping
         """
         return read_mapping(self.directory / CONFIG)
 

@@ -1,4 +1,4 @@
-"""Copy what a checkpoint folder holds beside its weights into another folder."""
+"""Copy what a checkpoint folder contains besides its weights into another folder."""
 
 import shutil
 from collections.abc import Iterator

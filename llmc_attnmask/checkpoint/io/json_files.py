@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_DEPTH = 64  # levels, more than any config has: code that handles JSON recurses
+_DEPTH = 64  # levels, more than any config has; code that handles JSON recurses
 
 
 def parse(text: str | bytes) -> Any:
@@ -28,8 +28,8 @@ def parse(text: str | bytes) -> Any:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
-    :raises FileNotFoundError, ValueError: if there is no such file, or if it holds
-        something else
+    :raises FileNotFoundError: if it does not exist
+    :raises ValueError: if it is not JSON, or is not an object
     """
     if not path.is_file():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Write a safetensors file without its tensors in memory, and name disk errors."""
+"""Write a safetensors file without all tensors in memory, and name disk errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Quantize tokens to 8 bits, symmetric, one scale per token, as W8A8 schemes do."""
+"""Quantize tokens to 8 bits symmetrically, with one scale per token, as in W8A8."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def quantizer(dtype: torch.dtype, device: torch.device) -> Quantizer:
-    """The function that quantizes a served layer's tokens, outside its operator.
+    """Return the function that quantizes a served layer's tokens, outside its operator.
 
     On a GPU it makes the same calls as vLLM's W8A8 layers, so that vLLM's compiler
     passes fuse them with the preceding norm in the same way. Create it while vLLM's

@@ -70,7 +70,7 @@ class Block:
         return TILES if self.rows == 64 else TILES[1:]
 
     def shared_memory(self, tile: int, dtype: torch.dtype) -> int:
-        """Bytes of the ring, which later also holds the sums."""
+        """Return the bytes of the ring, which later also holds the sums."""
         columns = fragments.STAGE[dtype.itemsize]
         expanded = dtype == torch.float8_e4m3fn
         token = columns * (2 if expanded else dtype.itemsize)
@@ -79,8 +79,9 @@ class Block:
         return max(ring, 8 * tile * (self.rows + 4) * 4)
 
     def at_once(self, tile: int, dtype: torch.dtype) -> int:
-        """Blocks that a Hopper multiprocessor runs at once, limited by registers (as in
-        the source's ``max_blocks``) and by shared memory.
+        """Return how many blocks a Hopper multiprocessor runs at once.
+
+        Registers limit them (as in the source's ``max_blocks``), and shared memory.
         """
         by_registers = max(1, {1: 4, 2: 4, 4: 3, 8: 2}[tile] * 64 // self.rows)
         return min(by_registers, _SHARED // (self.shared_memory(tile, dtype) + 1024))
@@ -102,7 +103,7 @@ class Plan:
 
 
 def unfit(columns: int, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot multiply a weight of K columns; None if it can."""
+    """Return why the kernel cannot multiply a weight of K columns; None if it can."""
     if dtype not in KINDS:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
     if columns % MULTIPLE[dtype.itemsize]:
@@ -124,7 +125,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counters(rows: int, device: torch.device) -> Tensor:
-    """Counters of the blocks that are done; zero before and after every product.
+    """Return counters of finished blocks; they are zero between products.
 
     :return: int32 [blocks of 64 rows]; each weight needs its own, because two products
         that run at the same time must not share it
@@ -208,7 +209,7 @@ def linear(
     span: int = 1,
     block: Block = BLOCK,
 ) -> Tensor:
-    """``x W^T`` for a packed W of x's dtype.
+    """Multiply: ``x W^T`` for a packed W of x's dtype.
 
     :param x: [tokens, K], contiguous
     :param values: [rows, K/2], contiguous, from ``pack``

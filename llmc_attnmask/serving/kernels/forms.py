@@ -13,8 +13,9 @@ _ROWS = 1024  # of a weight, compared at once
 
 
 class Forms(NamedTuple):
-    """The tensors of a weight [rows, K] that ``op.sparse_linear`` takes; None for those
-    that no chosen kernel reads.
+    """The tensors of a weight [rows, K] that ``op.sparse_linear`` takes.
+
+    Those that no chosen kernel reads are None.
     """
 
     values: Tensor | None  # [rows, K/2], for a decode kernel
@@ -25,7 +26,7 @@ class Forms(NamedTuple):
 
 
 def make(weight: Tensor, choice: Choice, largest: int) -> Forms:
-    """Make the forms for the chosen kernels, with all that they need at load.
+    """Make the forms for the chosen kernels, and prepare the kernels for them.
 
     Where cuSPARSELt stores the kept values, or the indices as well, in an order that
     the decode kernel can read, the kernel reads them there. Every weight is compared
@@ -59,7 +60,7 @@ def make(weight: Tensor, choice: Choice, largest: int) -> Forms:
 
 
 def shares_values(compressed: Tensor, values: Tensor) -> bool:
-    """Whether cuSPARSELt's form of a weight begins with its kept values, row by row.
+    """Return whether cuSPARSELt's form begins with the kept values, row by row.
 
     :param compressed: from ``cusparselt.compress``
     :param values: [rows, K/2], from ``packing.kept``
@@ -69,8 +70,9 @@ def shares_values(compressed: Tensor, values: Tensor) -> bool:
 
 
 def shared_span(compressed: Tensor, weight: Tensor) -> int | None:
-    """The span in which cuSPARSELt's form of a weight has what the CUDA decode kernel
-    reads; None if the kernel cannot read it.
+    """Return the span with which the CUDA decode kernel can read cuSPARSELt's form.
+
+    It is None if the kernel cannot read this form of the weight.
 
     :param compressed: from ``cusparselt.compress``
     :param weight: [rows, K]
@@ -90,7 +92,7 @@ def shared_span(compressed: Tensor, weight: Tensor) -> int | None:
 
 
 def _within(compressed: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The kept values at the start of cuSPARSELt's form, and what follows them."""
+    """View the kept values at the start of cuSPARSELt's form, and what follows them."""
     values = cusparselt.kept_values(compressed, weight.shape[1])
     rest = compressed.view(-1).view(torch.uint8)[weight.nbytes // 2 :]
     return values, rest[: weight.numel() // 8]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 ROWS = 128  # rows are padded to a multiple of this, the kernel's largest block
-STAGE = {2: 128, 1: 256}  # columns are padded likewise, by bytes per entry
+STAGE = {2: 128, 1: 256}  # the same for columns, by bytes per entry
 SPANS = (1, 2, 4)  # that the kernel can read
 STEPS = 4  # of a stage
 TILE = 32  # rows

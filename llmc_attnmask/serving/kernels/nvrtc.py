@@ -18,7 +18,7 @@ class CompilationError(RuntimeError):
 
 
 def missing() -> str | None:
-    """What this environment lacks for compiling; None if it lacks nothing."""
+    """Return what this environment lacks for compiling; None if it lacks nothing."""
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return "cuda-bindings is not installed"
     return None
@@ -38,7 +38,7 @@ def compile_cubin(
     :param name: name of the source, for messages
     :param headers: files that the source may include, by name
     :param kernels: name expressions such as ``f<1>``
-    :param architecture: ``sm_90``
+    :param architecture: such as ``sm_90``
     :param macros: macros to define, with their values
     :return: a cubin, and each expression's symbol in it
     :raises CompilationError: with the compiler's log
@@ -79,7 +79,7 @@ def compile_cubin(
 
 
 class Module:
-    """Compiled kernels in the current CUDA context."""
+    """Compiled kernels, loaded into the current CUDA context."""
 
     def __init__(self, cubin: bytes, symbols: dict[str, str]):
         from cuda.bindings import driver
@@ -92,7 +92,7 @@ class Module:
         }
 
     def allow_shared_memory(self, kernel: str, size: int) -> None:
-        """Allow a block that many bytes, beyond the usual 48 KB.
+        """Allow each block this many bytes, beyond the usual 48 KB.
 
         As many blocks may then run at once as fit into all of a multiprocessor's shared
         memory.
@@ -138,7 +138,7 @@ class Module:
 
 
 def _check(returned: tuple[Any, ...]) -> Any:
-    """The outputs of a call whose first return value is a status."""
+    """Return the outputs of a call whose first return value is a status."""
     status, *outputs = returned
     if status:
         raise RuntimeError(f"CUDA returned {status.name} ({int(status)})")
@@ -147,6 +147,6 @@ def _check(returned: tuple[Any, ...]) -> Any:
 
 @cache
 def architecture(device: int) -> str:
-    """A GPU's architecture, as the compiler names it."""
+    """Return a GPU's architecture, as the compiler names it."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"

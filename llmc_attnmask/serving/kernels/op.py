@@ -1,4 +1,4 @@
-"""The one operator that a served sparse layer calls.
+"""The operator that every served sparse layer calls.
 
 It is a custom operator, so torch.compile does not look inside and sees one graph for
 every number of tokens. The kernel is selected when the operator runs, or when a CUDA
@@ -26,7 +26,7 @@ def sparse_linear(
     few_tokens: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``x W^T + bias`` for a 2:4 weight of x's dtype; both scales or neither.
+    """Multiply: ``x W^T + bias`` for a 2:4 weight of x's dtype; both scales or neither.
 
     :param x: [tokens, K] in fp16 or bf16, int8 or fp8
     :param values: for a decode kernel, from ``cuda_decode.pack`` or ``packing.pack``

@@ -1,4 +1,4 @@
-"""The form in which the Triton decode kernel reads a 2:4 weight, made once at load.
+"""The form in which the Triton decode kernel reads a 2:4 weight; made once, at load.
 
 A row of K columns is K/4 groups of four, each with two kept values:
 
@@ -47,7 +47,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kept(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The kept values of a 2:4 weight and their columns.
+    """Return the kept values of a 2:4 weight and their columns.
 
     :param weight: [rows, K], one or two bytes per entry, K a multiple of 4
     :return: values [rows, K/2] in the weight's dtype; ``first | second << 2`` of every

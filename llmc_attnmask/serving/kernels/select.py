@@ -17,10 +17,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 NO_LIMIT = 2**31 - 1
 
 # Not measured yet: integration/gpu/measure_kernels.sh prints what belongs here.
-DECODE_TOKENS = 64  # the decode kernel takes up to this many, cuSPARSELt takes more
+DECODE_TOKENS = 64  # up to this many, the decode kernel runs; above, cuSPARSELt
 SMALLEST = 2**20  # entries of a weight; below, launches cost more than memory traffic
 CAPABILITIES = ((8, 0), (9, 0))  # first and last that are sparse by default
-EIGHT_BITS = False  # whether 8-bit layers are, too: dense fp8 leaves little to gain
+EIGHT_BITS = False  # whether 8-bit layers are, too; dense fp8 leaves little to gain
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Machine:
 
     @classmethod
     def detect(cls) -> "Machine":
-        """This process's machine."""
+        """Describe the machine of this process."""
         has_triton = find_spec("triton") is not None
         if not torch.cuda.is_available() or torch.version.hip:
             return cls("cpu", None, False, has_triton and interpreted(), False)
@@ -63,8 +63,8 @@ class Layer:
 class Choice:
     """The kernels of a layer, and the reason."""
 
-    few: Kernel  # up to ``tokens`` tokens
-    many: Kernel  # above ``tokens``
+    few: Kernel  # for up to ``tokens`` tokens
+    many: Kernel  # for more tokens
     tokens: int
     reason: str
 
@@ -80,12 +80,12 @@ class Choice:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in its interpreter."""
+    """Return whether Triton kernels run on the CPU, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def forced() -> Wish | None:
-    """The kernel that the environment requests.
+    """Return the kernel that the environment requests.
 
     :raises ValueError: if it is not one of ``WISHES``
     """
@@ -103,8 +103,8 @@ def forced() -> Wish | None:
 def choose(layer: Layer, machine: Machine, requested: Wish | None = None) -> Choice:
     """Choose the kernels for few and for many tokens.
 
-    :param requested: the kernel to take wherever it can run at all; dense elsewhere.
-        "sparse" means the two default kernels, even where no one has measured them
+    :param requested: the kernel to take wherever it can run; dense elsewhere.
+        "sparse" means the two default kernels, even where they are unmeasured
     """
     if requested == "dense":
         return keep_dense(f"{VARIABLE}=dense")
@@ -176,7 +176,7 @@ def _only(kernel: Kernel, layer: Layer, machine: Machine) -> Choice:
 
 
 def keep_dense(reason: str) -> Choice:
-    """The choice that keeps a layer dense."""
+    """Return the choice that keeps a layer dense."""
     return Choice("dense", "dense", NO_LIMIT, reason)
 
 

@@ -1,4 +1,4 @@
-"""Check a layer's kernels on this machine before the layer depends on them."""
+"""Check a layer's kernels on this machine before they serve the layer."""
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ def failure(
     few_tokens: int,
     dtype: torch.dtype,
 ) -> str | None:
-    """What is wrong with ``sparse_linear`` for a weight; None if nothing is.
+    """Return what is wrong with ``sparse_linear`` for a weight; None if nothing is.
 
-    Once per shape and process, the kernels that it would use multiply random tokens: as
-    many as fill each of their tiles, and one more than the decode kernel takes.
+    Once per shape and process, the kernels that would serve it multiply random tokens:
+    as many as fill each of their tiles, and one more than the decode kernel takes.
 
     :param weight: the dense weight [rows, K]
     :param forms: the forms of this weight
@@ -81,7 +81,7 @@ def _failure(
 
 
 def _ends(rows: Tensor) -> Tensor:
-    """The first and last rows, or all of them if there are few."""
+    """Return the first and last rows, or all of them if there are few."""
     if len(rows) <= 2 * _ROWS:
         return rows
     # bytes, as some types cannot be concatenated

@@ -217,7 +217,9 @@ def linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``x W^T`` for a packed W: x and W of one dtype, or x in 16 bits and W in 8 bits.
+    """Multiply: ``x W^T`` for a packed W.
+
+    x and W have the same dtype, or x has 16 bits and W has 8.
 
     :param x: [tokens, K], contiguous
     :param values: [rows, K/2], from ``packing.pack``
@@ -225,7 +227,8 @@ def linear(
     :param channel_scale: fp32 [rows], of the weight
     :param token_scale: fp32 [tokens], of x
     :param bias: [rows]
-    :return: [tokens, rows]
+    :param out_dtype: of the result
+    :return: [tokens, rows] in ``out_dtype``
     """
     tokens, columns = x.shape
     rows = values.shape[0]

@@ -2,7 +2,7 @@
 //
 // During decoding, a linear layer is memory-bound: it waits for its weight, and a 2:4
 // weight has little more than half of the bytes. They go straight to the sparse tensor
-// cores: nothing is expanded, so that almost no integer work stands between two loads.
+// cores: nothing is expanded, so there is almost no integer work between two loads.
 //
 // A block computes ROWS rows of W for 8 * NB tokens. Its K is cut into stages of 128
 // bytes of kept values per row, copied asynchronously into a ring in shared memory. Its
@@ -12,11 +12,11 @@
 //
 // Fragments are those of the PTX manual for mma.sp.m16n8k32 (16 bits) and m16n8k64
 // (8 bits); fragments.py describes how their metadata are stored. Hopper has no mma of
-// fp8 outside wgmma, and PTX's instruction would become conversions of both operands for
-// every token. Here fp8 is expanded to fp16, exactly, tokens once and weights once.
+// fp8 outside wgmma, and PTX's instruction would convert both operands for every token.
+// Here fp8 is expanded to fp16, which is exact: the tokens once, and the weights once.
 //
-// What only a GPU can do is in primitives.cuh. The tests have their own version of that
-// file, with which they run this one on a CPU.
+// What only a GPU can do is in primitives.cuh. The tests replace that file with their own,
+// so that they can run this one on a CPU.
 
 #include <stage.cuh>
 
@@ -67,7 +67,7 @@ __device__ __forceinline__ void finish(const Arguments& g, int token, int row, S
   write(g.out, static_cast<int64>(token) * g.rows + row, g.out_type, value);
 }
 
-// As many as shared memory allows at once.
+// Blocks that a multiprocessor runs at once: as many as shared memory allows.
 __device__ constexpr int max_blocks(int tile) {
   const int blocks = (tile <= 2 ? 4 : tile == 4 ? 3 : 2) * 64 / ROWS;
   return blocks ? blocks : 1;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(THREADS, max_blocks(NB)) sparse_linear(Argumen
   await_copies<0>();
   __syncthreads();
 
-  // Both halves of K meet in shared memory, which also makes rows neighbors.
+  // Both halves of K are added up in shared memory, which also makes rows contiguous.
   Sum* const together = reinterpret_cast<Sum*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   auto there = [&](int i) -> Sum& {          // of sums[m][n][k], by one index

@@ -1,5 +1,5 @@
-// The operations of decode.cu that only a GPU has. The tests have a file of the same name,
-// with which they run the rest on a CPU: tests/support/kernels/emulation.
+// The operations of decode.cu that only a GPU has. The tests replace this file with one of
+// the same name, to run the rest on a CPU: tests/support/kernels/emulation.
 #pragma once
 
 #include <types.cuh>
@@ -10,7 +10,7 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes, or zeros if not inside.
+// Copies 16 bytes, or writes zeros if the source is not inside.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(shared_address(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
@@ -32,7 +32,7 @@ __device__ __forceinline__ Pack load_global(const void* pointer) {
   return p;
 }
 
-// Reads what another block wrote, not this multiprocessor's cache.
+// Reads what another block wrote, past this multiprocessor's cache.
 template <class Word>
 __device__ __forceinline__ Word load_fresh(const Word* pointer) {
   return __ldcg(pointer);

@@ -1,4 +1,4 @@
-// A stage of K of one block: how it gets to shared memory, and its product.
+// A stage of K of one block: how it is copied to shared memory, and its product.
 #pragma once
 
 #include <primitives.cuh>

@@ -1,4 +1,4 @@
-// Names that all files share.
+// Names that all files of the kernel share.
 #pragma once
 
 using uint8 = unsigned char;

@@ -37,26 +37,26 @@ LARGEST_TOKENS = 8192  # of one launch, unless ``prepare`` is given another numb
 
 
 def available() -> bool:
-    """Whether this torch build and machine have the library."""
+    """Return whether this torch build and machine have the library."""
     return why_not() is None
 
 
 def why_not() -> str | None:
-    """What this machine lacks; None if ``available``."""
+    """Return what this machine lacks; None if ``available``."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "torch sees no CUDA GPU"
     return _loaded()[1]
 
 
 def version() -> str | None:
-    """The library's version, as ``0.8.0``; None unless ``available``."""
+    """Return the library's version, as ``0.8.0``; None unless ``available``."""
     if not available():
         return None
     return engine().library.version
 
 
 def engine() -> Engine:
-    """The engine with this process's plans.
+    """Return the engine with this process's plans.
 
     :raises UnusableLibraryError: if the library that torch ships cannot be used
     """
@@ -75,17 +75,19 @@ def _loaded() -> tuple[Engine | None, str | None]:
 
 
 def fits(rows: int, columns: int, itemsize: int) -> bool:
-    """Whether the library takes a weight of this shape."""
+    """Return whether the library takes a weight of this shape."""
     multiple = MULTIPLE[itemsize][0]
     return rows % multiple == 0 and columns % multiple == 0
 
 
 def compress(weight: Tensor) -> Tensor:
-    """The library's own form of a 2:4 weight: kept values first, then its metadata.
+    """Return the library's own form of a 2:4 weight.
+
+    It begins with the kept values, followed by the library's metadata.
 
     :param weight: [rows, K] in fp16, bf16, int8 or fp8, contiguous, on a GPU
-    :return: [rows, 9/16 K or more], for 8 bits [rows, 10/16 K or more]: the library
-        says how much it needs
+    :return: [rows, 9/16 K or more], for 8 bits [rows, 10/16 K or more]; the library
+        decides how much it needs
     :raises ValueError: for another dtype
     :raises CuSparseLtError: if the library refuses, as it does a shape that does not
         fit
@@ -94,7 +96,7 @@ def compress(weight: Tensor) -> Tensor:
 
 
 def kept_values(compressed: Tensor, columns: int) -> Tensor:
-    """The first K/2 columns' worth of ``compressed``, as [rows, K/2] without a copy.
+    """View the first K/2 columns' worth of ``compressed`` as [rows, K/2].
 
     Where these are the kept values row by row, the decode kernel may read them here.
 
@@ -138,7 +140,9 @@ def linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``x W^T`` for a compressed W of x's dtype; both scales with 8 bits, else neither.
+    """Multiply: ``x W^T`` for a compressed W of x's dtype.
+
+    Both scales are needed with 8 bits, and neither with 16.
 
     :param x: [tokens, K], contiguous
     :param compressed: from ``compress``, after ``prepare`` for its shape and type

@@ -13,7 +13,7 @@ _SEARCHED = (32, 128, 512, 2048)
 
 
 def buckets(fewest: int, largest: int) -> list[int]:
-    """The buckets' numbers of tokens, ascending.
+    """Return the buckets' numbers of tokens, ascending.
 
     :param fewest: fewer tokens need no bucket of their own
     :param largest: the last bucket is this, rounded up to a multiple of 16
@@ -35,16 +35,16 @@ def buckets(fewest: int, largest: int) -> list[int]:
 
 
 def fitting(ascending: list[int], tokens: int) -> int:
-    """The smallest bucket that fits the tokens, which must not exceed the last one."""
+    """Return the smallest bucket that fits the tokens, at most the last one's."""
     return ascending[bisect.bisect_left(ascending, tokens)]
 
 
 def representatives(ascending: list[int]) -> list[int]:
-    """The buckets with a search of their own, descending: long prompts matter most."""
+    """Return the buckets to search for, descending, as long prompts matter most."""
     chosen = {nearest(ascending, tokens) for tokens in _SEARCHED}
     return sorted(chosen, reverse=True)
 
 
 def nearest(choices: list[int], tokens: int) -> int:
-    """The choice at the smallest ratio to ``tokens``."""
+    """Return the choice whose ratio to ``tokens`` is closest to 1."""
     return min(choices, key=lambda other: max(other, tokens) / min(other, tokens))

@@ -1,4 +1,4 @@
-"""Makes the plans of all shapes when a model is loaded, and multiplies with them."""
+"""Make the plans of all shapes when a model is loaded, and multiply with them."""
 
 import time
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ class Engine:
         self._algorithms: dict[Problem, dict[int, Algorithm]] = {}
 
     def compress(self, weight: Tensor) -> Tensor:
-        """The library's own form of a 2:4 weight.
+        """Return the library's own form of a 2:4 weight.
 
         It is made without a plan, so it suits every algorithm.
 
@@ -131,7 +131,7 @@ class Engine:
         self._prepared[problem] = _Prepared(sorted(plans), plans)
 
     def searched(self, compressed: Tensor, columns: int) -> list[int]:
-        """The numbers of tokens that were searched for weights of this shape.
+        """Return the numbers of tokens that were searched for weights of this shape.
 
         :param compressed: from ``compress``
         :param columns: K
@@ -151,8 +151,8 @@ class Engine:
         """Multiply; see ``cusparselt.linear``."""
         product = self._product(x.contiguous(), compressed, channel_scale)
         if token_scale is None:
-            # The library cannot add it: it stores the bias's address in the plan, which
-            # layers share.
+            # The library cannot add the bias: it would store its address in the plan,
+            # which layers share.
             return product if bias is None else product.add_(bias)
         # No value may depend on all tokens at once: in a CUDA graph some are padding,
         # with arbitrary memory contents.
@@ -163,7 +163,7 @@ class Engine:
             out = torch.empty_like(product, dtype=out_dtype)
         if bias is None:
             return torch.mul(product, scale, out=out)  # in fp32, rounded once
-        return torch.addcmul(bias, product, scale, out=out)  # likewise
+        return torch.addcmul(bias, product, scale, out=out)  # in fp32, rounded once
 
     def _product(self, x: Tensor, compressed: Tensor, scale: Tensor | None) -> Tensor:
         tokens, columns = x.shape
@@ -232,7 +232,7 @@ def _plan(
     """Make a plan with the algorithm of the nearest search, if the plan accepts it."""
     if algorithms:
         found = algorithms[nearest(list(algorithms), tokens)]
-        # its configuration alone may work where its split of K does not
+        # the configuration alone may work where the split of K does not
         configuration = tuple(item for item in found if item[0] == lib.CONFIGURATION)
         for algorithm in dict.fromkeys((found, configuration)):
             try:
@@ -246,8 +246,10 @@ def _plan(
 
 
 def _padded(x: Tensor, tokens: int) -> Tensor:
-    """x itself if it has this many tokens; else a copy whose extra rows are arbitrary
-    and affect no other token."""
+    """Return x itself if it has this many tokens, or else a padded copy.
+
+    Its extra rows are arbitrary and affect no other token.
+    """
     if x.shape[0] == tokens and x.data_ptr() % lib.ALIGNMENT == 0:
         return x
     padded = x.new_empty(tokens, x.shape[1])
@@ -257,7 +259,7 @@ def _padded(x: Tensor, tokens: int) -> Tensor:
 
 def _random(tokens: int, problem: Problem) -> Tensor:
     device = problem.device
-    # a generator of its own leaves the model's alone
+    # a separate generator, so that the global one is left alone
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(
         tokens,

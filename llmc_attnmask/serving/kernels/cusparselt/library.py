@@ -23,7 +23,7 @@ COMPUTE_INT32, COMPUTE_FLOAT32 = 0, 2
 # cusparseOperation_t and cusparseOrder_t
 AS_IT_IS, TRANSPOSED = 0, 1
 COLUMN_MAJOR, ROW_MAJOR = 1, 2
-# the only cusparseLtSparsity_t and cusparseLtMatmulAlg_t
+# the only values of cusparseLtSparsity_t and cusparseLtMatmulAlg_t
 HALF, DEFAULT_ALGORITHM = 0, 0
 # of cusparseLtMatmulDescAttribute_t
 ALPHA_IS_A_VECTOR = 5
@@ -138,8 +138,10 @@ class UnusableLibraryError(RuntimeError):
 
 
 class Opaque:
-    """Memory for one object of the library; it must not move, because the library keeps
-    its address."""
+    """Memory for one object of the library.
+
+    It must not move, because the library keeps its address.
+    """
 
     def __init__(self) -> None:
         self._memory = ctypes.create_string_buffer(_SIZE + ALIGNMENT)
@@ -191,7 +193,7 @@ class Library:
 
     @classmethod
     def of_torch(cls) -> "Library":
-        """The copy that torch has loaded, wherever it comes from, and never another.
+        """Use the copy that torch has loaded, wherever it comes from, and no other.
 
         :raises UnusableLibraryError: if torch has not loaded a usable one
         """

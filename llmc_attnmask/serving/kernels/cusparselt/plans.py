@@ -60,13 +60,13 @@ _TYPES = {
 
 
 def value_type(dtype: torch.dtype) -> int:
-    """The library's number for a dtype.
+    """Return the library's number for a dtype.
 
     :raises ValueError: if this binding does not multiply matrices of this dtype
     """
     if dtype not in _TYPES:
         known = ", ".join(map(str, _TYPES))
-        raise ValueError(f"cuSPARSELt takes no {dtype} weight here; expected {known}")
+        raise ValueError(f"{dtype} weights are not supported; expected {known}")
     return _TYPES[dtype]
 
 
@@ -190,7 +190,7 @@ class Plan:
     def searched(
         self, compressed: Tensor, x: Tensor, scale: Tensor | None, out: Tensor
     ) -> Algorithm:
-        """The fastest algorithm, found by trying each on the current stream.
+        """Return the fastest algorithm, found by trying each on the current stream.
 
         The parameters are those of ``multiply``.
 
@@ -220,14 +220,14 @@ class Plan:
             self._plan.address,
             byref(_ONE) if scale is None else scale.data_ptr(),
             *(compressed.data_ptr(), x.data_ptr(), byref(_ZERO)),
-            *(out.data_ptr(), out.data_ptr()),  # C, ignored as beta = 0, and D
+            *(out.data_ptr(), out.data_ptr()),  # C (ignored, as beta = 0) and D
             None if workspace is None else workspace.data_ptr(),
             byref(c_void_p(stream)),
             1,
         )
 
     def _settings(self) -> dict[int, int]:
-        """Settings of the selected algorithm, except those that this GPU lacks."""
+        """Return the selected algorithm's settings, without those that a GPU lacks."""
         found = {}
         for attribute in lib.ALGORITHM_ATTRIBUTES:
             value = c_int32()
