@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from llmc_attnmask.upstream.registration import import_with_llm_compressor
+from llmc_attnmask.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from llmc_attnmask.checkpoint.inspect import inspect
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from llmc_attnmask.oneshot.prune import prune
     from llmc_attnmask.report.conversion import pack, unpack
 
-__version__ = "0.1.0.dev0"
 __all__ = [
     "ALPSPruningModifier",
     "AttentionMatrixPruningModifier",

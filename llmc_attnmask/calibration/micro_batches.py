@@ -33,9 +33,8 @@ class MicroBatch:
 
     index: int  # among the micro-batches of all ranks
     size: int  # number of samples
-    samples: tuple[
-        int, ...
-    ]  # indices among this rank's; empty if another rank has them
+    # indices among this rank's samples; empty if another rank has them
+    samples: tuple[int, ...]
 
 
 def micro_batch_size(total: int, length: int) -> int:

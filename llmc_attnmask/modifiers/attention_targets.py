@@ -28,7 +28,7 @@ class AttentionTarget:
     :param roles: the projections to prune
     :param sparsity: share of each projection's entries to prune
     :param offload: where the inputs are kept
-    :raises UnsupportedAttentionError: if the module has no such projections, or its
+    :raises UnsupportedAttentionError: if the projections cannot be told apart, or the
         softmax cannot be seen
     """
 
@@ -42,15 +42,22 @@ class AttentionTarget:
     ):
         self.name, self.attention = name, attention
         self.roles, self.sparsity = list(roles), sparsity
-        self.projections = _projections(name, attention, roles)
+        self.projections = _projections(name, attention)
         self.inputs = ModuleInputs(offload)
 
     def check(self, structure: MaskStructure) -> None:
-        """Refuse weights that the mask structure does not fit.
+        """Refuse projections that are missing or do not fit the mask structure.
 
-        :raises ValueError: if one does not; the message names the Linear
+        :raises UnsupportedAttentionError: if the module contains no such projection
+        :raises ValueError: if one does not fit; the message names the Linear
         """
         for role in self.roles:
+            if role not in self.projections:
+                raise UnsupportedAttentionError(
+                    f"{self.name}: {type(self.attention).__name__} contains no {role}; "
+                    f"prune {list(self.projections)} here, and {role} with "
+                    "SparseGPTModifier"
+                )
             projection = self.projections[role]
             weight = self.attention.get_parameter(projection.parameter)
             try:
@@ -103,21 +110,13 @@ class AttentionTarget:
         return changed
 
 
-def _projections(
-    name: str, attention: nn.Module, roles: Sequence[Role]
-) -> dict[Role, Projection]:
+def _projections(name: str, attention: nn.Module) -> dict[Role, Projection]:
     try:
         found = find_projections(attention)
     except UnsupportedAttentionError as error:
         raise UnsupportedAttentionError(
             f"{name}: {error}; put it under `ignore` or use SparseGPTModifier"
         ) from None
-    for role in roles:
-        if role not in found:
-            raise UnsupportedAttentionError(
-                f"{name}: {type(attention).__name__} contains no {role}; prune "
-                f"{list(found)} here, and {role} with SparseGPTModifier"
-            )
     return found
 
 

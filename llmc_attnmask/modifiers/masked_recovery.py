@@ -76,7 +76,7 @@ class MaskedRecoveryModifier(StoredModifier):
     - on_calibration_start
         - register_hook(block, collect inputs, "forward_pre")
     - on_sequential_epoch_end
-        - refit, descend, write the survivors
+        - recover, write the survivors
     - on_calibration_end
         - remove_hooks(), remove the temporary folder
 

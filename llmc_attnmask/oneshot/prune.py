@@ -98,8 +98,9 @@ def prune(
     tokenizer = read_tokenizer(model)
     config = read_config(model)
     length = window_length(config, max_length)
-    texts = load_texts(dataset, text_column)
-    windows = calibration_windows(texts, tokenizer, num_samples, length)
+    windows = calibration_windows(
+        load_texts(dataset, text_column), tokenizer, num_samples, length
+    )
 
     known_by = fingerprint(model, config, recipe, windows, seed)
     progress = Progress(output / PROGRESS, known_by, modifiers)

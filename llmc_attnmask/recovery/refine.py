@@ -99,7 +99,7 @@ class _Objective:
         kept = self.pair.kept
         weights = {name: linears[name].weight for name in kept}
         loss, gradients = mean_gradient(
-            self._loss, weights, batch, self.pair.pruned.runner
+            self._loss, weights, batch, self.pair.pruned.runner, unused=True
         )
         with torch.enable_grad():  # pruned entries get no gradient
             survivors = [w.masked_fill(~kept[n], 0.0) for n, w in weights.items()]

@@ -78,9 +78,8 @@ def _sensitivities(dense: Block) -> dict[str, Tensor]:
             with_kwargs=True,
         )
         for _ in dense.runner(dense.micro_batches, dense):
-            inputs.append(
-                **latest
-            )  # not in the hook: a run that is out of memory calls it, too
+            # not in the hook: a run that is out of memory calls it, too
+            inputs.append(**latest)
         handle.remove()
         layer = AttentionLayer(AttentionReplica(attention), inputs, projections)
         objective = MatrixObjective(layer, roles, OUTPUT_WEIGHT)

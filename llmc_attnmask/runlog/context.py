@@ -120,6 +120,12 @@ def run_of(modifier: Modifier, recipe: Sequence[Modifier] = ()) -> RunContext:
     return run
 
 
+def progress_of(modifier: Modifier) -> Progress | None:
+    """Return the progress of a modifier's run; None if it is not recorded."""
+    run = _current.get()
+    return run.progress if run is not None and modifier in run else None
+
+
 @contextmanager
 def recorded_run(progress: Progress) -> Iterator[RunContext]:
     """Start a run whose finished layers are written to disk and read from there."""

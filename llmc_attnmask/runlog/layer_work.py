@@ -10,7 +10,7 @@ from loguru import logger
 from torch import nn
 
 from llmc_attnmask.runlog import journal
-from llmc_attnmask.runlog.context import run_of
+from llmc_attnmask.runlog.context import progress_of, run_of
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ class LayerWork:
 
 def restorable(modifier: Modifier, layer: str) -> bool:
     """Return whether ``layer_work`` will read a layer instead of having it computed."""
-    progress = run_of(modifier).progress
+    progress = progress_of(modifier)
     return progress is not None and progress.has(modifier, layer)
 
 
@@ -45,16 +45,16 @@ def layer_work(
     Within, do the work unless it is ``restored``, and name the modules ``changed``.
     """
     owner = cast(Modifier, modifier)
-    run = run_of(owner)
+    progress = progress_of(owner)
     work = LayerWork()
-    if run.progress is not None and run.progress.has(owner, layer):
+    if progress is not None and progress.has(owner, layer):
         work.restored = True
-        work.changed = run.progress.restore(model, owner, layer)
-        run.layer_restored(owner)
+        work.changed = progress.restore(model, owner, layer)
+        run_of(owner).layer_restored(owner)
         logger.info(f"{type(modifier).__name__}: {layer} was finished; read from disk")
     before = len(journal.entries(model))
     yield work
-    if run.progress is not None and not work.restored:
+    if progress is not None and not work.restored:
         new = journal.entries(model)[before:]
-        run.progress.save(model, owner, layer, work.changed, new)
+        progress.save(model, owner, layer, work.changed, new)
     modifier.done[layer] = len(work.changed)

@@ -15,6 +15,7 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
+        """Whether this process has the folder."""
         return self._file is not None
 
     def take(self, folder: Path) -> bool:
@@ -26,6 +27,7 @@ class FolderLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.release()
             return False
         except OSError as error:  # network file systems may have no locks
             logger.warning(
@@ -38,3 +40,4 @@ class FolderLock:
         """Let other processes have the folder."""
         if self._file is not None:
             self._file.close()
+            self._file = None

@@ -10,9 +10,8 @@ A pass that was finished is not calibrated again.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from llmcompressor.modifiers import Modifier
@@ -143,7 +142,7 @@ class Progress:
                 tensors[f"{name}:{_MASK}"] = torch.from_numpy(to_bits(kept))
         if not self._lock.held:
             self._create()
-        metadata = {"journal": json.dumps([asdict(entry) for entry in entries])}
+        metadata = {"journal": json.dumps([_to_json(entry) for entry in entries])}
         with new_file(self.folder / file) as partial, disk_errors(partial):
             save_file(tensors, partial, metadata)
 
@@ -179,7 +178,7 @@ class Progress:
                     shape = cast(Tensor, module.weight).shape
                     bits = file.get_tensor(f"{name}:{_MASK}").numpy()
                     set_mask(module, from_bits(bits, shape))
-        journal.entries(model).extend(journal.Entry(**entry) for entry in entries)
+        journal.entries(model).extend(map(_from_json, entries))
         return list(modules.values())
 
     def name_of(self, model: nn.Module, module: nn.Module) -> str:
@@ -206,6 +205,18 @@ class Progress:
     def _write(self, name: str, content: object) -> None:
         with new_file(self.folder / name) as partial:
             partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _to_json(entry: journal.Entry) -> dict[str, Any]:
+    return {
+        "modifier": entry.modifier,
+        "layer": entry.layer,
+        "figures": entry.measurements,
+    }
+
+
+def _from_json(entry: dict[str, Any]) -> journal.Entry:
+    return journal.Entry(entry["modifier"], entry["layer"], entry["figures"])
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from llmc_attnmask.version import __version__
+
 _PACKAGES = (
-    "llmc-attnmask",
     "llmcompressor",
     "compressed-tensors",
     "transformers",
@@ -12,8 +13,8 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions of this package and of those it builds on."""
-    found = {}
+    """Return the versions of this package and of those it builds on, if installed."""
+    found = {"llmc-attnmask": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

@@ -70,9 +70,10 @@ def descend(
         loss, at, gradients = differentiate(batch, progress)
         if fault := non_finite(loss, gradients):
             return f"step {step}: {fault}"
-        optimizer.zero_grad()
         torch.autograd.backward(at, gradients)
         optimizer.step()
+        optimizer.zero_grad()
+        del at, gradients  # not in memory beside the next step's
         if after_step is not None and after_step(step, loss):
             break
     return None
@@ -83,21 +84,24 @@ def mean_gradient(
     weights: Mapping[Key, Tensor],
     micro_batches: Sequence[MicroBatch],
     runner: MicroBatchRunner,
+    unused: bool = False,
 ) -> tuple[float, dict[Key, Tensor]]:
     """Return the mean loss over the samples of all ranks, and its gradients.
 
     Each rank evaluates its own micro-batches.
 
     :param loss_of: indices of samples -> the sum of their losses
-    :param weights: leaves of autograd; those that no loss depends on, such as those
-        of experts without tokens, have a gradient of zero
+    :param weights: leaves of autograd
+    :param unused: whether a loss may not depend on some of them, such as the weights
+        of experts without tokens, which then have a gradient of zero
     """
     leaves = list(weights.values())
 
     def run(samples: list[int]) -> tuple[float, tuple[Tensor, ...]]:
         with torch.enable_grad():
             loss = loss_of(samples)
-        return loss.item(), torch.autograd.grad(loss, leaves, materialize_grads=True)
+        found = torch.autograd.grad(loss, leaves, materialize_grads=unused)
+        return loss.item(), found
 
     total, sums = 0.0, Sums(like=weights)
     for _, (loss, gradients) in runner(micro_batches, run):

@@ -89,9 +89,8 @@ class MatrixObjective(Objective):
         hessians: Sums[Role] = Sums()
         sensitivities: Sums[Role] = Sums()
         for micro_batch in self.micro_batches:
-            generator.manual_seed(
-                micro_batch.index
-            )  # the same signs, whichever rank has the micro-batch
+            # the same signs, whichever rank has the micro-batch
+            generator.manual_seed(micro_batch.index)
             for _, terms in self.runner(
                 [micro_batch], lambda samples: self._terms(samples, generator)
             ):

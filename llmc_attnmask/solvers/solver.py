@@ -156,7 +156,9 @@ def _start(
         fallback = f"the error of the second-order solution is {error}"
         logger.warning(f"{fallback}; Wanda's mask instead")
     masks = {role: settings.mask(score) for role, score in scores.items()}
-    values = {role: objective.layer.dense(role).clone() for role in scores}
+    values = {role: objective.layer.dense(role) for role in scores}
+    if settings.update_weights:  # they will move
+        values = {role: value.clone() for role, value in values.items()}
     weights = pruned(masks, values)
     error = objective.validation_error(weights)
     if not math.isfinite(error):

@@ -71,6 +71,27 @@ SEAMS = (
         f"{_CANARIES}::test_gptq_still_looks_its_function_up_where_ours_is_put",
     ),
     Seam(
+        "GPTQModifier.compress_module_list, _module_names, _hessians, _num_samples",
+        "modifiers/masked_gptq.py",
+        "MaskedGPTQModifier is GPTQModifier, resumed module list by module list",
+        _LLM_COMPRESSOR,
+        f"{_CANARIES}::test_gptq_still_keeps_its_hessians_where_a_resumed_run_drops_them",
+    ),
+    Seam(
+        "llmcompressor.modifiers.gptq.helpers",
+        "solvers/gptq.py",
+        "zeros are kept in the same arithmetic, with the same scales and ordering",
+        _LLM_COMPRESSOR,
+        "tests/solvers/test_gptq.py::test_weights_without_zeros_are_quantized_as_by_stock_gptq_bit_for_bit",
+    ),
+    Seam(
+        "GPTQModifier._module_names, SparsityModifierBase._module_names",
+        "upstream/pipeline.py",
+        "the passes of stock modifiers are saved when they are complete",
+        _LLM_COMPRESSOR,
+        f"{_CANARIES}::test_stock_pruners_still_choose_their_linears_as_the_guard_does",
+    ),
+    Seam(
         "save_pretrained of the model, which llm-compressor replaces",
         "upstream/save.py",
         "a saved model has the storage of its 2:4 layers and a report",

@@ -3,7 +3,6 @@
 Wanda and SparseGPT are llm-compressor's own code, with its default fields.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier, sgpt_sparsify
@@ -12,9 +11,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from llmc_attnmask.masks.structure import MaskStructure
-
-# dense weight [rows, columns], X^T X [columns, columns] -> pruned weight
-Baseline = Callable[[Tensor, Tensor], Tensor]
+from llmc_attnmask.solvers.solver import Baseline
 
 
 def baselines(structure: MaskStructure, sparsity: float) -> dict[str, Baseline]:
@@ -55,9 +52,8 @@ def _sparsegpt(
 ) -> Tensor:
     linear = _linear(weight)
     fields = SparseGPTModifier.model_fields
-    logger.disable(
-        sgpt_sparsify.__name__
-    )  # its advice is for users of SparseGPTModifier
+    # its advice is for users of SparseGPTModifier
+    logger.disable(sgpt_sparsify.__name__)
     try:
         _, pruned = sgpt_sparsify.sparsify_weight(
             module=linear,

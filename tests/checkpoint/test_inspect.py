@@ -26,9 +26,8 @@ def test_a_checkpoint_is_described_layer_by_layer(tmp_path):
     assert (q.format, q.sparsity, q.two_of_four, q.bytes) == ("bfloat16", 0.5, True, 16)
     assert (k.format, k.sparsity, k.two_of_four) == ("float8_e4m3fn", 0.625, False)
     assert (v.format, v.sparsity, v.two_of_four) == ("packed", None, None)
-    assert (
-        found["a.odd"].two_of_four is False
-    )  # three columns do not form a group of four
+    # three columns do not form a group of four
+    assert found["a.odd"].two_of_four is False
 
 
 def test_a_packed_layer_is_described_by_its_contents(tmp_path):

@@ -1,10 +1,13 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmc_attnmask import AttentionMatrixPruningModifier
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.io.atomic import PROGRESS
 from llmc_attnmask.checkpoint.load import load
@@ -191,3 +194,21 @@ def test_a_failure_while_saving_leaves_only_the_progress(tmp_path, monkeypatch):
         prune(MODEL_DIR, RECIPES / "attention_2of4.yaml", tmp_path / "out", **QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PROGRESS]
+
+
+def test_warnings_of_the_run_are_in_its_report(tmp_path, monkeypatch):
+    start = AttentionMatrixPruningModifier.on_calibration_start
+
+    def warning(self, *args, **kwargs):
+        logger.warning("something is odd")
+        start(self, *args, **kwargs)
+
+    monkeypatch.setattr(AttentionMatrixPruningModifier, "on_calibration_start", warning)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "a_stage:\n  b_modifiers:\n"
+        "    AttentionMatrixPruningModifier: {sparsity: 0.5, steps: 0}\n"
+    )
+    output = prune(MODEL_DIR, recipe, tmp_path / "out", num_samples=2, max_length=32)
+    report = json.loads((output / "report.json").read_text())
+    assert "something is odd" in report["warnings"]

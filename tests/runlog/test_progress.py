@@ -136,8 +136,10 @@ def test_progress_is_safetensors_and_json(recipe, cut, tmp_path):
     saved = next(path for path in files if path.suffix == ".safetensors")
     with safe_open(saved, "pt") as file:
         keys = set(file.keys())
+        (entry,) = json.loads(file.metadata()["journal"])
     module = "model.layers.0.self_attn.q_proj"
     assert {f"{module}:weight", f"{module}:mask"} <= keys
+    assert set(entry) == {"modifier", "layer", "figures"}  # as earlier versions wrote
 
 
 @pytest.fixture

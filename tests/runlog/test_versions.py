@@ -12,4 +12,4 @@ def test_this_package_comes_first():
 def test_packages_that_are_not_installed_are_left_out(monkeypatch):
     packages = ("torch", "not-an-installed-package")
     monkeypatch.setattr("llmc_attnmask.runlog.versions._PACKAGES", packages)
-    assert list(versions()) == ["torch"]
+    assert list(versions()) == ["llmc-attnmask", "torch"]

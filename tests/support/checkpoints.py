@@ -36,9 +36,8 @@ def two_of_four(
     values *= torch.randint(0, 2, values.shape, generator=random) * 2 - 1
     order = torch.rand(rows * columns // 4, 4, generator=random).argsort(1)
     values = values.masked_fill((order > 1).view(rows, columns), 0)
-    return values.float().to(
-        dtype
-    )  # by way of float, as int64 does not convert to float8
+    # by way of float, as int64 does not convert to float8
+    return values.float().to(dtype)
 
 
 def write(

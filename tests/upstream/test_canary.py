@@ -94,7 +94,14 @@ def test_stock_pruners_still_choose_their_linears_as_the_guard_does():
     assert "match_named_modules(layer, PRUNABLE_LAYER_TYPES)" in source
     assert 'f"{layer_name}.{name}"' in source
     assert {"_target_layers"} <= SparsityModifierBase.__private_attributes__.keys()
-    assert {"_module_names"} <= GPTQModifier.__private_attributes__.keys()
+    for stock in (GPTQModifier, SparsityModifierBase):
+        assert {"_module_names"} <= stock.__private_attributes__.keys()
+
+
+def test_gptq_still_keeps_its_hessians_where_a_resumed_run_drops_them():
+    private = GPTQModifier.__private_attributes__.keys()
+    assert {"_module_names", "_hessians", "_num_samples"} <= private
+    assert "self._hessians.pop(" in inspect.getsource(GPTQModifier)
 
 
 def test_every_modifier_still_has_a_pipeline_of_its_own():

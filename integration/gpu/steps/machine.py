@@ -51,7 +51,7 @@ def sources() -> str:
     """Return a digest of the package's source files, to identify the measured code."""
     digest = hashlib.sha256()
     files = (ROOT / "llmc_attnmask").rglob("*.*")
-    for path in sorted(p for p in files if p.suffix in (".py", ".cu", ".h")):
+    for path in sorted(p for p in files if p.suffix in (".py", ".cu", ".cuh", ".h")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
