@@ -3,6 +3,7 @@
 Wanda and SparseGPT are llm-compressor's own code, with its default fields.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier, sgpt_sparsify
@@ -11,10 +12,11 @@ from loguru import logger
 from torch import Tensor, nn
 
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.solvers.solver import Baseline
 
 
-def baselines(structure: MaskStructure, sparsity: float) -> dict[str, Baseline]:
+def baselines(
+    structure: MaskStructure, sparsity: float
+) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Map names to functions of a dense weight [rows, columns] and X^T X.
 
     X^T X is [columns, columns]. Each function returns the pruned weight and leaves its
