@@ -1,4 +1,4 @@
-# Every target sets up what it needs; PYTHON is the interpreter the environment is built from.
+# Every target sets up what it needs. PYTHON is the interpreter that environments are built from.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,14 +8,14 @@ OUT ?= out
 .PHONY: demo test test-fast fuzz test-serving lint bench-quality bench-quantization paper docs clean
 .DEFAULT_GOAL := demo
 
-# torch first: a plain resolve may fetch another build of it
+# torch comes first, because resolving everything at once may fetch another build of it
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[compress,dev]"
 	touch $@
 
-# threads that wait must not take a shared core from those that work
+# waiting threads must not take a shared core from working ones
 export OMP_WAIT_POLICY ?= PASSIVE
 
 QUIET := LLM_COMPRESSOR_LOG_LEVEL=ERROR TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
@@ -23,7 +23,7 @@ QUIET := LLM_COMPRESSOR_LOG_LEVEL=ERROR TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=fa
 demo: $(INSTALLED)  ## prune the shipped model by every method and print one table
 	$(QUIET) $(BIN)/python -m llmc_attnmask.oneshot.compare
 
-# a process per core, of one thread each: faster than threads, as the models are tiny
+# one single-threaded process per core is faster than threads, as the models are tiny
 WORKERS ?= 2
 test: lint  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
@@ -36,7 +36,8 @@ MINUTES ?= 10
 fuzz: $(INSTALLED)  ## hostile input to every reader; findings go to OUT/fuzz
 	$(QUIET) $(BIN)/python -m tests.fuzz.run --minutes $(MINUTES) --out $(OUT)/fuzz
 
-# vLLM and llm-compressor want different compressed-tensors: an environment each
+# vLLM and llm-compressor require different versions of compressed-tensors, so each has its
+# own environment
 SERVING := .venv-serving
 SERVING_INSTALLED := $(SERVING)/.installed
 $(SERVING_INSTALLED): pyproject.toml integration/serving/requirements.txt
@@ -55,7 +56,7 @@ test-serving: $(INSTALLED) $(SERVING_INSTALLED)  ## real vLLM on the CPU
 lint: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files
 
-# MODEL, CALIB and EVAL may name any model folder and text
+# MODEL may be any model folder, CALIB and EVAL any text
 MODEL ?= llmc_attnmask/builtin/model
 CALIB ?= builtin:pydoc
 EVAL ?= builtin:pydoc
