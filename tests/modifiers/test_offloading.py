@@ -90,7 +90,7 @@ def test_a_packed_model_is_not_offloaded_but_refused(tmp_path):
     to_packed(prune_2of4(MODEL_DIR, tmp_path / "dense"), packed)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
-    with pytest.raises(ValueError, match="packed, which cannot be offloaded to disk"):
+    with pytest.raises(ValueError, match="packed, so it cannot be offloaded to disk"):
         prune(packed, recipe, tmp_path / "out", offload_model="disk", **FEW)
     assert not (tmp_path / "out").exists()
 
