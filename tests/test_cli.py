@@ -11,7 +11,7 @@ from llmc_attnmask.cli import main
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.checkpoints import digests, prune_2of4
 
-# what conftest.py sets for quiet would hide what a user sees
+# conftest.py sets these to keep tests quiet; they would hide what a user sees
 TEST_SETTINGS = {"LLM_COMPRESSOR_LOG_LEVEL", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM"}
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -30,7 +30,7 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def test_prune_inspect_and_eval_as_a_user_calls_them(text, tmp_path):
+def test_prune_inspect_and_eval_work_as_a_user_calls_them(text, tmp_path):
     output = tmp_path / "pruned"
     dataset = ("--dataset", text, "--text-column", "body")
     windows = ("--num-samples", 4, "--max-length", 64)
@@ -56,7 +56,7 @@ def test_prune_inspect_and_eval_as_a_user_calls_them(text, tmp_path):
     assert f"{pruned['perplexity']:.3f}" in table.stdout
 
 
-def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
+def test_an_error_prints_one_line_to_stderr_and_exits_with_code_1(tmp_path):
     recipe = tmp_path / "bad.yaml"
     recipe.write_text(
         "s_stage:\n  g_modifiers:\n    WandaPruningModifier: {spars: 1}\n"
@@ -70,7 +70,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_model_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_truncated_model_prints_one_error_line_and_leaves_nothing(tmp_path):
     shutil.copytree(MODEL_DIR, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -84,14 +84,14 @@ def test_a_truncated_model_is_one_line_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_usage_is_exit_code_2():
+def test_wrong_usage_exits_with_code_2():
     assert run("prune", MODEL_DIR).returncode == 2
     assert run("nonsense").returncode == 2
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """``run`` within this process, for commands that need no fresh one."""
+    """Like ``run``, but in this process, for commands that do not need a new one."""
 
     def in_process(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["llmc-attnmask", *map(str, arguments)])
@@ -103,7 +103,9 @@ def call(monkeypatch, capsys):
     return in_process
 
 
-def test_an_unexpected_error_is_one_line_that_says_how_to_see_more(call, monkeypatch):
+def test_an_unexpected_error_prints_one_line_that_says_how_to_see_more(
+    call, monkeypatch
+):
     def broken(_: Path) -> None:
         raise KeyError("lost")
 
@@ -113,7 +115,7 @@ def test_an_unexpected_error_is_one_line_that_says_how_to_see_more(call, monkeyp
     assert "error: KeyError: 'lost' (LLMC_ATTNMASK_TRACEBACK=1 shows where)" in err
 
 
-def test_pack_and_unpack(call, tmp_path):
+def test_packing_and_unpacking_restore_every_tensor(call, tmp_path):
     dense = prune_2of4(MODEL_DIR, tmp_path / "dense")
     code, out, err = call("pack", dense, tmp_path / "packed", "--json")
     assert code == 0, err
@@ -126,7 +128,7 @@ def test_pack_and_unpack(call, tmp_path):
     assert digests(tmp_path / "restored") == digests(dense)
 
 
-def test_what_cannot_be_packed_is_one_line(call, tmp_path):
+def test_a_checkpoint_that_cannot_be_packed_prints_one_error_line(call, tmp_path):
     code, out, err = call("pack", MODEL_DIR, tmp_path / "out")
     assert code == 1 and not out
     (error,) = [line for line in err.splitlines() if "error:" in line]
@@ -137,7 +139,7 @@ def test_what_cannot_be_packed_is_one_line(call, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["pack", "unpack"])
-def test_help_and_usage_of_pack_and_unpack(call, command):
+def test_pack_and_unpack_have_help_and_check_their_usage(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0 and "Usage" in out
     assert call(command)[0] == 2
@@ -150,6 +152,6 @@ def test_every_command_has_help(command):
 
 
 def test_the_defaults_that_depend_on_the_model_or_recipe_are_in_the_help(call):
-    """In brackets they would be markup, and gone."""
+    """In brackets they would be taken for markup and vanish."""
     shown = "".join(call("prune", "--help")[1].replace("│", " ").split())
     assert "bydefault2048" in shown and "bydefaultwhattherecipeasksfor" in shown

@@ -1,4 +1,4 @@
-"""Several processes compared with one: gloo between CPUs, started by torchrun."""
+"""Compare several processes (torchrun, gloo on CPUs) with a single one."""
 
 import json
 import os
@@ -41,7 +41,7 @@ prune_stage:
   recovery_modifiers:
     MaskedRecoveryModifier: {steps: 4, attention_weight: 0.1}
 """
-DATA = ["--num-samples", "18", "--max-length", "32"]  # nine units
+DATA = ["--num-samples", "18", "--max-length", "32"]  # nine micro-batches
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -57,7 +57,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def one_thread():
-    """More threads would add up in another order."""
+    """With more threads, sums would be computed in a different order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

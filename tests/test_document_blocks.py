@@ -1,6 +1,6 @@
-"""Every block of the documents does what it says.
+"""Every code block in the documents does what it says.
 
-Commands of this package and Python blocks run as they stand, section by section, in a
+Commands of this package and Python blocks run unchanged, section by section, in a
 folder where MODEL is the shipped model, FILE a recipe, DIR a pruned checkpoint and the
 text files are short; recipes there have few steps. Other commands are checked without
 being run: ``tests.support.documents.NOT_RUN`` says why.
@@ -43,7 +43,7 @@ SECTIONS = [
     for _, group in itertools.groupby(BLOCKS, lambda b: (b.document, b.section))
     if (section := [b for b in group if b.language in ("bash", "python")])
 ]
-SMALL = {  # the last one given counts
+SMALL = {  # appended, as the last value of an option counts
     "prune": ["--num-samples", "4", "--max-length", "64"],
     "eval": ["--max-length", "64"],
 }
@@ -63,7 +63,7 @@ def pruned(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, pruned) -> Path:
-    """Where a reader would stand: the clone's recipes, a model, a pruned checkpoint."""
+    """A reader's folder: the clone's recipes, a model, a pruned checkpoint."""
     (tmp_path / "MODEL").symlink_to(MODEL_DIR)
     (tmp_path / "recipes").mkdir()
     for path in ROOT.glob("recipes/*.yaml"):
@@ -82,7 +82,7 @@ def workspace(tmp_path, monkeypatch, pruned) -> Path:
 
 
 def _call(command: str, monkeypatch, capsys) -> None:
-    """A command of this package, in this process: importing takes seconds."""
+    """Run a command of this package in this process, as imports take seconds."""
     _, *arguments = shlex.split(command)
     arguments += SMALL.get(arguments[0], [])
     monkeypatch.setattr(sys, "argv", ["llmc-attnmask", *arguments])
@@ -94,9 +94,11 @@ def _call(command: str, monkeypatch, capsys) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS)
-def test_commands_and_python_run(section, workspace, pruned, monkeypatch, capsys):
+def test_commands_and_python_blocks_run(
+    section, workspace, pruned, monkeypatch, capsys
+):
     written = " ".join(block.text for block in section)
-    if "--output DIR" not in written:  # another section has made it
+    if "--output DIR" not in written:  # another section makes it
         shutil.copytree(pruned, workspace / "DIR")
     names: dict[str, object] = {}
     for block in section:
@@ -139,8 +141,8 @@ def _pip(words: list[str]) -> bool:
     for word in words[1:]:
         own, _, extras = word.rstrip("]").partition("[")
         if own in (".", "llmc-attnmask"):
-            wanted = set(extras.split(",")) - {""}
-            if not wanted <= project["optional-dependencies"].keys():
+            requested = set(extras.split(",")) - {""}
+            if not requested <= project["optional-dependencies"].keys():
                 return False
         elif word not in allowed and word.lower() not in pinned:
             return False
@@ -177,7 +179,7 @@ CHECKS: dict[str, Callable[[list[str]], bool]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_that_are_not_run_name_what_exists(command):
+def test_commands_that_are_not_run_name_only_what_exists(command):
     words = shlex.split(command.split(">")[0])
     words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)] or words
     if first_word(command) == "make":
@@ -190,9 +192,9 @@ def test_everything_that_is_not_run_has_a_check():
 
 
 @pytest.mark.parametrize("block", in_language("yaml"))
-def test_recipes_are_recipes(block, tmp_path):
+def test_yaml_blocks_load_as_recipes(block, tmp_path):
     content = yaml.safe_load(block.text)
-    if not any(key.endswith("_stage") for key in content):  # modifiers alone
+    if not any(key.endswith("_stage") for key in content):  # only modifiers
         content = {"a_stage": {"b_modifiers": content}}
         text = yaml.safe_dump(content)
     else:
@@ -205,7 +207,7 @@ def test_recipes_are_recipes(block, tmp_path):
 
 @pytest.fixture(scope="module")
 def configs(pruned, tmp_path_factory) -> dict:
-    """What a packed and a marked checkpoint have in config.json, together."""
+    """The config.json of a packed and of a marked checkpoint, merged."""
     folder = tmp_path_factory.mktemp("configs")
     pack(pruned, folder / "packed")
     unpack(folder / "packed", folder / "marked")
@@ -217,13 +219,13 @@ def configs(pruned, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("block", in_language("json"))
-def test_json_is_what_is_written(block, configs):
+def test_json_blocks_show_what_is_written(block, configs):
     shown = json.loads(f"{{{block.text}}}")
     assert list(_unknown(shown, configs)) == []
 
 
 def _unknown(shown: dict, real: dict, path: str = "") -> Iterator[str]:
-    """Keys, and values that are words, that the real one has not."""
+    """Yield keys, and values that are strings, that the real config does not have."""
     for key, value in shown.items():
         place = f"{path}.{key}"
         if key not in real:
@@ -235,14 +237,14 @@ def _unknown(shown: dict, real: dict, path: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("block", in_language("math"))
-def test_formulas_are_formulas(block):
+def test_formulas_convert_to_mathml(block):
     mathml = convert(block.text)
-    assert "<mi>\\" not in mathml  # an unknown command comes out as a name
+    assert "<mi>\\" not in mathml  # an unknown command would become a name
     assert "&amp;</mo>" not in mathml
 
 
 @pytest.mark.parametrize("block", in_language("text"))
-def test_what_commands_print_has_the_form_it_is_shown_in(block):
+def test_commands_print_output_in_the_form_shown(block):
     title, header, *rows = (
         re.split(r" {2,}", x.strip()) for x in block.text.split("\n")
     )
@@ -250,7 +252,7 @@ def test_what_commands_print_has_the_form_it_is_shown_in(block):
     assert all(len(row) == len(header) for row in rows)
     if "kernels of the 2:4 layers" in title[0]:
         table = KernelTable()
-        table.expect("one more")  # a table that is complete is logged and emptied
+        table.expect("one more")  # a complete table would be logged and emptied
         for count, kind, *rest in rows:
             for layer in range(int(count)):
                 table.add(f"{kind} {layer}", Row(kind, *rest))
@@ -259,6 +261,6 @@ def test_what_commands_print_has_the_form_it_is_shown_in(block):
         assert header == [column.header for column in compare._table("", []).columns]
 
 
-def test_every_block_has_a_language_that_a_test_is_about():
+def test_every_block_is_in_a_language_that_a_test_covers():
     known = {"bash", "json", "math", "python", "text", "yaml"}
     assert [b.place for b in BLOCKS if b.language not in known] == []

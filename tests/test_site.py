@@ -31,7 +31,7 @@ def site(tmp_path_factory) -> Path:
 
 
 class _Loaded(HTMLParser):
-    """What a browser fetches for a page by itself."""
+    """Collects what a browser fetches for a page on its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Loaded(HTMLParser):
             self.addresses.append(address)
 
 
-def test_pages_load_only_what_is_beside_them(site):
+def test_pages_load_only_local_files(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 10
     for page in pages:
@@ -59,7 +59,7 @@ def test_pages_load_only_what_is_beside_them(site):
             assert target.is_file() or page.name == "404.html", (page, address)
 
 
-def test_formulas_are_drawn_without_a_script(site):
+def test_formulas_are_rendered_without_a_script(site):
     page = (site / "how-it-works.html").read_text(encoding="utf-8")
     source = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     assert page.count('display="block"') == source.count("```math") > 10

@@ -1,12 +1,12 @@
-"""docs/troubleshooting.md names every message that a user can meet, and no other."""
+"""docs/troubleshooting.md lists every message that a user can see, and no other."""
 
 import re
 
 from tests.support.error_messages import HOLE, ROOT, Message, messages
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
-OTHERS = "\n## Messages of other libraries\n"  # from here on, not this package's
-# no command, recipe or checkpoint leads to these, only a call with wrong arguments
+OTHERS = "\n## Messages of other libraries\n"  # and what follows
+# only calls with wrong arguments lead to these, no command, recipe or checkpoint
 INTERNAL = {
     "module ... has no attribute ...",
     "output_weight > 0 needs the output_projection's weight",
@@ -30,14 +30,14 @@ INTERNAL = {
 
 
 def on_page() -> list[str]:
-    """Messages in the first column of the page's tables."""
+    """Return the messages in the first column of the page's tables."""
     text, _, _ = PAGE.read_text(encoding="utf-8").partition(OTHERS)
     cells = re.findall(r"^\| (`.*?`)(?: \(warning\))? \|", text, re.MULTILINE)
     return [cell.strip("`") for cell in cells]
 
 
 def says(entry: str, message: Message) -> bool:
-    """Whether an entry, in which ``...`` stands for anything, is about a message."""
+    """Whether an entry, in which ``...`` stands for any text, matches a message."""
     parts = [re.escape(part) for part in entry.split("...")]
     return re.search(".*".join(parts), message.text) is not None
 
@@ -50,22 +50,22 @@ def test_every_message_of_the_code_is_on_the_page():
         for m in missing
     )
     assert not missing, (
-        f"docs/troubleshooting.md does not name {len(missing)} messages; add these "
+        f"docs/troubleshooting.md does not list {len(missing)} messages; add these "
         "rows, shortened to what a user would search for, under the moment at which "
-        f"they appear:\n{rows}\n(or to INTERNAL in this test, if no user can meet them)"
+        f"they appear:\n{rows}\n(or to INTERNAL in this test, if no user can see them)"
     )
 
 
-def test_the_page_names_no_message_that_is_gone():
+def test_the_page_lists_no_message_that_no_longer_exists():
     found = messages()
     gone = [e for e in [*on_page(), *INTERNAL] if not any(says(e, m) for m in found)]
     assert not gone, (
-        "no source has a message like these any more; remove or mend their rows in "
+        "no source has messages like these any longer; remove or fix their rows in "
         "docs/troubleshooting.md (or INTERNAL in this test):\n  " + "\n  ".join(gone)
     )
 
 
-def test_entries_are_long_enough_to_be_about_one_thing():
+def test_entries_are_long_enough_to_identify_a_message():
     for entry in on_page():
         letters = re.sub(r"[^A-Za-z]", "", entry)
         assert len(letters) >= 9, f"{entry!r} could be anything"

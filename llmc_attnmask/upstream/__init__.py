@@ -61,14 +61,15 @@ SEAMS = (
         "upstream/pipeline.py",
         "a resumed run skips the passes that were finished",
         _LLM_COMPRESSOR,
-        f"{_CANARIES}::test_every_modifier_still_has_a_pipeline_of_its_own",
+        f"{_CANARIES}::test_every_modifier_still_runs_in_its_own_pipeline",
     ),
     Seam(
         "quantize_weight in llmcompressor.modifiers.gptq.base",
         "upstream/gptq.py",
         "MaskedGPTQModifier is GPTQModifier with another function",
         _LLM_COMPRESSOR,
-        f"{_CANARIES}::test_gptq_still_looks_its_function_up_where_ours_is_put",
+        f"{_CANARIES}::"
+        "test_gptq_still_looks_up_its_function_where_the_package_replaces_it",
     ),
     Seam(
         "GPTQModifier.compress_module_list, _module_names, _hessians, _num_samples",
@@ -96,21 +97,22 @@ SEAMS = (
         "upstream/save.py",
         "a saved model has the storage of its 2:4 layers and a report",
         _LLM_COMPRESSOR,
-        f"{_CANARIES}::test_saving_is_still_wrapped_once_and_marked_so",
+        f"{_CANARIES}::test_saving_is_still_wrapped_only_once_and_marked_as_wrapped",
     ),
     Seam(
         "get_linearized_moes, GptOssLinearExperts",
         "upstream/save.py",
         "experts that oneshot split could not be loaded, or with random weights",
         _LLM_COMPRESSOR,
-        "tests/test_architectures.py::test_pruned_from_oneshot_to_reload",
+        "tests/test_architectures.py::"
+        "test_every_architecture_is_pruned_saved_and_reloaded",
     ),
     Seam(
         "sparsify_weight of SparseGPT and Wanda",
         "upstream/baselines.py",
         "the report compares with llm-compressor's own code",
         _LLM_COMPRESSOR,
-        "tests/upstream/test_baselines.py::test_sparsegpt_is_llm_compressors",
+        "tests/upstream/test_baselines.py::test_sparsegpt_equals_llm_compressors_own",
     ),
     Seam(
         "Recipe.from_dict drops what it does not know",
@@ -125,7 +127,7 @@ SEAMS = (
         "offloaded weights that ranks share are written once",
         _COMPRESSED_TENSORS,
         "tests/modifiers/test_offloading.py::"
-        "test_model_and_activations_on_disk_give_the_bytes_of_those_in_memory",
+        "test_model_and_activations_on_disk_give_the_same_bytes_as_in_memory",
     ),
     Seam(
         "AttentionInterface",

@@ -61,7 +61,7 @@ def test_error_and_gradient_equal_the_plain_version(call, weights):
 @pytest.mark.parametrize(
     "length, keys_mask", [(70, "causal"), (70, "window"), (33, "")]
 )
-def test_lengths_that_are_not_a_multiple_of_a_tile(length, keys_mask):
+def test_lengths_need_not_be_a_multiple_of_a_tile(length, keys_mask):
     generator = torch.Generator().manual_seed(4)
 
     def normal(*shape):
@@ -84,7 +84,7 @@ def test_lengths_that_are_not_a_multiple_of_a_tile(length, keys_mask):
 
 
 def test_a_small_change_is_not_lost_in_rounding():
-    """Where sums of squares would cancel: the error is a millionth of ||A||^2."""
+    """Sums of squares would cancel: the error is a millionth of ||A||^2."""
     call = CALLS["causal"]
     compare(call, nudged(call, 1e-3), (1.0, 0.0), rtol=1e-2)
 
@@ -97,7 +97,7 @@ def test_a_query_that_sees_no_key_counts_as_in_the_plain_version():
 
 
 @pytest.mark.parametrize("mask", BLIND.values(), ids=BLIND.keys())
-def test_a_row_of_only_infinity_is_zero_as_in_the_plain_version(mask):
+def test_an_all_infinite_row_is_zero_as_in_the_plain_version(mask):
     compare(random_call(mask=mask), nudged(CALLS["causal"], 0.3), (0.3, 0.7), 1e-5)
 
 
@@ -125,7 +125,7 @@ def test_a_tile_of_rows_that_see_no_key_adds_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_a_pruned_row_of_only_infinity_is_zero_as_in_the_plain_version():
+def test_an_all_infinite_pruned_row_is_zero_as_in_the_plain_version():
     """Logits below float32's range: A~ is zero in that row, and A counts in full."""
     call = random_call(mask=None)
     single = replace(
@@ -179,7 +179,7 @@ def test_without_a_gpu_the_plain_version_runs():
     assert not fusible(CALLS["causal"])
 
 
-def test_where_the_kernels_are_chosen_they_run(monkeypatch):
+def test_the_kernels_run_where_they_are_chosen(monkeypatch):
     call = CALLS["causal"]
     exact = [x.requires_grad_() for x in nudged(call, 0.3)]
     expected = torch.autograd.grad(attention_error(call, *exact), exact)

@@ -56,7 +56,7 @@ CALLS = {
 
 
 def _blind(rows: list[int]) -> torch.Tensor:
-    """A causal mask, but ``rows`` see no key."""
+    """Return a causal mask in which ``rows`` see no key."""
     visible = torch.ones(L, L, dtype=torch.bool).tril()
     mask = torch.zeros(1, 1, L, L, dtype=torch.float64)
     mask.masked_fill_(~visible, -torch.inf)
@@ -77,7 +77,7 @@ BLIND = {  # masks of -inf, as in some models
 
 
 def by_autograd(call, query, key, matrix_weight, output_weight, output_projection):
-    """The error computed naively, with full matrices."""
+    """Compute the error naively, with full matrices."""
     change = probabilities(replace(call, query=query, key=key)) - probabilities(call)
     value = call.value.repeat_interleave(H // G, dim=1)
     reached = (change @ value).transpose(1, 2).flatten(2) @ output_projection.T
@@ -166,7 +166,7 @@ def test_a_query_that_sees_no_key_counts_as_the_model_computes_it():
 
 @pytest.mark.parametrize("mask", BLIND.values(), ids=BLIND.keys())
 @pytest.mark.parametrize("sinks", [False, True])
-def test_a_row_of_only_infinity_adds_no_error_and_no_gradient(mask, sinks):
+def test_an_all_infinite_row_adds_no_error_and_no_gradient(mask, sinks):
     call = random_call(mask=mask, sinks=CALLS["sinks"].sinks if sinks else None)
     blind = (mask == -torch.inf).all(-1).flatten()
     assert not probabilities(call)[:, :, blind].any()
@@ -226,7 +226,7 @@ def test_output_weight_needs_the_output_projection():
 
 
 def peak_bytes(model: PreTrainedModel, length: int) -> int:
-    """Memory beyond what exists before: one sample through error and gradient."""
+    """Peak memory of one sample's error and gradient, beyond what existed before."""
     tokens = torch.arange(length).view(1, length) % 2048
     name, inputs = next(iter(attention_inputs(model, tokens).items()))
     replica = AttentionReplica(model.get_submodule(name))

@@ -20,17 +20,17 @@ def check(family: str) -> None:
         check_output_path(
             replica, args, kwargs, find_projections(replica.module)["o"].child
         )
-    finally:  # and the replica is unchanged
+    finally:  # either way, the replica is unchanged
         assert torch.equal(replica(args, kwargs).query, before.query)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
-def test_unchanged_attention_reaches_o(family):
+def test_attention_that_reaches_o_unchanged_is_accepted(family):
     check(family)
 
 
 @pytest.mark.parametrize("family", ["bitnet", "diffllama"])
-def test_changed_attention_is_refused(family, monkeypatch):
+def test_attention_that_is_changed_before_o_is_refused(family, monkeypatch):
     monkeypatch.setitem(architectures.FAMILIES, family, Family("in between"))
     with pytest.raises(UnsupportedAttentionError, match="output_weight: 0"):
         check(family)

@@ -53,7 +53,7 @@ def test_too_little_memory_halves_the_batch_and_the_step_is_the_same(layer, warn
     )
 
 
-def test_a_block_recovers_with_little_memory_as_well(calibration, warnings):
+def test_a_block_also_recovers_with_little_memory(calibration, warnings):
     errors = []
     for samples in (8, 1):
         case = case_of(load_model(MODEL_DIR), calibration[:16, :64])

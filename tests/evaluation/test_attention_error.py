@@ -6,7 +6,7 @@ from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 
 @torch.no_grad()
-def test_attention_error_is_zero_for_equal_weights_and_each_layers_own_for_others(
+def test_only_layers_with_changed_weights_have_an_attention_error(
     evaluation,
 ):
     dense, other = load_model(MODEL_DIR), load_model(MODEL_DIR)

@@ -38,7 +38,7 @@ def test_numbers_out_of_range_are_refused(tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_more_windows_than_exist_can_be_requested(tokenizer):
+def test_requesting_more_windows_than_exist_is_refused(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         windows = calibration_windows(["some words " * 20], tokenizer, 8, 16)

@@ -37,7 +37,7 @@ def test_a_pipe_in_place_of_weights_is_refused_without_waiting(dense, reader):
 
 
 @pytest.mark.parametrize("target", [".", "/", "nowhere", "/dev/zero"])
-def test_links_without_an_end_are_refused_and_nothing_is_left(dense, target):
+def test_endless_links_are_refused_and_leave_nothing_behind(dense, target):
     (dense / "link").symlink_to(target)
     with pytest.raises(ValueError, match=r"link is neither a file nor a folder"):
         to_packed(dense, dense.parent / "out")

@@ -40,7 +40,7 @@ def test_a_config_that_its_weights_contradict_is_refused(model, fields, message)
         load(model)
 
 
-def test_missing_weights_are_an_error_instead_of_random(model):
+def test_missing_weights_are_an_error_and_not_filled_with_random_values(model):
     tensors = load_file(model / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})

@@ -135,7 +135,7 @@ def test_pruning_that_takes_too_much_time_or_memory_misses_its_target():
     assert targets.pruning(Figures([short])) == "not yet"
 
 
-def test_machine():
+def test_the_machine_is_summarized():
     assert body("gpu-machine") == [
         "- torch: 2.11.0",
         "- cusparselt: 800",

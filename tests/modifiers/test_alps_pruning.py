@@ -18,7 +18,7 @@ def pruned(tokenizer, windows, *modifiers):
 
 
 @pytest.mark.parametrize("structure, sparsity", [("2:4", 0.5), ("0:0", 0.6)])
-def test_a_whole_model_keeps_more_than_with_sparsegpt(
+def test_a_whole_model_has_a_lower_perplexity_than_with_sparsegpt(
     tokenizer, calibration, evaluation, structure, sparsity
 ):
     fields = {"sparsity": sparsity, "mask_structure": structure}
@@ -40,7 +40,7 @@ def test_a_whole_model_keeps_more_than_with_sparsegpt(
     assert perplexity(ours, evaluation[:48]) < perplexity(theirs, evaluation[:48])
 
 
-def test_targets_and_ignore_choose_linears(tokenizer, calibration):
+def test_targets_and_ignore_select_linears(tokenizer, calibration):
     before = AutoModelForCausalLM.from_pretrained(MODEL_DIR).state_dict()
     after = pruned(
         tokenizer,
@@ -71,12 +71,12 @@ def test_targets_that_match_no_linear_are_refused(tokenizer, calibration):
         ({"sparsity": 0.5, "block_size": 128}, "Extra inputs"),
     ],
 )
-def test_wrong_fields_are_refused(fields, message):
+def test_invalid_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         ALPSPruningModifier(**fields)
 
 
-def test_in_features_that_do_not_divide_are_refused_before_anything_is_pruned(
+def test_indivisible_in_features_are_refused_before_anything_is_pruned(
     tokenizer, calibration
 ):
     with pytest.raises(ValueError, match="not divisible by 7"):

@@ -41,7 +41,7 @@ def quick(**fields) -> AttentionMatrixPruningModifier:
 
 
 def pruned_names(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """Tensors that changed, as `layer.projection`."""
+    """Return the tensors that changed, as `layer.projection`."""
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     return {".".join(re.findall(r"\d+|[a-z]+_proj", name)) for name in changed}
 
@@ -51,7 +51,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def check_light_mode(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Zeros are +0.0; everything else has the bits it had."""
+    """Zeros are +0.0; everything else keeps its bits."""
     for name, tensor in after.items():
         kept = tensor != 0
         assert torch.equal(bits(tensor)[kept], bits(before[name])[kept])
@@ -78,7 +78,7 @@ def test_an_unstructured_count_is_exact_and_may_differ_by_layer(run):
     sparsities = [0.1, 0.55, 0.0, 0.9]
     model = tiny()
     for parameter in model.parameters():
-        parameter.data[parameter.data == 0] = 1e-3  # so that every zero is a pruned one
+        parameter.data[parameter.data == 0] = 1e-3  # every zero is then pruned
     before = {k: v.clone() for k, v in model.state_dict().items()}
     after = run(quick(mask_structure="0:0", sparsity=sparsities), model=model)
     check_light_mode(before, after)
@@ -117,13 +117,13 @@ def test_all_four_projections_can_be_pruned(run, update):
         check_light_mode(before, after)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(run):
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(run):
     first, second, other = (run(quick(seed=s, steps=12), samples=20) for s in (1, 1, 2))
     assert all(torch.equal(bits(first[n]), bits(second[n])) for n in first)
     assert any(not torch.equal(first[n], other[n]) for n in first)
 
 
-def test_targets_and_ignore_choose_modules_and_projections_choose_linears(run):
+def test_targets_and_ignore_select_modules_and_projections_select_linears(run):
     before = tiny().state_dict()
     after = run(
         quick(
@@ -138,7 +138,7 @@ def test_targets_and_ignore_choose_modules_and_projections_choose_linears(run):
 
 
 @pytest.mark.parametrize("pipeline", ["independent", "sequential"])
-def test_it_runs_in_every_pipeline_and_as_the_stock_entry_point(
+def test_it_runs_in_every_pipeline_from_the_stock_entry_point(
     pipeline, tokenizer, calibration, tmp_path
 ):
     from datasets import Dataset
@@ -175,7 +175,7 @@ def test_masks_survive_round_to_nearest_quantization(run):
     assert ((weight == 0).view(-1, 4).sum(-1) >= 2).all()
 
 
-def test_fused_qkv_is_pruned_in_the_rows_of_q_and_k_only(run, tmp_path):
+def test_only_the_rows_of_q_and_k_are_pruned_in_a_fused_qkv(run, tmp_path):
     from tests.support.architectures import SMALL
 
     config = transformers.Phi3Config(
@@ -208,7 +208,7 @@ def test_fused_qkv_is_pruned_in_the_rows_of_q_and_k_only(run, tmp_path):
         ({"output_weight": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_wrong_fields_are_refused_at_construction(fields, message):
+def test_invalid_fields_are_refused_at_construction(fields, message):
     with pytest.raises(ValidationError, match=message):
         quick(**fields)
 
@@ -238,14 +238,14 @@ def test_indivisible_in_features_are_refused():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["self_attn.k_proj", "mlp.up_proj"])
-def test_weights_that_are_no_numbers_are_refused_wherever_they_are(value, place):
+def test_weights_that_are_not_finite_are_refused_wherever_they_are(value, place):
     model = tiny()
     model.model.layers[1].get_submodule(place).weight.data[3, 5] = value
     with pytest.raises(ValueError, match=rf"layers\.1\.{place}.* has 1 NaN"):
         quick().initialize(State(model=model))
 
 
-def test_scales_that_are_yet_to_be_calibrated_may_be_anything():
+def test_scales_that_are_not_yet_calibrated_may_have_any_value():
     model = tiny()
     quantization = QuantizationModifier(scheme="W8A8", targets=["Linear"])
     quantization.initialize(State(model=model))
@@ -253,7 +253,7 @@ def test_scales_that_are_yet_to_be_calibrated_may_be_anything():
     quick().initialize(State(model=model))
 
 
-def test_a_layer_whose_output_is_zero_is_pruned_all_the_same(run):
+def test_a_layer_whose_output_is_zero_is_still_pruned(run):
     model = tiny()
     model.model.layers[1].self_attn.o_proj.weight.data.zero_()
     after = run(quick(), model=model)
@@ -273,7 +273,7 @@ def test_a_run_that_fails_leaves_no_hook_on_the_model(run, monkeypatch):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_two_modifiers_share_the_work(run):
+def test_two_modifiers_can_share_the_projections(run):
     before = tiny().state_dict()
     after = run(
         quick(projections=["q"]),
@@ -293,7 +293,7 @@ def test_a_model_without_the_attention_interface_is_refused():
         quick().initialize(State(model=model))
 
 
-def test_every_recipe_of_the_project_loads():
+def test_every_shipped_recipe_loads():
     recipes = sorted(RECIPES.glob("*.yaml"))
     assert len(recipes) >= 3
     for recipe in recipes:

@@ -19,7 +19,7 @@ def tiny(*, pruned: bool):
     structure = MaskStructure.parse("2:4")
     for name, weight in model.named_parameters():
         if "_proj" in name:
-            weight.data[weight.data == 0] = 1e-4  # so that zeros are pruned ones
+            weight.data[weight.data == 0] = 1e-4  # every zero is then pruned
             if pruned:
                 kept = structure.mask(weight.abs(), 0.5)
                 weight.data.masked_fill_(~kept, 0.0)
@@ -41,7 +41,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
-def test_a_dense_model_is_quantized_as_by_stock_bit_for_bit(run, scheme):
+def test_a_dense_model_is_quantized_bit_for_bit_as_by_stock_gptq(run, scheme):
     fields = {"scheme": scheme, "targets": ["Linear"], "ignore": IGNORE}
     if scheme == "W4A16":  # groups of 128 do not fit the tiny model
         fields = {"config_groups": {"all": group(64)}, "ignore": IGNORE}
@@ -79,14 +79,16 @@ def test_masks_survive_in_memory_and_through_a_saved_checkpoint(run, fields, tmp
             assert not weight[~masks[name]].view(torch.int16).any()  # no -0.0 either
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    reloaded(torch.arange(8)[None])  # decompresses what is decompressed on first use
+    reloaded(torch.arange(8)[None])  # some weights are decompressed on first use
     for name, kept in masks.items():
         weight = reloaded.get_parameter(name)
         assert not (weight.float() != 0)[~kept].any()
         assert (weight.float() != 0)[kept].float().mean() > 0.7
 
 
-def test_the_stock_function_is_back_after_a_run_and_after_a_failure(run, monkeypatch):
+def test_the_stock_function_is_restored_after_a_run_and_after_a_failure(
+    run, monkeypatch
+):
     original = stock.quantize_weight
     fields = {"scheme": "W8A8", "targets": ["Linear"], "ignore": IGNORE}
     run(MaskedGPTQModifier(**fields), pruned=True, samples=1)
@@ -102,7 +104,7 @@ def test_the_stock_function_is_back_after_a_run_and_after_a_failure(run, monkeyp
 
 
 def quantize_on_rank(rank: int, folder: str) -> None:
-    """One of two ranks, on its own half of the data."""
+    """Run one of two ranks, on its own half of the data."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2

@@ -60,13 +60,15 @@ def test_every_pruners_masks_stay_and_perplexity_falls(run, evaluation, pruner):
         zeros = weights(before)[name] == 0
         assert torch.equal(weight == 0, zeros)
         assert not torch.signbit(weight[zeros]).any()
-        if not (zeros & (dense[name] != 0)).any():  # not pruned: not touched
+        if not (zeros & (dense[name] != 0)).any():  # what was not pruned is not changed
             assert torch.equal(weight, dense[name])
     ppl = [perplexity(m.float().eval(), evaluation[:48]) for m in (before, after)]
     assert ppl[1] < ppl[0]
 
 
-def test_the_sequential_pipeline_recovers_too(tokenizer, calibration, evaluation):
+def test_recovery_also_works_in_the_sequential_pipeline(
+    tokenizer, calibration, evaluation
+):
     from datasets import Dataset
 
     models = []
@@ -105,14 +107,14 @@ def test_a_later_quantization_in_the_recipe_gets_the_recovered_weights(
     )
     linear = model.model.layers[0].mlp.up_proj
     assert linear.quantization_scheme
-    # Wanda leaves survivors as they are; rounding to 8 bits alone changes them little
+    # Wanda leaves survivors unchanged, and rounding to 8 bits changes them little
     dense = tiny().model.layers[0].mlp.up_proj.weight
     kept = linear.weight != 0
     changed = (linear.weight - dense)[kept].norm() / dense[kept].norm()
     assert changed > 0.05
 
 
-def test_ignored_blocks_stay_and_pass_the_dense_stream_on(run):
+def test_ignored_blocks_stay_unchanged_and_pass_on_the_dense_stream(run):
     before = run(PRUNERS["wanda"]())
     recovery = MaskedRecoveryModifier(steps=2, ignore="re:.*layers.1$")
     after = run(PRUNERS["wanda"](), recovery)
@@ -143,7 +145,7 @@ def test_recovery_after_quantization_is_refused(run):
         run(PRUNERS["wanda"](), quantizer, MaskedRecoveryModifier())
 
 
-def test_an_attention_weight_where_no_attention_can_be_seen_is_refused(run):
+def test_an_attention_weight_is_refused_where_attention_cannot_be_captured(run):
     config = BloomConfig(vocab_size=2048, hidden_size=32, n_layer=1, n_head=4)
     bloom = BloomForCausalLM(config)
     bloom.config.name_or_path = str(MODEL_DIR)
@@ -151,7 +153,7 @@ def test_an_attention_weight_where_no_attention_can_be_seen_is_refused(run):
         run(MaskedRecoveryModifier(attention_weight=0.1), model=bloom)
 
 
-def test_a_model_that_is_pruned_already_is_refused(run):
+def test_a_model_that_is_already_pruned_is_refused(run):
     pruned = run(PRUNERS["wanda"]())
     with pytest.raises(ValueError, match="recovery needs the dense model"):
         run(MaskedRecoveryModifier(steps=1), model=pruned)

@@ -1,4 +1,4 @@
-"""Models and calibration activations on disk: the results are the same to the bit."""
+"""Models and calibration activations on disk give bit-identical results."""
 
 import gc
 from pathlib import Path
@@ -44,7 +44,7 @@ def attention(offload: str) -> AttentionMatrixPruningModifier:
 
 @pytest.fixture
 def on_disk(tmp_path):
-    """The shipped model, every tensor of it on disk."""
+    """The shipped model with every tensor on disk."""
     with load_offloaded_model():
         model = AutoModelForCausalLM.from_pretrained(
             MODEL_DIR,
@@ -62,7 +62,7 @@ def in_memory() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
 
 
-def test_model_and_activations_on_disk_give_the_bytes_of_those_in_memory(
+def test_model_and_activations_on_disk_give_the_same_bytes_as_in_memory(
     tmp_path, monkeypatch
 ):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
@@ -85,7 +85,7 @@ def test_model_and_activations_on_disk_give_the_bytes_of_those_in_memory(
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_a_packed_model_is_not_offloaded_but_refused(tmp_path):
+def test_offloading_a_packed_model_is_refused(tmp_path):
     packed = tmp_path / "packed"
     to_packed(prune_2of4(MODEL_DIR, tmp_path / "dense"), packed)
     recipe = tmp_path / "recipe.yaml"
@@ -95,7 +95,7 @@ def test_a_packed_model_is_not_offloaded_but_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_recipe_has_the_last_word_on_where_activations_are_kept(tmp_path):
+def test_the_recipe_takes_precedence_on_where_activations_are_kept(tmp_path):
     fields = "sparsity: 0.5, offload_activations: cpu"
     (tmp_path / "recipe.yaml").write_text(
         f"a_stage: {{b_modifiers: {{AttentionMatrixPruningModifier: {{{fields}}}, "
@@ -117,7 +117,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_activations_are_off_memory_and_off_disk_when_a_run_fails(
+def test_a_failed_run_leaves_no_activations_in_memory_or_on_disk(
     in_memory, tokenizer, calibration, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("TMPDIR", str(tmp_path))

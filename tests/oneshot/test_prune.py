@@ -72,7 +72,7 @@ def test_each_quantizing_recipe_gives_a_2of4_checkpoint_that_transformers_loads(
         assert (weight != 0).float().mean() > 0.35  # survivors may round to zero
 
 
-def test_the_same_seed_twice_gives_byte_equal_safetensors(tmp_path):
+def test_the_same_seed_gives_byte_identical_safetensors(tmp_path):
     recipe = RECIPES / "block_2of4.yaml"
     first, second = (
         prune(MODEL_DIR, recipe, tmp_path / name, **QUICK) / "model.safetensors"
@@ -84,9 +84,7 @@ def test_the_same_seed_twice_gives_byte_equal_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["dense", "sparse-24-bitmask"])
-def test_a_quantized_checkpoint_is_taken_by_its_values_as_oneshot_does(
-    storage, tmp_path
-):
+def test_a_quantized_checkpoint_is_dequantized_first_as_by_oneshot(storage, tmp_path):
     few = {"num_samples": 2, "max_length": 32}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -109,7 +107,7 @@ def test_a_quantized_checkpoint_is_taken_by_its_values_as_oneshot_does(
 
 @pytest.fixture
 def nothing_written(tmp_path):
-    """After the test, the output folder and its siblings are as they were."""
+    """Check that the test leaves the output folder and its siblings as they were."""
     before = sorted(tmp_path.iterdir())
     yield
     assert sorted(tmp_path.iterdir()) == before
@@ -139,7 +137,7 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path):
         ({"output": "FILE/out"}, "cannot be created"),
     ],
 )
-def test_bad_input_ends_before_anything_is_written(
+def test_bad_input_is_refused_before_anything_is_written(
     changes, message, tmp_path_factory, tmp_path, nothing_written
 ):
     inputs = tmp_path_factory.mktemp("inputs")

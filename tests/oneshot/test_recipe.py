@@ -43,7 +43,7 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("content", DROPPED.values(), ids=DROPPED.keys())
-def test_what_llm_compressor_silently_drops_is_an_error_with_the_right_shape(
+def test_what_llm_compressor_silently_drops_is_an_error_that_shows_the_right_shape(
     content, tmp_path
 ):
     with pytest.raises(RecipeError, match=r"silently drop(.|\n)*prune_stage:\n"):
@@ -51,7 +51,7 @@ def test_what_llm_compressor_silently_drops_is_an_error_with_the_right_shape(
 
 
 @pytest.mark.parametrize("content", ["", "- a\n- b", "just text", "a: [", "3"])
-def test_a_file_that_is_no_mapping_is_refused(content, tmp_path):
+def test_a_file_that_is_not_a_mapping_is_refused(content, tmp_path):
     with pytest.raises(RecipeError, match=r"is a \w+, not a mapping|is not YAML"):
         load_recipe(write(tmp_path, content))
 
@@ -64,7 +64,7 @@ def test_a_recipe_without_modifiers_is_refused(content, tmp_path):
         load_recipe(write(tmp_path, content))
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
+def test_a_key_that_appears_twice_is_refused(tmp_path):
     content = """\
 a_stage:
   b_modifiers:

@@ -9,15 +9,15 @@ from llmc_attnmask.text.windows import token_stream
 from scripts.train_tiny_model import unigram_perplexity
 
 
-def test_it_is_small_and_a_llama_with_gqa():
+def test_the_shipped_model_is_a_small_llama_with_gqa():
     config = load_model(MODEL_DIR).config
     assert config.model_type == "llama"
     assert config.num_key_value_heads < config.num_attention_heads
     assert (MODEL_DIR / "model.safetensors").stat().st_size <= 4_000_000
 
 
-def test_its_perplexity_means_something(tokenizer, evaluation):
-    """Far better than a unigram model, and magnitude pruning hurts it visibly."""
+def test_the_shipped_models_perplexity_is_meaningful(tokenizer, evaluation):
+    """It is far below a unigram model's, and magnitude pruning visibly raises it."""
     train = token_stream(load_texts("builtin:pydoc"), tokenizer)
     unigram = unigram_perplexity(train, evaluation, tokenizer.vocab_size)
     dense = load_model(MODEL_DIR)

@@ -1,4 +1,4 @@
-"""What is logged during a run: a line per layer, time left, a summary."""
+"""A run logs a line per layer, the time left, and a summary."""
 
 import re
 
@@ -31,7 +31,7 @@ def metrics(tokenizer, calibration: Tensor, *modifiers) -> list[str]:
     return lines
 
 
-def test_a_line_per_layer_and_a_summary_at_the_end(tokenizer, calibration):
+def test_every_layer_logs_a_line_and_a_summary_follows(tokenizer, calibration):
     fields = {"sparsity": 0.5, "mask_structure": "2:4"}
     attention = AttentionMatrixPruningModifier(**fields, steps=0)
     rest = ALPSPruningModifier(**fields, targets=["re:.*(up|down)_proj$"])
@@ -47,7 +47,7 @@ def test_a_line_per_layer_and_a_summary_at_the_end(tokenizer, calibration):
         rf"{left}, {then}",
         lines[0],
     )
-    assert lines[3].endswith(f"; {then}")  # its last layer
+    assert lines[3].endswith(f"; {then}")  # the modifier's last layer
     assert re.fullmatch(
         rf"model\.layers\.0\.mlp\.up_proj: output error {number}, {common}; {left}, "
         "then MaskedRecoveryModifier",
@@ -62,7 +62,9 @@ def test_a_line_per_layer_and_a_summary_at_the_end(tokenizer, calibration):
     assert "llmc-attnmask eval DIR --reference MODEL" in summary
 
 
-def test_time_left_is_the_mean_of_measured_layers_times_those_ahead(monkeypatch):
+def test_time_left_is_the_mean_time_of_measured_layers_times_the_layers_ahead(
+    monkeypatch,
+):
     now = [100.0]
     monkeypatch.setattr(context.time, "perf_counter", lambda: now[0])
     first = ALPSPruningModifier(sparsity=0.5)
@@ -70,7 +72,7 @@ def test_time_left_is_the_mean_of_measured_layers_times_those_ahead(monkeypatch)
     run = RunContext([first, SparseGPTModifier(sparsity=0.5), second])
     run.expect(first, 4)
     run.expect(second, 2)
-    now[0] += 50  # loading, before the pass
+    now[0] += 50  # time for loading, before the pass
     run.start_clock()
     run.layer_restored(first)
     now[0] += 10
@@ -81,11 +83,11 @@ def test_time_left_is_the_mean_of_measured_layers_times_those_ahead(monkeypatch)
     now[0] += 1000
     run.start_clock()
     now[0] += 3600
-    assert run.layer_done(second) == "about 60 min left"  # one each of 20 s and 1 h
+    assert run.layer_done(second) == "about 60 min left"  # one of 20 s, one of 1 h
     run.close()
 
 
-def test_warnings_of_the_run_are_noted_once_and_those_after_it_are_not(
+def test_warnings_during_a_run_are_recorded_once_and_later_ones_are_not(
     tokenizer, calibration
 ):
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
@@ -104,7 +106,7 @@ def test_warnings_of_the_run_are_noted_once_and_those_after_it_are_not(
     assert noted == ["something is odd"]
 
 
-def test_modifiers_are_described_with_the_fields_they_leave_to_defaults():
+def test_modifiers_are_described_including_fields_left_at_their_defaults():
     (found,) = described([MaskedRecoveryModifier(steps=7)])
     assert found["name"] == "MaskedRecoveryModifier"
     assert found["fields"]["steps"] == 7 and found["fields"]["seed"] == 0

@@ -1,4 +1,4 @@
-"""The journal of a run goes with the model."""
+"""The journal of a run belongs to its model."""
 
 import copy
 
@@ -18,7 +18,7 @@ def test_entries_are_kept_in_order_with_their_model():
     assert entries(other) == []
 
 
-def test_a_copy_of_the_model_has_a_journal_of_its_own():
+def test_a_copy_of_the_model_has_its_own_journal():
     model = nn.Linear(2, 2)
     note(model, "A", "layer.0")
     twin = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""An interrupted run, resumed, has the bytes of an uninterrupted one."""
+"""An interrupted run that is resumed gives the same bytes as an uninterrupted one."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.runlog.progress import Progress, ProgressError
 
-# every kind of modifier: our own, a stock pruner, a quantizer
+# every kind of modifier: this package's, a stock pruner, a quantizer
 RECIPE = """
 prune_stage:
   attention_modifiers:
@@ -38,7 +38,7 @@ quant_stage:
     MaskedGPTQModifier: {scheme: W8A8, targets: [Linear], ignore: ["re:.*lm_head"]}
 """
 FEW = {"num_samples": 4, "max_length": 48}
-# saved layers of each modifier: 4 blocks with q and k at once, v and o one by one ...
+# saved layers per modifier: q and k of 4 blocks together, v and o one by one, ...
 LAYERS = {"attention": 4, "ALPS": 8, "SparseGPT": 12, "recovery": 4, "GPTQ": 4 + 28}
 
 
@@ -50,13 +50,13 @@ def recipe(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uncut(recipe, tmp_path_factory) -> dict[str, bytes]:
-    output = tmp_path_factory.mktemp("uncut") / "out"
+def uninterrupted(recipe, tmp_path_factory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("uninterrupted") / "out"
     return contents(prune(MODEL_DIR, recipe, output, **FEW))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but those that tell how long it took."""
+    """Return all files except those that contain timings."""
     assert not (folder / PROGRESS).exists()
     timed = {"report.json", "report.html"}
     assert all((folder / name).exists() for name in timed)
@@ -64,8 +64,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def cut(monkeypatch):
-    """Interrupts a run after so many layers."""
+def interrupt(monkeypatch):
+    """Return a function that interrupts a run after a number of layers."""
 
     def after(layers: int) -> None:
         save = Progress.save
@@ -92,25 +92,25 @@ def middle_of(name: str) -> int:
     "layers", [1, *map(middle_of, ("SparseGPT", "recovery", "GPTQ"))]
 )
 def test_a_run_interrupted_in_any_pass_resumes_to_the_same_bytes(
-    layers, recipe, uncut, cut, tmp_path
+    layers, recipe, uninterrupted, interrupt, tmp_path
 ):
-    cut(layers)
+    interrupt(layers)
     with pytest.raises(KeyboardInterrupt) as caught:
         prune(MODEL_DIR, recipe, tmp_path / "out", **FEW)
     assert f"{layers} finished layers are kept" in caught.value.__notes__[0]
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PROGRESS]
     resumed = prune(MODEL_DIR, recipe, tmp_path / "out", **FEW, resume=True)
-    assert contents(resumed) == uncut
+    assert contents(resumed) == uninterrupted
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_it_saves_resumes_to_the_same_bytes(
-    recipe, uncut, tmp_path, monkeypatch
+    recipe, uninterrupted, tmp_path, monkeypatch
 ):
     output = tmp_path / "out"
 
     def killed(*_, **__):
-        left = output / ".saving-killed"  # a killed process does not tidy up
+        left = output / ".saving-killed"  # a killed process does not clean up
         left.mkdir()
         (left / "model.safetensors").write_text("half")
         raise OSError(28, "No space left on device")
@@ -122,12 +122,12 @@ def test_a_run_that_is_killed_while_it_saves_resumes_to_the_same_bytes(
     computed = []
     monkeypatch.setattr(Progress, "save", lambda *args: computed.append(args))
     resumed = prune(MODEL_DIR, recipe, output, **FEW, resume=True)
-    assert contents(resumed) == uncut
+    assert contents(resumed) == uninterrupted
     assert not computed
 
 
-def test_progress_is_safetensors_and_json(recipe, cut, tmp_path):
-    cut(5)
+def test_progress_is_stored_as_safetensors_and_json(recipe, interrupt, tmp_path):
+    interrupt(5)
     with pytest.raises(KeyboardInterrupt):
         prune(MODEL_DIR, recipe, tmp_path / "out", **FEW)
     files = sorted((tmp_path / "out" / PROGRESS).iterdir())
@@ -143,8 +143,8 @@ def test_progress_is_safetensors_and_json(recipe, cut, tmp_path):
 
 
 @pytest.fixture
-def interrupted(recipe, cut, tmp_path) -> Path:
-    cut(1)
+def interrupted(recipe, interrupt, tmp_path) -> Path:
+    interrupt(1)
     with pytest.raises(KeyboardInterrupt):
         prune(MODEL_DIR, recipe, tmp_path / "out", **FEW)
     return tmp_path / "out"
@@ -172,16 +172,16 @@ def test_the_progress_of_another_run_is_refused_and_left_alone(
     assert {p: p.read_bytes() for p in (interrupted / PROGRESS).iterdir()} == before
 
 
-def test_two_processes_cannot_work_in_one_folder(recipe, interrupted):
+def test_two_processes_cannot_work_in_the_same_folder(recipe, interrupted):
     at_work = Progress(interrupted / PROGRESS, {}, [])
     with pytest.raises(ProgressError, match="another process is working"):
         prune(MODEL_DIR, recipe, interrupted, **FEW, resume=True)
     at_work.close()
 
 
-def test_a_changed_config_makes_it_another_run(recipe, cut, tmp_path):
+def test_a_changed_config_makes_it_a_different_run(recipe, interrupt, tmp_path):
     model = shutil.copytree(MODEL_DIR, tmp_path / "model")
-    cut(1)
+    interrupt(1)
     with pytest.raises(KeyboardInterrupt):
         prune(model, recipe, tmp_path / "out", **FEW)
     config = model / "config.json"
@@ -192,17 +192,17 @@ def test_a_changed_config_makes_it_another_run(recipe, cut, tmp_path):
 
 
 @pytest.mark.slow
-def test_layers_of_an_unknown_run_are_ignored(recipe, uncut, interrupted):
+def test_layers_of_an_unknown_run_are_ignored(recipe, uninterrupted, interrupted):
     folder = interrupted / PROGRESS
     (folder / "run.json").unlink()
     stem = "00 AttentionMatrixPruningModifier"
     (folder / f"{stem}.json").write_text('["model.layers.0.self_attn"]')
     (folder / f"{stem} model.layers.0.self_attn.safetensors").write_text("stale")
     resumed = prune(MODEL_DIR, recipe, interrupted, **FEW, resume=True)
-    assert contents(resumed) == uncut
+    assert contents(resumed) == uninterrupted
 
 
-def test_a_run_does_not_write_into_a_checkpoint_finished_meanwhile(tmp_path):
+def test_a_run_does_not_write_into_a_checkpoint_that_was_finished_meanwhile(tmp_path):
     finished = tmp_path / "out"
     progress = Progress(finished / PROGRESS, {}, [modifier := SmoothQuantModifier()])
     finished.mkdir()
@@ -212,7 +212,7 @@ def test_a_run_does_not_write_into_a_checkpoint_finished_meanwhile(tmp_path):
     assert [path.name for path in finished.iterdir()] == ["config.json"]
 
 
-def test_a_disk_without_locks_gives_a_warning(tmp_path, monkeypatch):
+def test_a_disk_without_locks_causes_a_warning(tmp_path, monkeypatch):
     def missing(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -234,7 +234,7 @@ def test_a_half_written_layer_is_ignored(recipe, interrupted):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_stopped_resumes_to_the_same_bytes(
-    how, recipe, uncut, tmp_path
+    how, recipe, uninterrupted, tmp_path
 ):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "llmc_attnmask", "prune", str(MODEL_DIR)]
@@ -245,7 +245,7 @@ def test_a_process_that_is_stopped_resumes_to_the_same_bytes(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"COLUMNS": "300"},
-        # a shell's background jobs ignore it, and so would this
+        # a shell's background jobs ignore SIGINT, and so would this process
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while process.poll() is None:
@@ -262,4 +262,4 @@ def test_a_process_that_is_stopped_resumes_to_the_same_bytes(
         assert process.returncode == -how
     assert not (output / "config.json").exists()
     resumed = prune(MODEL_DIR, recipe, output, **FEW, resume=True)
-    assert contents(resumed) == uncut
+    assert contents(resumed) == uninterrupted

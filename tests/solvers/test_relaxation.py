@@ -23,7 +23,7 @@ def test_rows_sum_to_the_number_kept(entries, share, temperature, scale, seed):
 
 
 @given(st.integers(1, 5))
-def test_equal_scores_give_an_even_mask(kept):
+def test_equal_scores_give_a_uniform_mask(kept):
     relaxed = soft_top_k(torch.full((2, 6), 3.0), kept, 0.05)
     torch.testing.assert_close(relaxed, torch.full((2, 6), kept / 6))
 

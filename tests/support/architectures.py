@@ -1,8 +1,8 @@
-"""A tiny random model of every architecture the modifiers are for.
+"""A tiny random model of every architecture that the modifiers support.
 
     python -m tests.support.architectures > docs/architectures.md
 
-measures what ``tests/test_architectures.py`` checks and writes it down.
+measures what ``tests/test_architectures.py`` checks and writes the document.
 """
 
 import tempfile
@@ -49,7 +49,7 @@ _ROTARY_3D = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1,
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models; ``fields`` are those of its config beside ``SMALL``."""
+    """A family of models; ``fields`` go into its config in addition to ``SMALL``."""
 
     feature: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -115,7 +115,7 @@ FAMILIES = {
 
 
 def small_model(family: str) -> PreTrainedModel:
-    """Two layers, float32, eager; attention far from even, some features large."""
+    """Make two eager float32 layers with uneven attention and some large features."""
     torch.manual_seed(0)
     known = FAMILIES[family]
     fields = SMALL | known.fields
@@ -140,14 +140,14 @@ def text_attention(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 
 def deviation_from_eager(model: PreTrainedModel, tokens: Tensor) -> float:
-    """Largest difference of the recomputed attention matrices to the model's own."""
+    """Return the largest difference between recomputed and own attention matrices."""
     with torch.no_grad():
         expected = model(tokens, output_attentions=True, use_cache=False).attentions
     inputs = {n: i for n, i in attention_inputs(model, tokens).items() if len(i)}
     assert len(inputs) == len(expected) == SMALL["num_hidden_layers"]
     largest = 0.0
     for (name, collected), own in zip(inputs.items(), expected, strict=True):
-        assert own.std() > 0.01  # not the even matrix that anything would give
+        assert own.std() > 0.01  # not the uniform matrix that anything would give
         replica = AttentionReplica(model.get_submodule(name))
         everything = collected.batch(
             range(len(collected)), replica.device, replica.dtype
@@ -170,13 +170,13 @@ def magnitude(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One family's way from oneshot to a reloaded checkpoint."""
+    """What one family gives, from oneshot to a reloaded checkpoint."""
 
     layout: str  # which Linears hold q and k
     deviation: float  # of the recomputed attention from the model's own
     error: float  # relative attention error, mean over layers
     magnitude_error: float
-    misplaced: int  # groups of q and k that are not 2:4, other entries that changed
+    misplaced: int  # groups of q and k that are not 2:4, and other entries that changed
     # of the reloaded checkpoint's logits from those of the model in memory, whose
     # experts oneshot computes one by one
     reloaded_deviation: float
@@ -237,7 +237,7 @@ def _layout(model: PreTrainedModel) -> str:
 
 
 def _misplaced(dense: PreTrainedModel, pruned: PreTrainedModel) -> int:
-    """Light mode: q and k are 2:4, and nothing else has changed."""
+    """Count what violates light mode: q and k are 2:4, and nothing else has changed."""
     before, after = dense.state_dict(), pruned.state_dict()
     wrong = 0
     for name, module in text_attention(dense).items():
@@ -258,20 +258,21 @@ def _misplaced(dense: PreTrainedModel, pruned: PreTrainedModel) -> int:
 
 HEADER = """# Architectures
 
-Tiny random models (2 layers, hidden size 32, 4 heads), float32: q and k pruned to 2:4
-in light mode by `oneshot`, saved, reloaded. Written by
-`python -m tests.support.architectures`; the test suite checks every row.
+These are tiny random models (2 layers, hidden size 32, 4 heads) in float32. q and k
+were pruned to 2:4 in light mode by `oneshot`, saved and reloaded. The table is written
+by `python -m tests.support.architectures`; the test suite checks every row.
 
-"Recomputed" is the largest difference of the recomputed attention matrix to the one
-that the model's own eager attention returns. Errors are relative, mean over layers.
+"Recomputed" is the largest difference between the recomputed attention matrix and the
+one that the model's own eager attention returns. Errors are relative, averaged over
+layers.
 
 | model type | particular | pruned | recomputed | attention error | magnitude's |
 |---|---|---|--:|--:|--:|"""
 FOOTER = """
-Refused by name: T5 (a layout of its own, `q k v o`), GPT-J and others that compute
-their softmax themselves, Qwen3-Next (a gate within `q_proj`). Cross-attention and
-vision towers are for `ignore`: calibration text does not reach them, and the run says
-so."""
+T5 (a layout of its own, `q k v o`), GPT-J and others that compute their softmax
+themselves, and Qwen3-Next (a gate within `q_proj`) are refused by name. Put
+cross-attention and vision towers under `ignore`: calibration text does not reach them,
+and the run says so."""
 
 
 def row(family: str, found: Outcome) -> str:

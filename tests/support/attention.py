@@ -7,5 +7,5 @@ from llmc_attnmask.attention.matrix import first_rows
 
 
 def probabilities(call: AttentionCall) -> Tensor:
-    """[B, H, L, L], rows sum to 1 (less what the sinks take)."""
+    """Return [B, H, L, L], whose rows sum to 1 (less what the sinks take)."""
     return first_rows(call, call.query.shape[2])

@@ -12,7 +12,7 @@ TWO_OF_FOUR = MaskStructure.parse("2:4")
 
 
 def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> BlockPair:
-    """Return the block at an index, whose predecessors are pruned, too."""
+    """Return the block at an index; its predecessors are pruned, too."""
     block = model.model.layers[index]
     with torch.no_grad():
         stream = inputs_of(model, block, tokens)

@@ -11,11 +11,11 @@ def shared_library(source: Path, folder: Path, *flags: str) -> Path:
     """Compile one file of C, or of C++ without its standard library.
 
     Skips the test where zig is not installed. Compiles once for each set of flags while
-    the folder lives, which is best made for the session.
+    the folder exists; it is best made once per session.
 
-    :param source: the file; its suffix says the language, unless the flags do
+    :param source: the file; its suffix gives the language, unless the flags do
     :param folder: where the result goes
-    :param flags: further arguments of the compiler
+    :param flags: further arguments for the compiler
     :return: the shared library
     """
     pytest.importorskip("ziglang", reason="needs zig to compile C: pip install ziglang")

@@ -16,10 +16,10 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 DOCUMENTS += sorted(ROOT.glob("docs/*.md"))
 DOCUMENTS += sorted(ROOT.glob("integration/**/*.md"))
 
-# First word of a command -> why it is not run here. Each is checked in another way, see
-# tests/test_document_blocks.py.
+# Maps the first word of a command to why it is not run here. Each is checked in another
+# way in tests/test_document_blocks.py.
 NOT_RUN = {
-    "cd": "only goes with git clone",
+    "cd": "only makes sense after git clone",
     "git": "needs the repository's address",
     "make": "sets up environments, or is the test suite itself",
     "pip": "installs into an environment of its own",
@@ -44,7 +44,7 @@ class Block:
         return f"{self.document.relative_to(ROOT)}:{self.line}"
 
     def commands(self) -> list[str]:
-        """Command lines, without comments, continued lines joined."""
+        """Return command lines, with continued lines joined and without comments."""
         joined = self.text.replace("\\\n", " ")
         lines = [re.sub(r"(^|\s+)#.*", "", line).strip() for line in joined.split("\n")]
         commands = [c for line in lines for c in re.split(r"\s+(?:&&|\|)\s+", line)]
@@ -52,7 +52,7 @@ class Block:
 
 
 def blocks(document: Path) -> Iterator[Block]:
-    """In order."""
+    """Yield the code blocks of a document in order."""
     section, start, language = "", 0, ""
     lines: list[str] = []
     for number, line in enumerate(document.read_text("utf-8").split("\n"), start=1):
@@ -71,7 +71,7 @@ def blocks(document: Path) -> Iterator[Block]:
 
 
 def first_word(command: str) -> str:
-    """Of a command, without the folder of an environment."""
+    """Return a command's first word, without an environment's folder."""
     return command.split()[0].rpartition("/")[2]
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HOLE = "\N{HORIZONTAL ELLIPSIS}"  # stands for what is filled in at run time
-# names of what prints a message, beside everything that ends in Error
+# names of what prints a message, besides everything that ends in Error
 _PRINTING = {"BadParameter", "SystemExit", "UsageError", "exit", "warn", "warning"}
-_FEWEST_LETTERS = 9  # less is another message with a name before it
+_FEWEST_LETTERS = 9  # shorter texts only put a name before another message
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Message:
 
 
 def messages(package: Path = ROOT / "llmc_attnmask") -> list[Message]:
-    """In the order of files and lines."""
+    """Return the messages in the order of files and lines."""
     found: list[Message] = []
     for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def _of_module(tree: ast.Module) -> Iterator[tuple[int, str]]:
         if not isinstance(node, ast.Call) or not _prints(node.func):
             continue
         for value in [*node.args, *(keyword.value for keyword in node.keywords)]:
-            # a function of this module that makes the text
+            # the text may come from a function of this module
             if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
                 maker = functions.get(value.func.id)
                 yield from _returned(maker, constants) if maker else ()
@@ -74,7 +74,7 @@ def _prints(function: ast.expr) -> bool:
 
 
 def _text(value: ast.expr, constants: dict[str, str]) -> str:
-    """A string with holes; empty for anything else."""
+    """Return a string with holes, or an empty one for anything that is not a string."""
     if isinstance(value, ast.Constant) and isinstance(value.value, str):
         text = value.value.replace("%s", HOLE)
     elif isinstance(value, ast.JoinedStr):

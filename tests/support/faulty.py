@@ -1,4 +1,4 @@
-"""The command, of which rank 1 raises or is killed in the second layer.
+"""Run the command with a rank 1 that raises or is killed in the second layer.
 
 python tests/support/faulty.py raise|kill prune ... --output DIR
 """

@@ -1,4 +1,4 @@
-"""Triton kernels on CPU: Triton reads the variable once, when it is imported first."""
+"""Triton kernels on the CPU; Triton reads the variable once, at its first import."""
 
 import os
 
@@ -6,5 +6,5 @@ import pytest
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs TRITON_INTERPRET=1 before Triton is imported first",
+    reason="needs TRITON_INTERPRET=1 before Triton's first import",
 )

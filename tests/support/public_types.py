@@ -1,6 +1,6 @@
 """What a type checker sees of the public names; mypy reads this file, nothing runs it.
 
-A name that had lost its type would be ``Any``, which these assertions refuse.
+A name that lost its type would be ``Any``, which these assertions reject.
 """
 
 from collections.abc import Callable

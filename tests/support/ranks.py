@@ -30,7 +30,7 @@ TWO_OF_FOUR = {"sparsity": 0.5, "mask_structure": "2:4"}
 
 
 def refused(modifier) -> tuple[str, int]:
-    """Why plain oneshot with one dataset on every rank fails, and the hooks left."""
+    """Return why one dataset on every rank is refused, and how many hooks are left."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
     tokens = torch.arange(4 * 16).view(4, 16) + 10
     try:

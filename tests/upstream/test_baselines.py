@@ -1,4 +1,4 @@
-"""The methods that a run is compared with are what they are called."""
+"""The baselines that a run is compared with are the methods they are named after."""
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ def problem():
 
 
 @pytest.mark.parametrize("structure", ["2:4", "1:4", "0:0"])
-def test_each_prunes_as_asked_and_leaves_its_arguments_alone(problem, structure):
+def test_each_baseline_prunes_as_requested_and_leaves_its_arguments_alone(
+    problem, structure
+):
     parsed = MaskStructure.parse(structure)
     sparsity = 0.5 if parsed.unstructured else parsed.pruned / parsed.group
     weight, hessian = problem
@@ -30,7 +32,7 @@ def test_each_prunes_as_asked_and_leaves_its_arguments_alone(problem, structure)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
-def test_wanda_and_magnitude_by_their_formulas(problem):
+def test_wanda_and_magnitude_follow_their_formulas(problem):
     weight, hessian = problem
     found = baselines(MaskStructure.parse("2:4"), 0.5)
     for name, scores in {
@@ -43,7 +45,7 @@ def test_wanda_and_magnitude_by_their_formulas(problem):
         assert torch.equal(found[name](weight, hessian), expected)
 
 
-def test_sparsegpt_is_llm_compressors(problem):
+def test_sparsegpt_equals_llm_compressors_own(problem):
     structure = MaskStructure.parse("2:4")
     pruned = baselines(structure, 0.5)["SparseGPT"](*problem)
     assert torch.equal(pruned, sparsegpt_weight(*problem, structure, 0.5))

@@ -1,4 +1,4 @@
-"""What this package relies on upstream: a failure here names the seam that moved."""
+"""What this package relies on upstream; a failure here names the seam that moved."""
 
 import inspect
 from importlib.metadata import version
@@ -38,13 +38,13 @@ def test_importing_the_package_registers_its_modifiers_with_llm_compressor():
             assert registered is getattr(llmc_attnmask, name)
 
 
-def test_the_python_surface_is_what_the_design_names():
+def test_every_public_name_is_callable():
     for name in llmc_attnmask.__all__:
         assert callable(getattr(llmc_attnmask, name))
 
 
 def test_llm_compressor_still_drops_recipes_of_another_shape():
-    """The reason for `recipe.py`; if this fails upstream says so itself."""
+    """This is why `recipe.py` checks the shape; if it fails, upstream now says so."""
     content = {"modifiers": {"WandaPruningModifier": {"sparsity": 0.5}}}
     assert Recipe.from_dict(content).modifiers == []
 
@@ -62,7 +62,7 @@ def test_the_attention_interface_can_be_extended():
     assert AttentionInterface()[capture._INTERFACE] is capture._capture
 
 
-def test_gptq_still_looks_its_function_up_where_ours_is_put():
+def test_gptq_still_looks_up_its_function_where_the_package_replaces_it():
     assert gptq_base.quantize_weight is gptq_quantize.quantize_weight
     source = inspect.getsource(GPTQModifier.compress_module_list)
     assert "quantize_weight(\n" in source and "weights=weights" in source
@@ -81,7 +81,7 @@ def test_every_modifier_still_passes_through_the_methods_that_the_guard_wraps(me
     assert f"mod.{method}(" in inspect.getsource(CompressionLifecycle)
 
 
-def test_the_guard_still_hears_which_modules_an_epoch_was_about():
+def test_the_guard_is_still_told_which_modules_an_epoch_covered():
     from llmcompressor.core import LifecycleCallbacks
 
     source = inspect.getsource(LifecycleCallbacks.sequential_epoch_end)
@@ -104,14 +104,14 @@ def test_gptq_still_keeps_its_hessians_where_a_resumed_run_drops_them():
     assert "self._hessians.pop(" in inspect.getsource(GPTQModifier)
 
 
-def test_every_modifier_still_has_a_pipeline_of_its_own():
+def test_every_modifier_still_runs_in_its_own_pipeline():
     source = inspect.getsource(IndependentPipeline)
     assert "session.lifecycle.recipe.modifiers = [modifier]" in source
     assert "pipeline(model, dataloader, dataset_args)" in source
     assert isinstance(SequentialPipeline.__dict__["__call__"], staticmethod)
 
 
-def test_saving_is_still_wrapped_once_and_marked_so():
+def test_saving_is_still_wrapped_only_once_and_marked_as_wrapped():
     source = inspect.getsource(modify_save_pretrained)
     assert "save_pretrained_wrapper._overridden = True" in source
     assert 'if not getattr(model.save_pretrained, "_overridden", False)' in source

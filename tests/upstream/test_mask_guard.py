@@ -44,7 +44,7 @@ def targets(projections: str) -> dict:
 
 
 def few(kind):
-    """Of some layers only: it is the time of most of these tests."""
+    """Quantize only some layers, which takes most of the time of these tests."""
     return kind(**INT8 | targets("q|v"))
 
 
@@ -59,7 +59,7 @@ def run(tokenizer, calibration):
 
 
 class FillsIn(Modifier):
-    """Writes one pruned entry of one Linear, at the stage it is told."""
+    """Writes to one pruned entry of one Linear at the given stage."""
 
     stage: str
 
@@ -84,7 +84,7 @@ class FillsIn(Modifier):
 
 @pytest.fixture
 def calibrations(monkeypatch) -> list[str]:
-    """The modifiers that have begun to calibrate."""
+    """The modifiers that have started to calibrate."""
     begun = []
     for kind in (AttentionMatrixPruningModifier, SparseGPTModifier, GPTQModifier):
         original = kind.on_calibration_start
@@ -139,7 +139,9 @@ def test_stock_gptq_on_a_checkpoint_that_an_earlier_run_pruned_is_refused(
     "stage",
     ["calibration_start", "sequential_epoch_end", "calibration_end", "finalize"],
 )
-def test_whoever_fills_in_an_entry_is_named_with_the_layer_and_the_count(run, stage):
+def test_a_modifier_that_fills_in_an_entry_is_named_with_the_layer_and_the_count(
+    run, stage
+):
     model = tiny()
     message = (
         r"^FillsIn has overwritten 1 of the \d+ pruned entries of "
@@ -150,7 +152,7 @@ def test_whoever_fills_in_an_entry_is_named_with_the_layer_and_the_count(run, st
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_rotation_after_pruning_is_found_out(run):
+def test_a_rotation_after_pruning_is_detected(run):
     with pytest.raises(MaskBrokenError, match=r"^SpinQuantModifier has overwritten"):
         run(
             attention(),
@@ -209,7 +211,7 @@ def test_recipes_that_keep_their_masks_raise_no_alarm(run, recipe):
     run(*recipe())
 
 
-def test_weights_that_were_loaded_since_raise_no_alarm(run):
+def test_weights_that_are_loaded_after_pruning_raise_no_alarm(run):
     model = tiny()
     dense = {k: v.clone() for k, v in model.state_dict().items()}
     run(attention(), model=model)
@@ -217,7 +219,7 @@ def test_weights_that_were_loaded_since_raise_no_alarm(run):
     run(few(GPTQModifier), model=model)
 
 
-def test_a_checkpoint_of_rounded_weights_is_not_taken_for_a_pruned_one(run):
+def test_a_checkpoint_of_rounded_weights_is_not_mistaken_for_a_pruned_one(run):
     model = tiny()
     for name, weight in model.named_parameters():
         if re.search("_proj", name):

@@ -11,7 +11,7 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def test_the_package_and_its_conversions_do_without_llm_compressor():
+def test_the_package_and_its_conversions_do_not_import_llm_compressor():
     out = python(
         "import sys, llmc_attnmask; llmc_attnmask.pack; llmc_attnmask.inspect\n"
         "print('llmcompressor' in sys.modules, 'transformers' in sys.modules)"
@@ -19,8 +19,8 @@ def test_the_package_and_its_conversions_do_without_llm_compressor():
     assert out == "False False\n"
 
 
-def test_the_package_itself_imports_nothing_that_takes_time():
-    """What takes time is imported by the names that need it."""
+def test_the_package_itself_imports_nothing_slow():
+    """Slow imports wait until a name that needs them is used."""
     out = python(
         "import sys, llmc_attnmask\n"
         "heavy = {'torch', 'transformers', 'llmcompressor', 'numpy', 'pydantic'}\n"
@@ -29,7 +29,7 @@ def test_the_package_itself_imports_nothing_that_takes_time():
     assert out == "set()\n"
 
 
-def test_beside_llm_compressor_it_imports_no_package_but_itself():
+def test_after_llm_compressor_the_package_imports_nothing_but_itself():
     out = python(
         "import sys, llmcompressor\n"
         "before = {name.partition('.')[0] for name in sys.modules}\n"
@@ -49,7 +49,7 @@ def test_beside_llm_compressor_it_imports_no_package_but_itself():
         "from llmc_attnmask import AttentionMatrixPruningModifier",
     ],
 )
-def test_recipes_know_the_modifiers_in_whatever_order_things_are_imported(imports):
+def test_recipes_know_the_modifiers_whatever_the_order_of_imports(imports):
     out = python(
         f"{imports}\n"
         "from llmcompressor.recipe import Recipe\n"

@@ -53,7 +53,7 @@ def windows() -> Dataset:
 
 
 @pytest.mark.parametrize("scheme", [None, "W8A8", "FP8_DYNAMIC"])
-def test_oneshot_and_prune_write_the_storage_that_the_recipe_asks(scheme, tmp_path):
+def test_oneshot_and_prune_write_the_storage_that_the_recipe_requests(scheme, tmp_path):
     recipe = written(tmp_path, scheme, "sparse-24-bitmask")
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     by_oneshot = tmp_path / "oneshot"
@@ -86,7 +86,9 @@ def test_oneshot_and_prune_write_the_storage_that_the_recipe_asks(scheme, tmp_pa
 
 
 @pytest.mark.parametrize("scheme", [None, "W8A8"])
-def test_dense_storage_has_the_marker_and_is_the_packed_ones_content(scheme, tmp_path):
+def test_dense_storage_has_the_marker_and_the_same_contents_as_packed_storage(
+    scheme, tmp_path
+):
     recipe = written(tmp_path, scheme)
     dense = prune(MODEL_DIR, recipe, tmp_path / "dense", **QUICK)
     assert len(marker.read(config_of(dense))) == 28
@@ -103,7 +105,7 @@ def test_dense_storage_has_the_marker_and_is_the_packed_ones_content(scheme, tmp
         assert config["quantization_config"] == expected
 
 
-def test_only_attention_at_2of4_stays_dense_with_the_reason(tmp_path):
+def test_a_model_with_only_q_and_k_at_2of4_is_saved_dense_with_the_reason(tmp_path):
     recipe = written(tmp_path, storage="sparse-24-bitmask", rest=False)
     with pytest.warns(CheckpointWarning) as caught:
         saved = prune(MODEL_DIR, recipe, tmp_path / "out", **QUICK)
@@ -158,7 +160,7 @@ def test_modifiers_that_disagree_on_the_storage_are_refused(tmp_path):
         oneshot(model=model, dataset=windows(), recipe=str(recipe))
 
 
-def test_a_model_that_was_loaded_packed_is_saved_as_what_it_is(tmp_path):
+def test_a_model_that_was_loaded_packed_is_saved_dense_with_a_marker(tmp_path):
     prune_2of4(MODEL_DIR, tmp_path / "dense")
     from llmc_attnmask.checkpoint.convert import to_packed
 
@@ -177,7 +179,7 @@ def test_a_model_that_was_loaded_packed_is_saved_as_what_it_is(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "again")
 
 
-class TestAnOutputThatExists:
+class TestAnExistingOutput:
     @pytest.fixture
     def previous(self, tmp_path):
         folder = Path(shutil.copytree(MODEL_DIR, tmp_path / "out"))
@@ -202,7 +204,7 @@ class TestAnOutputThatExists:
         names = {path.name for path in previous.iterdir()}
         mine = {"notes.txt", "adapter_model.safetensors", "tokenizer.json"}
         assert mine <= names
-        (previous / "adapter_model.safetensors").unlink()  # for the readers below
+        (previous / "adapter_model.safetensors").unlink()  # is not safetensors
         assert not any("index" in n or "00001" in n or n[0] == "." for n in names)
         assert len([x for x in inspect(previous) if x.two_of_four]) == 28
         load(previous)
@@ -230,7 +232,7 @@ def test_pushing_to_the_hub_while_saving_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_large_models_are_saved_in_shards_and_packed_so(tmp_path, monkeypatch):
+def test_large_models_are_saved_and_packed_in_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("llmc_attnmask.upstream.save._MAX_SHARD_SIZE", "1MB")
     recipe = written(tmp_path, None, "sparse-24-bitmask")
     saved = prune(MODEL_DIR, recipe, tmp_path / "out", **QUICK)

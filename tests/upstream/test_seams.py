@@ -27,5 +27,5 @@ def test_a_seam_names_a_module_and_a_canary_that_exist(seam: Seam):
 
 @pytest.mark.parametrize("version", sorted({seam.version for seam in SEAMS}))
 def test_the_version_that_was_read_is_the_one_that_is_pinned(version: str):
-    """When a pin moves: read these seams in the new version, then change the table."""
+    """When a pin changes, read these seams in the new version and update the table."""
     assert re.search(rf"^{re.escape(version)}\b", PINS, re.MULTILINE)

@@ -107,7 +107,7 @@ def test_blocks_of_other_sizes_give_the_same_result(tmp_path):
     multiprocessors=st.integers(1, 40),
     seed=st.integers(0, 1000),
 )
-def test_every_shape_and_every_order_of_threads(
+def test_the_product_is_right_for_every_shape_and_order_of_threads(
     emulator, tokens, rows, columns, dtype, out_dtype, bias, multiprocessors, seed
 ):
     if dtype == torch.int8:

@@ -35,7 +35,7 @@ def prepared(engine, dtype, **options):
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 47, 48, 49, 96, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits(engine, tokens, dtype):
+def test_sixteen_bit_products_are_exact_up_to_rounding(engine, tokens, dtype):
     weight, compressed = prepared(engine, dtype)
     x, bias = random_values((tokens, COLUMNS), dtype), torch.randn(ROWS).to(dtype)
     found = engine.linear(x, compressed, None, None, bias, dtype)
@@ -50,7 +50,7 @@ def test_sixteen_bits(engine, tokens, dtype):
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_eight_bits_with_large_and_small_tokens_side_by_side(
+def test_eight_bit_products_are_exact_with_large_and_small_tokens_side_by_side(
     engine, dtype, out_dtype, with_bias
 ):
     weight, compressed = prepared(engine, dtype)
@@ -98,14 +98,14 @@ def test_memory_after_the_last_token_affects_no_token(engine, dtype, monkeypatch
     assert torch.equal(engine.linear(*arguments), clean)
 
 
-def test_no_tokens(engine):
+def test_no_tokens_give_an_empty_result(engine):
     _, compressed = prepared(engine, torch.bfloat16)
     x = torch.empty(0, COLUMNS, dtype=torch.bfloat16)
     found = engine.linear(x, compressed, None, None, None, x.dtype)
     assert found.shape == (0, ROWS)
 
 
-def test_tokens_at_an_address_that_the_library_refuses(engine):
+def test_tokens_at_an_address_that_the_library_refuses_are_still_multiplied(engine):
     weight, compressed = prepared(engine, torch.bfloat16)
     memory = random_values((1, 16 * COLUMNS + 1), torch.bfloat16)[0]
     x = memory[1:].view(16, COLUMNS)

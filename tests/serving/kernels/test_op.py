@@ -46,7 +46,7 @@ def test_eight_bits_with_scales_give_sixteen_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_no_tokens_at_all(dtype):
+def test_no_tokens_give_an_empty_result(dtype):
     found = sparse_linear(*_arguments(dtype, tokens=0))
     assert found.shape == (0, 32) and found.dtype == torch.bfloat16
 
@@ -69,7 +69,7 @@ def test_one_compiled_graph_serves_every_number_of_tokens():
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_a_token_of_zeros_and_a_large_one(dtype):
+def test_a_token_of_zeros_and_a_large_token_survive_quantization(dtype):
     x = torch.tensor([[0.0, 0.0], [60000.0, -30000.0]], dtype=torch.float16)
     rounded, scale = activations.quantizer(dtype, x.device)(x)
     back = rounded.float() * scale[:, None]
