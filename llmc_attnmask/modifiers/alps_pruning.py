@@ -32,7 +32,7 @@ from llmc_attnmask.solvers.alps import LinearProblem, LinearSolution, prune_line
 
 class ALPSPruningModifier(StoredModifier):
     """
-    Prunes Linear layers on the error of their own output, as SparseGPT does. Masks come
+    Prunes Linear layers by the error of their own output, as SparseGPT does. Masks come
     from ADMM, and survivors are solved for by conjugate gradients
     (https://arxiv.org/abs/2406.07831).
 

@@ -37,7 +37,7 @@ _MAPPED = 6  # attention modules whose attention maps the report shows
 
 class AttentionMatrixPruningModifier(StoredModifier):
     """
-    Prunes the projections of attention modules. Masks are learned on the error of the
+    Prunes the projections of attention modules. Masks minimize the error of the
     attention matrix itself (https://arxiv.org/abs/2410.11261), not on a linear proxy.
 
     Sample yaml:
@@ -66,7 +66,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
     :param mask_structure: "N:M" prunes N of every M consecutive inputs of a row; "0:0"
         prunes a share of the whole matrix. Defaults to "0:0"
     :param projections: which projections to prune, of q, k, v and o. Defaults to q and
-        k. v and o are pruned on the error of the attention output, given the pruned
+        k. v and o are pruned by the error of the attention output, given the pruned
         attention matrix
     :param update_weights: false, light mode: survivors keep their original bits; true,
         accuracy mode: masks and survivors are solved for to second order, then the

@@ -1,4 +1,4 @@
-"""Prune Linears on the error of their own outputs, as ALPS does (arXiv 2406.07831)."""
+"""Prune Linears by the error of their own outputs, as ALPS does (arXiv 2406.07831)."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Prune the projections of one attention layer on the error of its attention.
+"""Prune the projections of one attention layer by the error of its attention.
 
 There are two modes. Both minimize an error of the attention matrix or output
 (``objective.py``), first for q and k, then for v and o.
