@@ -38,7 +38,8 @@ _MAPPED = 6  # attention modules whose attention maps the report shows
 class AttentionMatrixPruningModifier(StoredModifier):
     """
     Prunes the projections of attention modules. Masks minimize the error of the
-    attention matrix itself (https://arxiv.org/abs/2410.11261), not on a linear proxy.
+    attention matrix itself (https://arxiv.org/abs/2410.11261), not that of a linear
+    proxy.
 
     Sample yaml:
 
