@@ -129,7 +129,7 @@ def test_the_kept_values_come_first(engine, dtype):
 
 def test_another_dtype_is_refused(engine):
     with pytest.raises(
-        ValueError, match=r"float32 weight here; expected torch.float16"
+        ValueError, match=r"float32 weights are not supported; expected torch.float16"
     ):
         engine.compress(torch.zeros(ROWS, COLUMNS))
 
