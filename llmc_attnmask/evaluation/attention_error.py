@@ -8,8 +8,7 @@ from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.calibration.inputs import ModuleInputs
-
-_TOKENS_AT_ONCE = 8192
+from llmc_attnmask.evaluation.batches import batches
 
 
 @torch.no_grad()
@@ -59,7 +58,7 @@ def attention_inputs(
     ]
     device = next(model.parameters()).device
     try:
-        for batch in windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1])):
+        for batch in batches(windows):
             model(input_ids=batch.to(device), use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.source import read_tokenizer
+from llmc_attnmask.evaluation.batches import batches
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
 from llmc_attnmask.text.windows import evaluation_windows, window_length
-
-_TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,8 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     :raises ValueError: if the mean loss is not finite
     """
     device = next(model.parameters()).device
-    batch_size = max(1, _TOKENS_AT_ONCE // windows.shape[1])
     total = 0.0
-    for batch in tqdm(windows.split(batch_size), desc="perplexity", leave=False):
+    for batch in tqdm(batches(windows), desc="perplexity", leave=False):
         ids = batch.to(device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         total += loss.item() * len(batch)

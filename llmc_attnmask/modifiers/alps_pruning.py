@@ -143,10 +143,10 @@ class ALPSPruningModifier(StoredModifier):
         for start in range(0, len(names), at_once):
             few = names[start : start + at_once]
             layers = {name: LayerLog(model, self, name) for name in few}
-            wanted = [name for name in few if not restorable(self, name)]
-            problems = [self._problem(name) for name in wanted]
+            unsolved = [name for name in few if not restorable(self, name)]
+            problems = [self._problem(name) for name in unsolved]
             found = prune_linears(problems, self._structure, self.sparsity)
-            solutions = dict(zip(wanted, found, strict=True))
+            solutions = dict(zip(unsolved, found, strict=True))
             for name in few:
                 self._problems.pop(name, None)
                 linear = self._linears[name]

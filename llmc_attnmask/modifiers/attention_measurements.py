@@ -14,7 +14,7 @@ from llmc_attnmask.attention.attention_maps import (
 from llmc_attnmask.attention.projections import Role
 from llmc_attnmask.distributed import all_sum_numbers
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
-from llmc_attnmask.solvers.solver import MaskSolution
+from llmc_attnmask.solvers.solver import MaskSolution, combined
 
 
 @torch.no_grad()
@@ -25,11 +25,7 @@ def measurements(
 
     :param with_maps: whether to include attention maps
     """
-    masks: dict[Role, Tensor] = {}
-    weights: dict[Role, Tensor] = {}
-    for solution in solutions:
-        masks |= solution.masks
-        weights |= solution.weights
+    masks, weights = combined(solutions)
     last = [len(layer.inputs) - 1]  # the sample whose attention maps are shown
     query_and_key: dict[Role, Tensor] = {
         role: weight for role, weight in weights.items() if role in ("q", "k")

@@ -1,11 +1,11 @@
 """``AttentionMatrixPruningModifier``: the solver in llm-compressor's life cycle."""
 
-from typing import Any, cast
+from typing import Any
 
 from compressed_tensors.offload import get_execution_device
 from llmcompressor.core import Event, State
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from llmc_attnmask.attention.capture import AttentionReplica, UnsupportedAttentionError
 from llmc_attnmask.attention.output_path import check_output_path
@@ -28,7 +28,7 @@ from llmc_attnmask.runlog.wording import listed
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.matrix_objective import OUTPUT_WEIGHT
 from llmc_attnmask.solvers.settings import SolverSettings
-from llmc_attnmask.solvers.solver import learn_masks
+from llmc_attnmask.solvers.solver import combined, learn_masks
 from llmc_attnmask.upstream.baselines import baselines
 
 _STEPS = {False: 200, True: 25}  # by update_weights, which has the better start
@@ -117,8 +117,8 @@ class AttentionMatrixPruningModifier(StoredModifier):
     @model_validator(mode="after")
     def _check_fields(self) -> "AttentionMatrixPruningModifier":
         self._structure = MaskStructure.parse(self.mask_structure)
-        several = isinstance(self.sparsity, list)
-        for sparsity in cast(list, self.sparsity if several else [self.sparsity]):
+        given = self.sparsity
+        for sparsity in given if isinstance(given, list) else [given]:
             self._structure.check(sparsity)
         if not self.projections or len(set(self.projections)) < len(self.projections):
             raise ValueError(
@@ -213,11 +213,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
             self._settings(target.sparsity),
             baselines(self._structure, target.sparsity),
         )
-        masks: dict[Role, Tensor] = {}
-        weights: dict[Role, Tensor] = {}
-        for solution in solutions:
-            masks |= solution.masks
-            weights |= solution.weights
+        masks, weights = combined(solutions)
         changed = target.write(masks, weights if self.update_weights else None)
         log.done(
             replica.device,

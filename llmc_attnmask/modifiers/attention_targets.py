@@ -72,8 +72,15 @@ class AttentionTarget:
 
     def linears(self) -> list[nn.Linear]:
         """Return the Linears that are pruned, wholly or in part."""
-        children = dict.fromkeys(self.projections[role].child for role in self.roles)
-        return [self._linear(child) for child in children]
+        return [self._linear(child) for child in self._by_child()]
+
+    def _by_child(self) -> dict[str, list[Projection]]:
+        """Group the projections to prune by their Linear."""
+        by_child: dict[str, list[Projection]] = {}
+        for role in self.roles:
+            projection = self.projections[role]
+            by_child.setdefault(projection.child, []).append(projection)
+        return by_child
 
     def _linear(self, child: str) -> nn.Linear:
         return cast(nn.Linear, self.attention.get_submodule(child))
@@ -89,12 +96,8 @@ class AttentionTarget:
             values
         :return: the Linears that have changed
         """
-        by_child: dict[str, list[Projection]] = {}
-        for role in self.roles:
-            projection = self.projections[role]
-            by_child.setdefault(projection.child, []).append(projection)
         changed: list[nn.Module] = []
-        for child, projections in by_child.items():
+        for child, projections in self._by_child().items():
             linear = self._linear(child)
             weight = linear.weight.detach().clone()
             kept = torch.ones_like(weight, dtype=torch.bool)

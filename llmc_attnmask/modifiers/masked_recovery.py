@@ -218,39 +218,33 @@ class MaskedRecoveryModifier(StoredModifier):
         stream = self._streams.get(container, inputs.hidden)
         device = get_execution_device(block)
         dense = Block(block, inputs, device, stream, load_file(self._file(name)))
-        self._streams[container] = dense.outputs()
+        targets = self._streams[container] = dense.outputs()
         if name not in self._refined:
             return
         with layer_work(model, self, name) as work:
-            if not work.restored:
-                layer = LayerLog(model, self, name)
-                work.changed = self._refine(layer, dense, inputs, stream)
+            if work.restored:
+                return
+            log = LayerLog(model, self, name)
+            with align_module_device(block):
+                pruned = Block(block, inputs, device)
+            if kept := masks_of(dense, pruned):
+                norm = squared_residual_norm(stream, targets)
+                pair = BlockPair(dense, pruned, targets, norm, kept)
+                work.changed = self._refine(log, block, pair)
 
     def _refine(
-        self,
-        layer: LayerLog,
-        dense: Block,
-        inputs: ModuleInputs,
-        stream: SampleTensors,
+        self, log: LayerLog, block: nn.Module, pair: BlockPair
     ) -> list[nn.Module]:
         """Refine one block; returns its Linears that have changed."""
-        block = self._blocks[layer.name]
-        targets = self._streams[layer.name.rpartition(".")[0]]
-        with align_module_device(block):
-            pruned = Block(block, inputs, dense.device)
-        kept = masks_of(dense, pruned)
-        if not kept:
-            return []
-        norm = squared_residual_norm(stream, targets)
-        pair = BlockPair(dense, pruned, targets, norm, kept)
-        found = recover(pair, self._settings(), layer.name)
+        found = recover(pair, self._settings(), log.name)
+        linears, kept = pair.pruned.linears(), pair.kept
         for child, mask in kept.items():
             linear = block.get_submodule(child)
             dtype = cast(Tensor, linear.weight).dtype
-            weight = pruned.linears()[child].weight.to(dtype).masked_fill(~mask, 0.0)
+            weight = linears[child].weight.to(dtype).masked_fill(~mask, 0.0)
             write_parameter(linear, "weight", weight)
-        layer.done(
-            dense.device,
+        log.done(
+            pair.dense.device,
             {"block output": found.errors},
             zeros=sum(int((~mask).sum()) for mask in kept.values()),
             entries=sum(mask.numel() for mask in kept.values()),

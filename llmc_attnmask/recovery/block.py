@@ -89,6 +89,18 @@ class BlockPair:
     squared_norm: float  # ||Y - X||_F^2, see ``squared_residual_norm``
     kept: Mapping[str, Tensor]  # name of a pruned Linear -> bool [rows, columns]
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return copies of the pruned Linears' weights, to ``restore`` them."""
+        linears = self.pruned.linears()
+        return {name: linears[name].weight.detach().clone() for name in self.kept}
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Write weights back that ``weights`` has copied."""
+        linears = self.pruned.linears()
+        for name, weight in weights.items():
+            linears[name].weight.copy_(weight)
+
 
 def masks_of(dense: Block, pruned: Block) -> dict[str, Tensor]:
     """Return the kept entries of every pruned Linear: name -> bool [rows, columns]."""

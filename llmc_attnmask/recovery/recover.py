@@ -26,20 +26,27 @@ def recover(pair: BlockPair, settings: RefineSettings, name: str) -> Recovery:
     :param settings: with no steps, the least-squares solution is the result
     :param name: of the block, for messages
     """
-    linears = pair.pruned.linears()
     errors = [block_error(pair.pruned, pair.targets)]
-    before = {child: linears[child].weight.clone() for child in pair.kept}
-    refit(pair.dense, pair.pruned, dict(pair.kept))
-    errors.append(block_error(pair.pruned, pair.targets))
-    fallback: str | None = None
-    if not math.isfinite(errors[-1]):
-        fallback = f"the error after the least-squares solution is {errors[-1]}"
-        logger.warning(f"{name}: {fallback}; the block stays as it was pruned")
-        for child, weight in before.items():
-            linears[child].weight.copy_(weight)
-        errors[-1] = errors[0]
+    error, fallback = _solve(pair, errors[0], name)
+    errors.append(error)
     if settings.steps and not fallback:
-        found = refine(pair, errors[-1], settings)
+        found = refine(pair, error, settings)
         errors.append(found.error)
         fallback = found.fallback
     return Recovery([error / pair.squared_norm for error in errors], fallback)
+
+
+def _solve(pair: BlockPair, start_error: float, name: str) -> tuple[float, str | None]:
+    """Solve for the survivors; if the error is not finite, restore them.
+
+    :return: ||Y~ - Y||_F^2 over all samples, and what was not finite, if anything
+    """
+    before = pair.weights()
+    refit(pair)
+    error = block_error(pair.pruned, pair.targets)
+    if math.isfinite(error):
+        return error, None
+    fallback = f"the error after the least-squares solution is {error}"
+    logger.warning(f"{name}: {fallback}; the block stays as it was pruned")
+    pair.restore(before)
+    return start_error, fallback

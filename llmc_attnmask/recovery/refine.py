@@ -55,13 +55,11 @@ def refine(pair: BlockPair, start_error: float, settings: RefineSettings) -> Ref
 
     :param start_error: ||Y~ - Y||_F^2 over all samples before the descent
     """
-    linears = {name: pair.pruned.linears()[name] for name in pair.kept}
-    before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-    dense = pair.dense.linears()
-    spread = {name: dense[name].weight.std().item() for name in pair.kept}
+    before = pair.weights()
+    dense, pruned = pair.dense.linears(), pair.pruned.linears()
     learned = [
-        (linear.weight, settings.learning_rate * spread[name])
-        for name, linear in linears.items()
+        (pruned[name].weight, settings.learning_rate * dense[name].weight.std().item())
+        for name in pair.kept
     ]
     micro_batches = micro_batches_of(pair.pruned.inputs, settings.batch_size)
     per_norm = sample_count(micro_batches) / pair.squared_norm
@@ -71,11 +69,10 @@ def refine(pair: BlockPair, start_error: float, settings: RefineSettings) -> Ref
     if not fallback and not math.isfinite(error):
         fallback = f"the error after the descent is {error}"
     better = error <= start_error  # False for NaN
-    with torch.no_grad():
-        for name, linear in linears.items():
-            linear.weight.requires_grad_(False)
-            if not better:
-                linear.weight.copy_(before[name])
+    for weight, _ in learned:
+        weight.requires_grad_(False)
+    if not better:
+        pair.restore(before)
     if fallback:
         logger.warning(f"{fallback}; the block stays as it was before the descent")
     return Refinement(error if better else start_error, fallback)

@@ -22,7 +22,7 @@ from llmc_attnmask.attention.projections import (
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.calibration.micro_batches import MAX_MICRO_BATCH, Sums
 from llmc_attnmask.distributed import gathered, owner, rank, send_from
-from llmc_attnmask.recovery.block import Block
+from llmc_attnmask.recovery.block import Block, BlockPair
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.least_squares import solve
 from llmc_attnmask.solvers.matrix_objective import OUTPUT_WEIGHT, MatrixObjective
@@ -31,14 +31,11 @@ _HESSIAN = ""  # a key that no Linear has as its name
 
 
 @torch.no_grad()
-def refit(dense: Block, pruned: Block, kept: dict[str, Tensor]) -> None:
-    """Overwrite the surviving weights of ``pruned``; the masks stay as they are.
-
-    :param dense: the dense block on the dense model's hidden states
-    :param pruned: the pruned block on the pruned model's hidden states
-    :param kept: name of a Linear of the block -> bool [rows, columns]
-    """
-    groups = _by_input(pruned, list(kept))
+def refit(pair: BlockPair) -> None:
+    """Overwrite the surviving weights of ``pair.pruned``; the masks stay."""
+    dense, pruned = pair.dense, pair.pruned
+    linears = pruned.linears()
+    groups = _by_input(pruned, list(pair.kept))
     names = [name for group in groups for name in group]
     writers = gathered(_residual_writers(dense, names))[0]  # rank 0's trial counts
     sensitivities = _sensitivities(dense)
@@ -46,11 +43,11 @@ def refit(dense: Block, pruned: Block, kept: dict[str, Tensor]) -> None:
         silent = writers[writers.index(group[0]) :] if group[0] in writers else []
         hessian, targets = _normal_equations(dense, pruned, group, silent)
         for position, name in enumerate(group):
-            weight = pruned.linears()[name].weight
+            weight, kept = linears[name].weight, pair.kept[name]
             found = weight
             if owner(position) == rank():
                 known = sensitivities.get(name)
-                found = solve(hessian, targets[name], weight, kept[name], known)
+                found = solve(hessian, targets[name], weight, kept, known)
             weight.copy_(send_from(owner(position), found))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmc_attnmask.calibration.micro_batches import Sums
 from llmc_attnmask.distributed import owner, rank, send_from
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.solvers.least_squares import choose_mask, solve
+from llmc_attnmask.solvers import least_squares
 from llmc_attnmask.solvers.wanda import wanda_scores
 
 _HESSIAN = "X^T X"
@@ -91,9 +91,11 @@ def prune_linears(
     for position, hessian in enumerate(hessians):
         weight = problems[position].weight(hessian.device)
         if owner(position) == rank():
-            solutions.append(_solved(weight, hessian, structure, sparsity))
-        else:
-            solutions.append(LinearSolution(weight, weight.isfinite()))
+            kept, solved = least_squares.prune(hessian, weight, structure, sparsity)
+            solutions.append(LinearSolution(solved, kept))
+        else:  # of the owner's shape
+            everything = torch.ones_like(weight, dtype=torch.bool)
+            solutions.append(LinearSolution(weight, everything))
     for position, hessian in enumerate(hessians):
         problem = problems[position]
         weight = problem.weight(hessian.device)
@@ -109,18 +111,6 @@ def prune_linears(
         )
         solutions[position] = found
     return solutions
-
-
-def _solved(
-    weight: Tensor, hessian: Tensor, structure: MaskStructure, sparsity: float
-) -> LinearSolution:
-    """Find the mask and its best surviving weights, or NaN if the solver fails."""
-    target = weight @ hessian
-    try:
-        kept, start = choose_mask(hessian, target, weight, structure, sparsity)
-        return LinearSolution(solve(hessian, target, start, kept), kept)
-    except torch.linalg.LinAlgError:
-        return LinearSolution(torch.full_like(weight, math.nan), weight.isfinite())
 
 
 def _squared_output(weight: Tensor, hessian: Tensor) -> float:

@@ -29,6 +29,32 @@ _FIRST_PENALTY, _LAST_PENALTY = 0.01, 1.0
 _STAGES, _ITERATIONS_PER_STAGE = 20, 5
 
 
+def prune(
+    hessian: Tensor,
+    weight: Tensor,
+    structure: MaskStructure,
+    sparsity: float,
+    sensitivity: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find the mask and the surviving weights that best replace a dense weight.
+
+    :param hessian: H, float32 [columns, columns]
+    :param weight: dense weight, float32 [rows, columns]
+    :param sensitivity: blocks of G, float32 [blocks, rows / blocks, rows / blocks]
+    :return: bool [rows, columns], True where kept, and float32 [rows, columns]; if
+        either solver fails, everything is kept and the weights are NaN
+    """
+    target = weight @ hessian
+    try:
+        kept, start = choose_mask(
+            hessian, target, weight, structure, sparsity, sensitivity
+        )
+        return kept, solve(hessian, target, start, kept, sensitivity)
+    except torch.linalg.LinAlgError:
+        everything = torch.ones_like(weight, dtype=torch.bool)
+        return everything, torch.full_like(weight, torch.nan)
+
+
 def choose_mask(
     hessian: Tensor,
     target: Tensor,

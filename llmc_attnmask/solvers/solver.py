@@ -26,9 +26,9 @@ from torch import Tensor
 from llmc_attnmask.attention.matrix import AttentionNorms
 from llmc_attnmask.attention.projections import Role
 from llmc_attnmask.distributed import owner, rank, send_from
+from llmc_attnmask.solvers import least_squares
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.descent import descend
-from llmc_attnmask.solvers.least_squares import choose_mask, solve
 from llmc_attnmask.solvers.matrix_objective import MatrixObjective
 from llmc_attnmask.solvers.modes import AccuracyMode, LightMode, Mode, Tensors, pruned
 from llmc_attnmask.solvers.objective import Curvature, Objective
@@ -90,6 +90,16 @@ def learn_masks(
         output = OutputObjective(layer, rest, weights, settings.batch_size)
         solutions.append(_learn(output, output.curvature(), settings))
     return solutions
+
+
+def combined(solutions: Sequence[MaskSolution]) -> tuple[Tensors, Tensors]:
+    """Return the masks and the weights of all solutions, by projection."""
+    masks: Tensors = {}
+    weights: Tensors = {}
+    for solution in solutions:
+        masks |= solution.masks
+        weights |= solution.weights
+    return masks, weights
 
 
 def _compare(
@@ -182,19 +192,9 @@ def _second_order(
         weight = objective.layer.dense(role)
         masks[role], values[role] = torch.ones_like(weight, dtype=torch.bool), weight
         if owner(position) == rank():
-            target = weight @ hessian
-            try:
-                masks[role], first = choose_mask(
-                    hessian,
-                    target,
-                    weight,
-                    settings.structure,
-                    settings.sparsity,
-                    sensitivity,
-                )
-                values[role] = solve(hessian, target, first, masks[role], sensitivity)
-            except torch.linalg.LinAlgError:
-                values[role] = torch.full_like(weight, math.nan)
+            masks[role], values[role] = least_squares.prune(
+                hessian, weight, settings.structure, settings.sparsity, sensitivity
+            )
         masks[role] = send_from(owner(position), masks[role])
         values[role] = send_from(owner(position), values[role])
     return masks, values

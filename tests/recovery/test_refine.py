@@ -88,7 +88,7 @@ def test_arithmetic_in_bfloat16_reaches_about_the_same_error(calibration):
     for autocast in (False, True):  # as on a GPU
         case = case_of(load_model(MODEL_DIR), calibration[:16])
         case.dense.autocast = case.pruned.autocast = autocast
-        refit(case.dense, case.pruned, case.kept)
+        refit(case)
         errors.append(run(case, attention_weight=0.1))
         assert case.pruned.linears()["mlp.up_proj"].weight.dtype == torch.float32
     assert errors[1] < 1.1 * errors[0]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ LLAMA = [
 def test_survivors_compensate_for_most_of_magnitude_pruning(calibration):
     case = case_of(load_model(MODEL_DIR), calibration)
     before = block_error(case.pruned, case.targets)
-    refit(case.dense, case.pruned, case.kept)
+    refit(case)
     assert block_error(case.pruned, case.targets) < 0.4 * before
     for name, linear in case.pruned.linears().items():
         assert not linear.weight[~case.kept[name]].any()
@@ -51,5 +53,5 @@ def test_an_unpruned_block_in_an_unpruned_model_stays_as_it_is(calibration):
     case = case_of(load_model(MODEL_DIR), calibration[:8], index=0)
     everything = {name: mask | True for name, mask in case.kept.items()}
     case.pruned.module.load_state_dict(case.dense.module.state_dict())
-    refit(case.dense, case.pruned, everything)
+    refit(replace(case, kept=everything))
     assert block_error(case.pruned, case.targets) < 1e-4 * case.squared_norm

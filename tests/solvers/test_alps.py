@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.runlog.journal import entries
 from llmc_attnmask.solvers.alps import LinearProblem, prune_linears
+from tests.solvers.conftest import overflow
 
 TWO_OF_FOUR = MaskStructure.parse("2:4")
 
@@ -39,21 +38,10 @@ def test_inputs_that_overflow_are_refused_with_the_name_of_the_linear():
         prune_linears([problem(torch.full((1, 2, 8), 1e30))], TWO_OF_FOUR, 0.5)
 
 
-def overflow(_hessian, _target, weight, *_):
-    return weight * math.nan
-
-
-def fail(*_):
-    raise torch.linalg.LinAlgError("did not converge")
-
-
-@pytest.mark.parametrize(
-    ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
-)
+@pytest.mark.usefixtures("failing_solver")
 def test_solvers_that_fail_leave_finite_weights_and_a_note_in_the_journal(
-    tokenizer, calibration, monkeypatch, warnings, function, fault
+    tokenizer, calibration, monkeypatch, warnings
 ):
-    monkeypatch.setattr(f"llmc_attnmask.solvers.alps.{function}", fault)
     monkeypatch.setattr("llmc_attnmask.recovery.refit.solve", overflow)
     model = load_model(MODEL_DIR)
     fields = {"sparsity": 0.5, "mask_structure": "2:4", "targets": "re:.*up_proj$"}

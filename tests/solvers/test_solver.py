@@ -220,21 +220,10 @@ def test_a_gradient_that_is_not_finite_keeps_the_best_mask(layer, update, warnin
         assert solution.weights[role].isfinite().all()
 
 
-def overflow(_hessian, _target, weight, *_):
-    return weight * math.nan
-
-
-def fail(*_):
-    raise torch.linalg.LinAlgError("did not converge")
-
-
-@pytest.mark.parametrize(
-    ("function", "fault"), [("solve", overflow), ("choose_mask", fail)]
-)
+@pytest.mark.usefixtures("failing_solver")
 def test_a_second_order_solution_that_is_not_finite_falls_back_to_wandas_mask(
-    layer, monkeypatch, warnings, function, fault
+    layer, warnings
 ):
-    monkeypatch.setattr(f"llmc_attnmask.solvers.solver.{function}", fault)
     solution = solve(layer, steps=0, output_weight=0.9, update_weights=True)
     assert "second-order" in solution.fallback and warnings
     dense = layer.replica.module.q_proj.weight
