@@ -31,12 +31,7 @@ from llmc_attnmask.distributed import (
 )
 from llmc_attnmask.modifiers.base import StoredModifier
 from llmc_attnmask.modifiers.fields import Names, check_finite
-from llmc_attnmask.recovery.block import (
-    Block,
-    BlockPair,
-    masks_of,
-    squared_residual_norm,
-)
+from llmc_attnmask.recovery.block import Block, BlockPair, masks_of
 from llmc_attnmask.recovery.recover import recover
 from llmc_attnmask.recovery.refine import RefineSettings
 from llmc_attnmask.runlog.context import run_of
@@ -228,8 +223,7 @@ class MaskedRecoveryModifier(StoredModifier):
             with align_module_device(block):
                 pruned = Block(block, inputs, device)
             if kept := masks_of(dense, pruned):
-                norm = squared_residual_norm(stream, targets)
-                pair = BlockPair(dense, pruned, targets, norm, kept)
+                pair = BlockPair(dense, pruned, targets, kept)
                 work.changed = self._refine(log, block, pair)
 
     def _refine(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmc_attnmask.attention.capture import isolated_copy
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.calibration.memory import MicroBatchRunner
-from llmc_attnmask.calibration.micro_batches import micro_batches_of
+from llmc_attnmask.calibration.micro_batches import micro_batches_of, sample_count
 from llmc_attnmask.calibration.samples import SampleTensors
 from llmc_attnmask.distributed import all_sum_numbers
 
@@ -18,7 +18,8 @@ from llmc_attnmask.distributed import all_sum_numbers
 class Block:
     """A private copy of a decoder block in float32, which may be changed freely.
 
-    On a GPU it computes in bfloat16 where autocast does, with parameters in float32.
+    Where bfloat16 is fast, it computes in it as autocast does, with parameters in
+    float32.
 
     :param block: module that maps hidden states [B, L, D] to hidden states
     :param inputs: the arguments that reached the block, by sample
@@ -41,7 +42,7 @@ class Block:
             # the copy's forward does not use
             self.module.load_state_dict(state, strict=False)
         self.device = device
-        self.autocast = device.type == "cuda"
+        self.autocast = _fast_bfloat16(device)
         self.inputs = inputs
         self.hidden = hidden
         self.micro_batches = micro_batches_of(inputs)
@@ -86,7 +87,6 @@ class BlockPair:
     dense: Block  # on the dense model's hidden states
     pruned: Block  # on the pruned model's hidden states
     targets: Sequence[Tensor]  # Y, after the dense block, [1, L, D] of each sample
-    squared_norm: float  # ||Y - X||_F^2, see ``squared_residual_norm``
     kept: Mapping[str, Tensor]  # name of a pruned Linear -> bool [rows, columns]
 
     def weights(self) -> dict[str, Tensor]:
@@ -112,29 +112,47 @@ def masks_of(dense: Block, pruned: Block) -> dict[str, Tensor]:
     return masks
 
 
+def token_weights(states: Tensor) -> Tensor:
+    """Return 1 / ||y_t||^2 of every token, [..., L] for hidden states [..., L, D].
+
+    Whatever reads the residual stream first divides each token by its own norm, so an
+    error counts relative to it. Otherwise the few tokens with massive activations, the
+    first one above all, would outweigh all others (https://arxiv.org/abs/2402.17762).
+    """
+    norms = states.float().square().sum(-1)
+    # a token without any norm must not outweigh the others either
+    least = (1e-6 * norms.mean(-1, keepdim=True)).clamp_min(1e-30)
+    return norms.maximum(least).reciprocal()
+
+
+def relative_errors(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over tokens of ||y~_t - y_t||^2 / ||y_t||^2, float32 [B].
+
+    :param outputs: hidden states Y~ after a pruned block, [B, L, D]
+    :param targets: Y, the same of the dense block
+    """
+    errors = (outputs.float() - targets.float()).square().sum(-1)
+    return (errors * token_weights(targets)).mean(-1)
+
+
 @torch.no_grad()
 def block_error(pruned: Block, targets: Sequence[Tensor]) -> float:
-    """Return ||Y~ - Y||_F^2 over the samples of all ranks.
+    """Return the mean of ``relative_errors`` over the samples of all ranks.
 
     :param targets: Y, hidden states after the dense block, [1, L, D] of each sample
     """
 
     def run(samples: list[int]) -> float:
         target = torch.cat([targets[sample] for sample in samples]).to(pruned.device)
-        return (pruned(samples) - target).square().sum().item()
+        return relative_errors(pruned(samples), target).sum().item()
 
     total = sum(error for _, error in pruned.runner(pruned.micro_batches, run))
-    return all_sum_numbers(total)[0]
+    return all_sum_numbers(total)[0] / sample_count(pruned.micro_batches)
 
 
-def squared_residual_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    """Return ||Y - X||_F^2, the squared norm of what a block adds to its stream.
-
-    It is a sum over the samples of all ranks, as ``block_error`` is.
-
-    :param inputs: X, hidden states before the block, [1, L, D] of each sample
-    :param outputs: Y, hidden states after the block, [1, L, D] of each sample
-    """
-    pairs = zip(inputs, outputs, strict=True)
-    total = sum((y.float() - x.float()).square().sum().item() for x, y in pairs)
-    return all_sum_numbers(total)[0]
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Return whether products in bfloat16 are faster than in float32, by hardware."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

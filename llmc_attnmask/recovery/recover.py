@@ -15,7 +15,7 @@ from llmc_attnmask.recovery.refit import refit
 class Recovery:
     """The errors of a block's output before and after each stage."""
 
-    errors: list[float]  # ||Y~ - Y||_F^2 / ||Y - X||_F^2 over all samples
+    errors: list[float]  # see ``block_error``
     fallback: str | None = None  # what was not finite, if anything
 
 
@@ -33,13 +33,13 @@ def recover(pair: BlockPair, settings: RefineSettings, name: str) -> Recovery:
         found = refine(pair, error, settings)
         errors.append(found.error)
         fallback = found.fallback
-    return Recovery([error / pair.squared_norm for error in errors], fallback)
+    return Recovery(errors, fallback)
 
 
 def _solve(pair: BlockPair, start_error: float, name: str) -> tuple[float, str | None]:
     """Solve for the survivors; if the error is not finite, restore them.
 
-    :return: ||Y~ - Y||_F^2 over all samples, and what was not finite, if anything
+    :return: the block's error, and what was not finite, if anything
     """
     before = pair.weights()
     refit(pair)

@@ -1,10 +1,10 @@
 """Refine the surviving weights of a whole block by gradient steps, with fixed masks.
 
-    min over surviving weights of  ||Y~ - Y||_F^2 / ||Y - X||_F^2
-                           + attention_weight * ||A~ - A||_F^2 / ||A||_F^2
+    min over surviving weights of  mean over tokens t of ||y~_t - y_t||^2 / ||y_t||^2
+                                   + attention_weight * ||A~ - A||_F^2 / ||A||_F^2
 
 Y~ is the pruned block's output on the pruned model's hidden states, and Y the dense
-block's output on the dense model's hidden states X. So the block also compensates for
+block's output on the dense model's hidden states. So the block also compensates for
 its predecessors. A and A~ are the attention matrices inside the two blocks.
 """
 
@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_map_only
 from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
-from llmc_attnmask.calibration.micro_batches import (
-    MicroBatch,
-    micro_batches_of,
-    sample_count,
+from llmc_attnmask.calibration.micro_batches import MicroBatch, micro_batches_of
+from llmc_attnmask.recovery.block import (
+    Block,
+    BlockPair,
+    block_error,
+    relative_errors,
 )
-from llmc_attnmask.recovery.block import Block, BlockPair, block_error
 from llmc_attnmask.solvers.descent import (
     Derivative,
     DescentSettings,
@@ -46,14 +47,14 @@ class RefineSettings(DescentSettings):
 class Refinement:
     """The result of a descent."""
 
-    error: float  # ||Y~ - Y||_F^2 over all samples
+    error: float  # see ``block_error``
     fallback: str | None = None  # what was not finite, if anything
 
 
 def refine(pair: BlockPair, start_error: float, settings: RefineSettings) -> Refinement:
     """Move the surviving weights of ``pair.pruned``; restore them if the error rises.
 
-    :param start_error: ||Y~ - Y||_F^2 over all samples before the descent
+    :param start_error: the block's error before the descent
     """
     before = pair.weights()
     dense, pruned = pair.dense.linears(), pair.pruned.linears()
@@ -62,8 +63,7 @@ def refine(pair: BlockPair, start_error: float, settings: RefineSettings) -> Ref
         for name in pair.kept
     ]
     micro_batches = micro_batches_of(pair.pruned.inputs, settings.batch_size)
-    per_norm = sample_count(micro_batches) / pair.squared_norm
-    objective = _Objective(pair, per_norm, settings.attention_weight)
+    objective = _Objective(pair, settings.attention_weight)
     fallback = descend(learned, micro_batches, objective.differentiate, settings)
     error = math.nan if fallback else block_error(pair.pruned, pair.targets)
     if not fallback and not math.isfinite(error):
@@ -79,14 +79,10 @@ def refine(pair: BlockPair, start_error: float, settings: RefineSettings) -> Ref
 
 
 class _Objective:
-    """The loss above as a function of the pruned block's current weights.
+    """The loss above as a function of the pruned block's current weights."""
 
-    :param per_norm: number of samples divided by ||Y - X||_F^2
-    """
-
-    def __init__(self, pair: BlockPair, per_norm: float, attention_weight: float):
-        self.pair, self.per_norm = pair, per_norm
-        self.attention_weight = attention_weight
+    def __init__(self, pair: BlockPair, attention_weight: float):
+        self.pair, self.attention_weight = pair, attention_weight
         weighed = bool(attention_weight)
         self.attention = _AttentionTerm(pair.dense, pair.pruned) if weighed else None
 
@@ -106,8 +102,7 @@ class _Objective:
         """Return the sum of some samples' losses."""
         pruned = self.pair.pruned
         targets = torch.cat([self.pair.targets[sample] for sample in samples])
-        lost = (pruned(samples) - targets.to(pruned.device)).square().sum()
-        loss = lost * self.per_norm
+        loss = relative_errors(pruned(samples), targets.to(pruned.device)).sum()
         if self.attention is not None:
             relative = self.attention(samples) * len(samples)
             loss = loss + self.attention_weight * relative

@@ -22,7 +22,7 @@ from llmc_attnmask.attention.projections import (
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.calibration.micro_batches import MAX_MICRO_BATCH, Sums
 from llmc_attnmask.distributed import gathered, owner, rank, send_from
-from llmc_attnmask.recovery.block import Block, BlockPair
+from llmc_attnmask.recovery.block import Block, BlockPair, token_weights
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.least_squares import solve
 from llmc_attnmask.solvers.matrix_objective import OUTPUT_WEIGHT, MatrixObjective
@@ -105,7 +105,12 @@ def _normal_equations(
         x = pruned_calls[group[0]][0]
         everything = (len(samples), pruned.inputs.hidden.shape(samples[0])[1])
         rows = x.flatten(0, -2).float()
-        product = rows.T @ rows
+        weights = torch.ones_like(rows[:, :1])
+        if dense_output is not None:
+            written = dense_output + dense_calls[group[0]][1]
+            weights = token_weights(written).view(-1, 1)
+        weighted = rows * weights
+        product = weighted.T @ rows
         found = {_HESSIAN: product}
         for name in group:
             linear = linears[name]
@@ -115,7 +120,7 @@ def _normal_equations(
                     target = target - linear.bias
                 if dense_output is not None and output is not None:
                     target = target + dense_output - output
-                found[name] = target.flatten(0, -2).T @ rows
+                found[name] = target.flatten(0, -2).T @ weighted
             else:  # an expert may get different tokens in the two models
                 found[name] = linear.weight @ product
         return found

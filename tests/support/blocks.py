@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.recovery.block import Block, BlockPair, squared_residual_norm
+from llmc_attnmask.recovery.block import Block, BlockPair
 
 TWO_OF_FOUR = MaskStructure.parse("2:4")
 
@@ -27,9 +27,8 @@ def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> BlockPair
     device = torch.device("cpu")
     dense = Block(block, inputs, device, stream.hidden, dense_state)
     targets = dense.outputs()
-    squared_norm = squared_residual_norm(stream.hidden, targets)
     pruned = Block(block, inputs, device)
-    return BlockPair(dense, pruned, targets, squared_norm, kept)
+    return BlockPair(dense, pruned, targets, kept)
 
 
 def inputs_of(
