@@ -10,50 +10,37 @@ randomness run once, the others once per seed, with mean and range.
 
 import argparse
 import json
-import resource
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
-from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import AutoTokenizer
 
-from llmc_attnmask import (
-    ALPSPruningModifier,
-    AttentionMatrixPruningModifier,
-    MaskedRecoveryModifier,
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).parents[2])
+
+from integration.benchmarks.methods import (
+    METHODS,
+    Case,
+    in_own_process,
+    pruned,
+    shape,
 )
 from llmc_attnmask.evaluation.attention_error import attention_errors
 from llmc_attnmask.evaluation.perplexity import load_model, perplexity
-from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.oneshot.compare import q_and_k_names
-from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
 from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
 
-STRUCTURES = {"2:4": ("2:4", 0.5), "50 %": ("0:0", 0.5), "60 %": ("0:0", 0.6)}
-REST = ["re:.*(v|o|gate|up|down)_proj$"]
 ERROR_WINDOWS = 128
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Case):
     """One run and its data."""
 
-    model: str
-    method: str
-    scope: str  # "q/k" or "block"
-    structure: str
-    sparsity: float
-    seed: int
-    calibration: Tensor
     evaluation: Tensor
 
 
@@ -67,89 +54,17 @@ class Result:
     peak_gb: float  # resident memory of the process until pruning ended
 
 
-def modifiers(run: Run, model: PreTrainedModel) -> list[Any]:
-    """Return the recipe of a method; none for dense and magnitude."""
-    shape: dict[str, Any] = {"sparsity": run.sparsity, "mask_structure": run.structure}
-    whole = run.scope == "block"
-    linears = ["re:.*_proj$"] if whole else q_and_k_names(model)
-    light = AttentionMatrixPruningModifier(**shape, seed=run.seed)
-    paper = AttentionMatrixPruningModifier(**shape, output_weight=0, seed=run.seed)
-    accuracy = AttentionMatrixPruningModifier(
-        **shape, update_weights=True, seed=run.seed
-    )
-    recovery = MaskedRecoveryModifier(seed=run.seed)
-    rest = [ALPSPruningModifier(**shape, targets=REST)] if whole else []
-    stock = [SparseGPTModifier(**shape, targets=REST)] if whole else []
-    recipes: dict[str, list[Any]] = {
-        "dense": [],
-        "magnitude": [],
-        "Wanda": [WandaPruningModifier(**shape, targets=linears)],
-        "SparseGPT": [SparseGPTModifier(**shape, targets=linears)],
-        "ALPS": [ALPSPruningModifier(**shape, targets=linears)],
-        "SparseGPT + recovery": [
-            SparseGPTModifier(**shape, targets=linears),
-            recovery,
-        ],
-        "ours light": [light, *stock],
-        "ours light, output_weight 0": [paper, *stock],
-        "ours accuracy": [accuracy, *rest],
-        "ours + recovery": [accuracy, *rest, recovery],
-    }
-    return recipes[run.method]
-
-
-METHODS = {  # name -> whether it has randomness
-    "dense": False,
-    "magnitude": False,
-    "Wanda": False,
-    "SparseGPT": False,
-    "ALPS": False,
-    "SparseGPT + recovery": True,
-    "ours light": True,
-    "ours light, output_weight 0": True,
-    "ours accuracy": True,
-    "ours + recovery": True,
-}
-
-
 def measure(run: Run) -> Result:
     """Prune and evaluate in this process."""
-    tokenizer = AutoTokenizer.from_pretrained(run.model)
-    model = AutoModelForCausalLM.from_pretrained(run.model, dtype="auto")
-    recipe = modifiers(run, model)
-    start = time.perf_counter()
-    if run.method == "magnitude":
-        _magnitude(run, model)
-    elif recipe:
-        compress(model, tokenizer, recipe, run.calibration)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found = pruned(run)
     dense = load_model(run.model)
-    model = model.float().eval().to(dense.device)
-    model.set_attn_implementation("eager")
-    errors = attention_errors(dense, model, run.evaluation[:ERROR_WINDOWS])
+    errors = attention_errors(dense, found.model, run.evaluation[:ERROR_WINDOWS])
     return Result(
         attention_error=sum(errors.values()) / len(errors),
-        perplexity=perplexity(model, run.evaluation),
-        seconds=seconds,
-        peak_gb=peak,
+        perplexity=perplexity(found.model, run.evaluation),
+        seconds=found.seconds,
+        peak_gb=found.peak_gb,
     )
-
-
-@torch.no_grad()
-def _magnitude(run: Run, model: PreTrainedModel) -> None:
-    structure = MaskStructure.parse(run.structure)
-    chosen = set(q_and_k_names(model))
-    for name, module in model.named_modules():
-        whole = run.scope == "block" and name.endswith("_proj")
-        if isinstance(module, nn.Linear) and (whole or name in chosen):
-            kept = structure.mask(module.weight.abs(), run.sparsity)
-            module.weight.masked_fill_(~kept, 0.0)
-
-
-def in_own_process(function: Callable[[Run], Result], run: Run) -> Result:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, run).result()
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -164,7 +79,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dense: Result | None = None
     for scope in args.scopes:
         for label in args.structures:
-            structure, sparsity = STRUCTURES[label]
+            structure, sparsity = shape(label)
             sparsegpt = None
             for method in args.methods:
                 if method == "dense" and dense is not None:
@@ -264,7 +179,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scopes", nargs="+", default=["q/k", "block"])
-    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
+    parser.add_argument("--structures", nargs="+", default=["2:4", "50 %", "60 %"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()

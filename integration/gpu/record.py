@@ -22,15 +22,19 @@ Row = dict[str, Any]
 
 
 def append(folder: Path, row: Row) -> None:
-    """Add a row to the folder's file; when this returns, it is on the disk.
+    """Add a row to the folder's file, as ``append_to`` does."""
+    append_to(folder / FILE, row)
+
+
+def append_to(path: Path, row: Row) -> None:
+    """Add a row to a file; when this returns, it is on the disk.
 
     Several processes may append at once. If a killed process left part of a line, that
     line is ended first, so that it damages no other.
 
-    :param folder: created if it does not exist
+    :param path: created with its folder if it does not exist
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({key: _plain(value) for key, value in row.items()}) + "\n"
     if _ends_within_a_line(path):
         line = "\n" + line
@@ -65,9 +69,10 @@ class Read:
     broken: int  # lines that are not a row, because a process was killed while writing
 
 
-def read(path: Path) -> Read:
+def read(path: Path, key: str = "step") -> Read:
     """Read the rows of a file that were written completely.
 
+    :param key: what every row has
     :raises FileNotFoundError: if there is no such file
     """
     rows: list[Row] = []
@@ -79,7 +84,7 @@ def read(path: Path) -> Read:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and key in row:
             rows.append(row)
         else:
             broken += 1

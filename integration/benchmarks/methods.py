@@ -1,0 +1,155 @@
+"""The methods that the benchmarks compare, and how one of them is run.
+
+A method is a name of ``METHODS``, or that of a recipe that the package ships. Every run
+has its own process, so that its peak memory is its own.
+"""
+
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import torch
+from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
+from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llmc_attnmask import (
+    ALPSPruningModifier,
+    AttentionMatrixPruningModifier,
+    MaskedRecoveryModifier,
+)
+from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.oneshot.compare import q_and_k_names
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.recipe import load_recipe
+
+REST = ["re:.*(v|o|gate|up|down)_proj$"]
+
+METHODS = {  # name -> whether it has randomness
+    "dense": False,
+    "magnitude": False,
+    "Wanda": False,
+    "SparseGPT": False,
+    "ALPS": False,
+    "SparseGPT + recovery": True,
+    "ours light": True,
+    "ours light, output_weight 0": True,
+    "ours accuracy": True,
+    "ours + recovery": True,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is done to which model."""
+
+    model: str
+    method: str  # a recipe brings its own scope and structure
+    scope: str  # "q/k" or "block"
+    structure: str
+    sparsity: float
+    seed: int
+    calibration: Tensor  # int64 [windows, length]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model after its method has run, and what that took."""
+
+    model: PreTrainedModel  # float32, eager attention, on the GPU if there is one
+    seconds: float
+    peak_gb: float  # resident memory of the process until pruning ended
+
+
+def shape(label: str) -> tuple[str, float]:
+    """Return mask structure and sparsity of a label such as "2:4" or "50 %"."""
+    if label.endswith("%"):
+        return "0:0", float(label.removesuffix("%")) / 100
+    pruned, _, group = label.partition(":")
+    return label, int(pruned) / int(group)
+
+
+def modifiers(case: Case, model: PreTrainedModel) -> list[Any]:
+    """Return the recipe of a method; none for dense and magnitude.
+
+    :param model: of the same architecture as the case's; its weights are not read
+    """
+    if case.method not in METHODS:
+        recipe: list[Any] = load_recipe(case.method).modifiers
+        for modifier in recipe:
+            if hasattr(modifier, "seed"):
+                modifier.seed = case.seed
+        return recipe
+    fields: dict[str, Any] = {
+        "sparsity": case.sparsity,
+        "mask_structure": case.structure,
+    }
+    whole = case.scope == "block"
+    linears = ["re:.*_proj$"] if whole else q_and_k_names(model)
+    light = AttentionMatrixPruningModifier(**fields, seed=case.seed)
+    paper = AttentionMatrixPruningModifier(**fields, output_weight=0, seed=case.seed)
+    accuracy = AttentionMatrixPruningModifier(
+        **fields, update_weights=True, seed=case.seed
+    )
+    recovery = MaskedRecoveryModifier(seed=case.seed)
+    rest = [ALPSPruningModifier(**fields, targets=REST)] if whole else []
+    stock = [SparseGPTModifier(**fields, targets=REST)] if whole else []
+    recipes: dict[str, list[Any]] = {
+        "dense": [],
+        "magnitude": [],
+        "Wanda": [WandaPruningModifier(**fields, targets=linears)],
+        "SparseGPT": [SparseGPTModifier(**fields, targets=linears)],
+        "ALPS": [ALPSPruningModifier(**fields, targets=linears)],
+        "SparseGPT + recovery": [
+            SparseGPTModifier(**fields, targets=linears),
+            recovery,
+        ],
+        "ours light": [light, *stock],
+        "ours light, output_weight 0": [paper, *stock],
+        "ours accuracy": [accuracy, *rest],
+        "ours + recovery": [accuracy, *rest, recovery],
+    }
+    return recipes[case.method]
+
+
+def pruned(case: Case) -> Pruned:
+    """Run a method in this process."""
+    tokenizer = AutoTokenizer.from_pretrained(case.model)
+    model = AutoModelForCausalLM.from_pretrained(case.model, dtype="auto")
+    recipe = modifiers(case, model)
+    start = time.perf_counter()
+    if case.method == "magnitude":
+        _magnitude(case, model)
+    elif recipe:
+        compress(model, tokenizer, recipe, case.calibration)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.float().eval().to(torch.device(device))
+    model.set_attn_implementation("eager")
+    return Pruned(model, seconds, peak)
+
+
+@torch.no_grad()
+def _magnitude(case: Case, model: PreTrainedModel) -> None:
+    structure = MaskStructure.parse(case.structure)
+    chosen = set(q_and_k_names(model))
+    for name, module in model.named_modules():
+        whole = case.scope == "block" and name.endswith("_proj")
+        if isinstance(module, nn.Linear) and (whole or name in chosen):
+            kept = structure.mask(module.weight.abs(), case.sparsity)
+            module.weight.masked_fill_(~kept, 0.0)
+
+
+AnyCase = TypeVar("AnyCase", bound=Case)
+Found = TypeVar("Found")
+
+
+def in_own_process(function: Callable[[AnyCase], Found], case: AnyCase) -> Found:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, case).result()
