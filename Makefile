@@ -7,7 +7,7 @@ OUT ?= out
 
 REAL_MODEL := .real-model
 
-.PHONY: demo real-model test test-fast fuzz test-serving lint bench-quality bench-quantization paper docs clean
+.PHONY: demo real-model test test-fast fuzz test-serving lint bench-quality bench-quantization bench-real paper docs clean
 .DEFAULT_GOAL := demo
 
 # torch comes first, because resolving everything at once may fetch another build of it
@@ -74,6 +74,13 @@ bench-quality: $(INSTALLED)  ## every method, scope and structure: OUT/quality.m
 bench-quantization: $(INSTALLED)  ## GPTQ with and without masks: OUT/quantization.md and .json
 	$(QUIET) $(BIN)/python integration/benchmarks/quantization.py --model $(MODEL) \
 	    --calibration $(CALIB) --evaluation $(EVAL) --out $(OUT)
+
+# ONLY is a regular expression of rows' names; REAL_OPTIONS are further options of real.py
+ONLY ?=
+REAL_OPTIONS ?=
+bench-real: $(REAL_MODEL)  ## every method and recipe on the real model: OUT/real.jsonl
+	$(QUIET) $(BIN)/python integration/benchmarks/real.py --out $(OUT)/real.jsonl \
+	    --only '$(ONLY)' $(REAL_OPTIONS)
 
 paper: $(INSTALLED)  ## the paper's synthetic experiment: CSV and plots in OUT/paper
 	$(QUIET) $(BIN)/python integration/paper/experiment.py $(OUT)/paper

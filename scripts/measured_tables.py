@@ -4,8 +4,8 @@
     python -m scripts.measured_tables --check    # only names the documents that differ
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. The files
-in docs/measurements are unchanged output of ``make bench-quality`` and ``make
-bench-quantization``; docs/measurements.md states the conditions.
+in docs/measurements are unchanged output of ``make bench-quality``, ``make
+bench-quantization`` and ``make bench-real``; docs/measurements.md has the conditions.
 """
 
 import argparse
@@ -16,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from integration.benchmarks import quality, quantization
+from integration.benchmarks import quality, quantization, real_table
+from llmc_attnmask.oneshot.shipped import recipes
 
 ROOT = Path(__file__).parents[1]
 MEASUREMENTS = ROOT / "docs" / "measurements"
+REAL = MEASUREMENTS / "real.jsonl"
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 _TABLE = re.compile(
     r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL
@@ -142,6 +144,15 @@ def loss_of(recipe: str) -> str:
     return "not measured"
 
 
+def real(file: Path) -> str:
+    """Write the rows of ``make bench-real``."""
+
+    def label(method: str) -> str:
+        return f"`{method}`" if method in recipes() else _METHODS.get(method, method)
+
+    return real_table.markdown(real_table.read(file), label)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "cost": cost,
@@ -152,6 +163,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipped-block-60": lambda: _as_written(quality, "shipped-block-60"),
     "quantization": lambda: _as_written(quantization, "quantization"),
 }
+if REAL.exists():
+    TABLES["real"] = lambda: real(REAL)
 
 
 def written(text: str) -> str:
