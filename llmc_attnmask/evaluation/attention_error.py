@@ -11,7 +11,6 @@ from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.evaluation.batches import batches
 
 
-@torch.no_grad()
 def attention_errors(
     dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor
 ) -> dict[str, float]:
@@ -23,20 +22,40 @@ def attention_errors(
     :param windows: int64 [windows, length]
     :return: module name -> relative error
     """
-    inputs = attention_inputs(dense, windows)
-    errors = {}
-    for name, collected in inputs.items():
-        if not len(collected):  # text does not reach a vision tower
-            continue
-        replicas = [AttentionReplica(m.get_submodule(name)) for m in (dense, pruned)]
-        error = norm = 0.0
-        for batch in collected.batches(range(len(collected)), 8):
-            args, kwargs = collected.batch(batch, replicas[0].device, torch.float32)
-            reference, changed = (replica(args, kwargs) for replica in replicas)
-            error += attention_error(reference, changed.query, changed.key).item()
-            norm += attention_norms(reference).matrix
-        errors[name] = error / norm
-    return errors
+    return DenseAttention(dense, windows).errors(pruned)
+
+
+class DenseAttention:
+    """A dense model's attention on some text, with which pruned models are compared.
+
+    Its inputs are collected once, and kept on the CPU.
+
+    :param windows: int64 [windows, length]
+    """
+
+    def __init__(self, dense: PreTrainedModel, windows: Tensor):
+        self._dense = dense
+        self._inputs = attention_inputs(dense, windows)
+
+    @torch.no_grad()
+    def errors(self, pruned: PreTrainedModel) -> dict[str, float]:
+        """Return the errors of a pruned model, as ``attention_errors`` does."""
+        errors = {}
+        for name, collected in self._inputs.items():
+            if not len(collected):  # text does not reach a vision tower
+                continue
+            replicas = [
+                AttentionReplica(model.get_submodule(name))
+                for model in (self._dense, pruned)
+            ]
+            error = norm = 0.0
+            for batch in collected.batches(range(len(collected)), 8):
+                args, kwargs = collected.batch(batch, replicas[0].device, torch.float32)
+                reference, changed = (replica(args, kwargs) for replica in replicas)
+                error += attention_error(reference, changed.query, changed.key).item()
+                norm += attention_norms(reference).matrix
+            errors[name] = error / norm
+        return errors
 
 
 @torch.no_grad()
