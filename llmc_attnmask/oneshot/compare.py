@@ -42,7 +42,7 @@ from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
 
 _ERROR_WINDOWS = 128  # evaluation windows for the attention error
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue?")
-DENSE = Method("dense", "whole block")
+DENSE = Method("dense", "nothing")
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ def _kind(method: Method) -> tuple[str, bool]:
     return name, method.scope == "whole block"
 
 
-# How long pruning takes by method and whether it is of the whole block, in multiples of
-# what Wanda takes for q and k.
+# How long pruning takes, by method and whether the whole block is pruned, in multiples
+# of what Wanda takes for q and k on the shipped model.
 _COSTS = {
-    ("dense", True): 0.0,
+    ("dense", False): 0.0,
     ("magnitude", False): 0.0,
     ("magnitude", True): 0.0,
     ("Wanda", False): 1.0,
@@ -163,13 +163,11 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
         table.add_column(column)
     for column in ("perplexity", "gap", "attention error", "zeros", "seconds"):
         table.add_column(column, justify="right")
-    previous: str | None = ""
-    for row in rows:
-        scope = None if row.method == DENSE else row.method.scope
-        if scope != previous:
+    for position, row in enumerate(rows):
+        if position and row.method.scope != rows[position - 1].method.scope:
             table.add_section()
         table.add_row(
-            scope if scope != previous else "",
+            row.method.scope,
             row.method.name,
             f"{row.perplexity:.3f}",
             f"{row.perplexity - rows[0].perplexity:+.3f}",
@@ -177,7 +175,6 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
             f"{row.zeros:.1%}",
             f"{row.seconds:.1f}",
         )
-        previous = scope
     return table
 
 

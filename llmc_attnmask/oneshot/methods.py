@@ -19,7 +19,7 @@ from llmc_attnmask.attention.projections import (
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.oneshot.recipe import load_recipe
 
-Scope = Literal["q and k", "whole block"]
+Scope = Literal["nothing", "q and k", "whole block"]
 _ROLES: tuple[Role, ...] = ("q", "k")
 BASELINES: dict[str, type | None] = {
     "magnitude": None,  # needs no calibration
@@ -144,8 +144,11 @@ def _block(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def weights(model: PreTrainedModel, scope: Scope) -> list[Tensor]:
-    """Return views [rows, columns] of the weights that are in scope."""
-    if scope == "whole block":
+    """Return views [rows, columns] of weights that are in scope.
+
+    If nothing is, for the dense model, they are those of the whole block.
+    """
+    if scope != "q and k":
         return [linear.weight.detach() for linear in _block(model).values()]
     found = []
     for attention in attention_modules(model).values():
