@@ -73,13 +73,6 @@ class Run(Case):
     texts: dict[str, Tensor]  # name -> int64 [windows, length]; the first one counts
 
 
-# What is measured besides perplexity: name -> function of a run, the dense and the
-# pruned model. A further measure goes here, and its column into ``real_table``.
-MEASURES: dict[str, Callable[[Run, Model, Model], float | None]] = {
-    "attention_error": lambda run, dense, model: _attention_error(run, dense, model),
-}
-
-
 def _attention_error(run: Run, dense: Model, model: Model) -> float | None:
     """Return the relative error, mean over layers; None for a quantized model.
 
@@ -93,6 +86,14 @@ def _attention_error(run: Run, dense: Model, model: Model) -> float | None:
     return sum(errors.values()) / len(errors)
 
 
+# What is measured besides perplexity: name in the row -> function of the run, the dense
+# and the pruned model. A further measure goes here, and its column into ``real_table``;
+# rows that were measured before do not have it.
+MEASURES: dict[str, Callable[[Run, Model, Model], Any]] = {
+    "attention_error": _attention_error,
+}
+
+
 def measure(run: Run) -> dict[str, Any]:
     """Prune and evaluate in this process."""
     found = pruned(run)
@@ -102,9 +103,7 @@ def measure(run: Run) -> dict[str, Any]:
             name: perplexity(found.model, windows)
             for name, windows in run.texts.items()
         },
-        **{
-            name: measure(run, dense, found.model) for name, measure in MEASURES.items()
-        },
+        **{name: take(run, dense, found.model) for name, take in MEASURES.items()},
         "seconds": found.seconds,
         "peak_gb": found.peak_gb,
     }
