@@ -34,7 +34,7 @@ def prune(
     model: o.Model,
     recipe: o.Recipe,
     output: o.Output,
-    dataset: o.Dataset = "builtin:pydoc",
+    dataset: o.Dataset = None,
     text_column: o.TextColumn = "text",
     num_samples: o.NumSamples = 128,
     max_length: o.MaxLength = None,

@@ -12,10 +12,12 @@ Recipe = Annotated[
 ]
 Output = Annotated[Path, Option(help="Folder to create for the checkpoint.")]
 Dataset = Annotated[
-    str,
+    list[str] | None,
     Option(
-        help="Calibration text: builtin:pydoc, a .jsonl or text file, or a dataset on "
-        "the Hub."
+        help="Calibration data: builtin:self (the model's own answers), builtin:pydoc, "
+        "a .jsonl or text file, or a dataset on the Hub. Several share the windows "
+        "evenly. By default builtin:self and builtin:pydoc, or only the latter if the "
+        "model has no chat template."
     ),
 ]
 TextColumn = Annotated[str, Option(help="Column that holds the text.")]
@@ -26,7 +28,10 @@ MaxLength = Annotated[
         help="Tokens per window; by default 2048, or the model's limit if that is less."
     ),
 ]
-Seed = Annotated[int, Option(help="Seed for modifiers whose recipe sets none.")]
+Seed = Annotated[
+    int,
+    Option(help="Seed for builtin:self and for modifiers whose recipe sets none."),
+]
 Storage = Annotated[
     Literal["dense", "sparse-24-bitmask"] | None,
     Option(

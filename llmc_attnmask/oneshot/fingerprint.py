@@ -3,7 +3,6 @@
 import hashlib
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from llmc_attnmask.runlog.versions import versions
@@ -13,14 +12,14 @@ def fingerprint(
     model: str | Path,
     config: PreTrainedConfig,
     recipe: Path,
-    windows: Tensor,
+    data: bytes,
     seed: int,
 ) -> dict[str, str]:
     """Return what a result depends on, except the machine: name -> value.
 
     :param model: local folder, whose files are identified by name, size and time; or
         name on the Hub, which is identified by its revision
-    :param windows: calibration data, int64 [windows, length]
+    :param data: identifies the calibration data
     """
     weights = sorted(Path(model).glob("*.safetensors"))
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
@@ -30,7 +29,7 @@ def fingerprint(
         "weights": _digest(repr(files).encode()),
         "config": _digest(config.to_json_string().encode()),
         "recipe": _digest(recipe.read_bytes()),
-        "calibration data": _digest(windows.numpy().tobytes()),
+        "calibration data": _digest(data),
         "seed": str(seed),
         "versions": ", ".join(f"{name} {found}" for name, found in versions().items()),
     }

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from llmc_attnmask.calibration.samples import Offload
 from llmc_attnmask.calibration.scratch import scratch
 from llmc_attnmask.checkpoint.load import load
+
+_MOST_OF_GPU = 0.7  # of the free memory, for weights; the rest is for activations
 
 
 @contextmanager
@@ -49,3 +52,21 @@ def _dequantized(config: PreTrainedConfig) -> dict[str, CompressedTensorsConfig]
     if not quantization.get("config_groups"):
         return {}
     return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+
+
+@contextmanager
+def on_gpu(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model in memory on the GPU within the block, if there is room for it."""
+    if model.device.type != "cpu" or not torch.cuda.is_available():
+        yield
+        return
+    free, _ = torch.cuda.mem_get_info()
+    if model.get_memory_footprint() > _MOST_OF_GPU * free:
+        yield
+        return
+    model.to("cuda")  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        model.to("cpu")  # type: ignore[arg-type]
+        torch.cuda.empty_cache()

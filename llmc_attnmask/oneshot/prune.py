@@ -24,14 +24,14 @@ from llmc_attnmask.distributed import (
     world_size,
 )
 from llmc_attnmask.modifiers.base import recipe_storage
+from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
 from llmc_attnmask.oneshot.fingerprint import fingerprint
 from llmc_attnmask.oneshot.loading import loaded
 from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
 from llmc_attnmask.runlog.context import described
 from llmc_attnmask.runlog.journal import run_metadata
 from llmc_attnmask.runlog.progress import Progress
-from llmc_attnmask.text.dataset import BUILTIN, load_texts
-from llmc_attnmask.text.windows import calibration_windows, window_length
+from llmc_attnmask.text.windows import window_length
 from llmc_attnmask.upstream.pipeline import resumable
 from llmc_attnmask.upstream.save import save_as
 
@@ -41,7 +41,7 @@ def prune(
     model: str | Path,
     recipe: str | Path,
     output: str | Path,
-    dataset: str = BUILTIN,
+    dataset: Dataset | None = None,
     *,
     text_column: str = "text",
     num_samples: int = 128,
@@ -64,9 +64,14 @@ def prune(
     :param recipe: YAML file, or the name of a recipe that the package ships; any
         llm-compressor recipe, with or without this package's modifiers
     :param output: folder to create; must not exist or must be empty
-    :param dataset: calibration text, see ``load_texts``
-    :param text_column: key of the text in the rows of the dataset
-    :param num_samples: calibration windows, at equal spacing over the text
+    :param dataset: calibration data, one or several that share the windows evenly:
+        ``builtin:self`` (the model's own answers to prompts that the package ships,
+        sampled with the seed), ``builtin:pydoc``, a .jsonl/.json file of objects with
+        a text or with ``messages``, a text file, or a name on the Hub. By default
+        ``builtin:self`` and ``builtin:pydoc``, or the latter alone if the model has no
+        chat template
+    :param text_column: key of the text in the rows of the datasets
+    :param num_samples: calibration windows, at equal spacing over each dataset
     :param max_length: tokens per window; by default 2048 or, if less, the model's
         number of positions
     :param seed: of torch's generator, and of every modifier whose recipe sets none
@@ -98,19 +103,18 @@ def prune(
     tokenizer = read_tokenizer(model)
     config = read_config(model)
     length = window_length(config, max_length)
-    windows = calibration_windows(
-        load_texts(dataset, text_column), tokenizer, num_samples, length
-    )
+    data = CalibrationData(dataset, tokenizer, text_column, num_samples, length, seed)
 
-    known_by = fingerprint(model, config, recipe, windows, seed)
+    known_by = fingerprint(model, config, recipe, data.identity, seed)
     progress = Progress(output / PROGRESS, known_by, modifiers)
 
     with _kept(progress), loaded(model, config, offload_model) as in_work:
+        windows = data.windows(in_work, progress)
         torch.manual_seed(seed)
         run_metadata(in_work).update(
             modifiers=described(modifiers),
             options={
-                "dataset": str(dataset),
+                "dataset": ", ".join(data.datasets),
                 "text_column": text_column,
                 "num_samples": len(windows),
                 "max_length": length,
@@ -186,14 +190,21 @@ def _set_default(modifiers: Iterable[Modifier], field: str, value: object) -> No
 
 @contextmanager
 def _kept(progress: Progress) -> Iterator[None]:
-    """Add a note to an error if finished layers are kept; close the progress."""
+    """Add a note to an error if finished work is kept; close the progress.
+
+    After bad input, dialogs without a finished layer are not kept.
+    """
     try:
         yield
     except BaseException as error:
-        if progress.layers:
+        if not progress.layers and isinstance(error, ValueError):
+            progress.discard()
+        elif progress.layers or progress.has_data:
+            done = f"{progress.layers} finished layers"
             error.add_note(
-                f"{progress.layers} finished layers are kept in {progress.folder}: the "
-                "same command with --resume continues from there"
+                f"{done if progress.layers else 'the sampled dialogs'} are kept in "
+                f"{progress.folder}: the same command with --resume continues from "
+                "there"
             )
         raise
     finally:

@@ -5,10 +5,12 @@ in a layer (the tensors of some modules, their masks, the journal's entries) is 
 safetensors file, which is either complete or absent. When the same run starts again,
 layers that have a file are read instead of computed. The inputs of a layer come from
 the layers before it, which have the same bytes, so the result has the same bytes, too.
-A pass that was finished is not calibrated again.
+A pass that was finished is not calibrated again. Calibration data that the run samples
+from the model is kept in the same way, one JSON file per part.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +35,7 @@ from llmc_attnmask.runlog import journal
 from llmc_attnmask.runlog.lock import FolderLock
 
 _RUN, _LAYER, _PASS = "run.json", ".safetensors", ".json"
+_DATA = "data "  # begins the names of files with calibration data
 _MASK = "mask"  # key in a layer's file, next to the module's own tensors
 
 Fingerprint = Mapping[str, str]
@@ -61,6 +64,8 @@ class Progress:
         self._names: dict[nn.Module, str] = {}
         self._finished: set[str] = set()
         self._passes: set[str] = set()
+        self._data: set[str] = set()
+        self._created = self._created_output = False  # by this run
         if (folder / _RUN).exists():
             self._open()
 
@@ -91,6 +96,7 @@ class Progress:
             )
         self._finished = {p.name for p in self.folder.glob(f"[0-9]*{_LAYER}")}
         self._passes = {p.name for p in self.folder.glob(f"[0-9]*{_PASS}")}
+        self._data = {p.name for p in self.folder.glob(f"{_DATA}*")}
 
     def _take(self) -> None:
         if is_source() and not self._lock.take(self.folder):
@@ -149,9 +155,12 @@ class Progress:
     def _create(self) -> None:
         if not self.folder.exists():
             check_new(self.folder.parent)  # another run may have just finished
+        new_output = not self.folder.parent.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take()
-        for left in self.folder.glob("[0-9]*"):  # without run.json, of an unknown run
+        self._created, self._created_output = True, new_output
+        # what lies here without run.json is of an unknown run
+        for left in (*self.folder.glob("[0-9]*"), *self.folder.glob(f"{_DATA}*")):
             left.unlink()
         self._write(_RUN, self.fingerprint)
 
@@ -201,6 +210,37 @@ class Progress:
         if name not in self._passes:
             return None
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    def save_data(self, name: str, content: object) -> None:
+        """Write calibration data that the run has made, as JSON; one process writes."""
+        file = f"{_DATA}{name}.json"
+        self._data.add(file)
+        if not is_source():
+            return
+        if not self._lock.held:
+            self._create()
+        self._write(file, content)
+
+    def read_data(self, name: str) -> Any:
+        """Return calibration data from an earlier run or from this one, or None."""
+        file = f"{_DATA}{name}.json"
+        if file not in self._data:
+            return None
+        return json.loads((self.folder / file).read_text(encoding="utf-8"))
+
+    @property
+    def has_data(self) -> bool:
+        """Whether calibration data is on disk."""
+        return bool(self._data)
+
+    def discard(self) -> None:
+        """Remove what this run has written, unless it continues an earlier one."""
+        if not self._created:
+            return
+        self.close()
+        shutil.rmtree(self.folder)
+        if self._created_output and not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
 
     def _write(self, name: str, content: object) -> None:
         with new_file(self.folder / name) as partial:

@@ -16,7 +16,7 @@ from llmc_attnmask.text.dataset import DatasetError
 
 DEFAULT_LENGTH = 2048  # tokens
 # Calibration reads at most this many times as many tokens as it takes.
-_STREAM_TO_SAMPLE = 64
+STREAM_TO_SAMPLE = 64
 
 
 def calibration_windows(
@@ -28,7 +28,7 @@ def calibration_windows(
     :raises DatasetError: if the texts are empty, shorter than one window, or too short
         for that many different windows
     """
-    stream = token_stream(texts, tokenizer, most=count * length * _STREAM_TO_SAMPLE)
+    stream = token_stream(texts, tokenizer, most=count * length * STREAM_TO_SAMPLE)
     _check_length(stream, length)
     if count > len(stream) - length + 1:
         raise DatasetError(
