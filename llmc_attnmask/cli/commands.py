@@ -76,12 +76,13 @@ def evaluate(
     text: o.Text = None,
     text_column: o.TextColumn = "text",
     max_length: o.MaxLength = None,
+    no_answers: o.NoAnswers = False,
     tasks: o.Tasks = None,
     include_path: o.IncludePath = None,
     update_report: o.UpdateReport = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure perplexity, or run tasks, on several checkpoints side by side."""
+    """Measure perplexity and answers, or run tasks, on checkpoints side by side."""
     results: dict[str, list] = {}
     if update_report:
         from llmc_attnmask.report.files import add_evaluation, read
@@ -101,8 +102,9 @@ def evaluate(
         from llmc_attnmask.evaluation.perplexity import evaluate as run
 
         text = text or "builtin:pydoc"
-        compared = [*([reference] if reference else []), *models]
-        results["perplexity"] = run(compared, text, max_length, text_column)
+        results["perplexity"] = run(
+            models, text, max_length, text_column, reference, answers=not no_answers
+        )
     if as_json:
         lists = {k: [asdict(x) for x in found] for k, found in results.items()}
         print(json.dumps(lists if tasks else lists["perplexity"], indent=2))

@@ -64,6 +64,14 @@ Text = Annotated[
         "the Hub; by default builtin:pydoc, or none with --tasks."
     ),
 ]
+NoAnswers = Annotated[
+    bool,
+    Option(
+        "--no-answers",
+        help="Do not compare the checkpoints with the reference's own answers, which "
+        "takes a reference with a chat template.",
+    ),
+]
 Tasks = Annotated[
     str | None,
     Option(help="Tasks of lm-evaluation-harness, separated by commas."),

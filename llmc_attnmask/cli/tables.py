@@ -14,13 +14,20 @@ if TYPE_CHECKING:
 def perplexities(results: "list[Evaluation]", title: str, compare: bool) -> Table:
     """Make a table with a row per model.
 
+    The last columns compare with the reference on its own answers, if that was done.
+
     :param compare: whether the first model is the reference
     """
     table = Table(title=plain(title))
-    for column in ("model", "perplexity", "to reference", "windows", "tokens", "bos"):
+    columns = ["model", "perplexity", "to reference", "windows", "tokens", "bos"]
+    answers = any(result.answers for result in results)
+    if answers:
+        columns += ["KL on answers", "agreement"]
+    for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for result in results:
         ratio = result.perplexity / results[0].perplexity if compare else None
+        own = result.answers
         table.add_row(
             plain(result.model),
             f"{result.perplexity:.3f}",
@@ -28,6 +35,7 @@ def perplexities(results: "list[Evaluation]", title: str, compare: bool) -> Tabl
             f"{result.windows} x {result.window_length}",
             str(result.tokens),
             plain(result.bos),
+            *([f"{own.kl:.4f}", f"{own.agreement:.1%}"] if own else []),
         )
     return table
 

@@ -1,6 +1,7 @@
-"""Measure perplexity the same way for every checkpoint."""
+"""Measure perplexity and answers the same way for every checkpoint."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.source import read_tokenizer
+from llmc_attnmask.evaluation.answers import (
+    Agreement,
+    agreement,
+    reference_answers,
+)
 from llmc_attnmask.evaluation.batches import batches
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
+from llmc_attnmask.text.dialogs import has_template
 from llmc_attnmask.text.windows import evaluation_windows, window_length
 
 
@@ -29,6 +36,7 @@ class Evaluation:
     bos: str  # what precedes each document in the token stream
     text: str
     dtype: str = "float32"
+    answers: Agreement | None = None  # with the reference, on its own answers
 
 
 def evaluate(
@@ -36,21 +44,33 @@ def evaluate(
     text: str = BUILTIN,
     max_length: int | None = None,
     text_column: str = "text",
+    reference: str | Path | None = None,
+    answers: bool = True,
 ) -> list[Evaluation]:
-    """Measure the perplexity of checkpoints over non-overlapping windows of one text.
+    """Measure checkpoints on one text and on the reference's own answers.
+
+    Perplexity is measured over non-overlapping windows of the text.
 
     It is exp of the mean over windows of the mean negative log-likelihood per predicted
     token, computed in float32. Every checkpoint reads the text with its own tokenizer.
+
+    With a reference that has a chat template, its most likely answers to 32 prompts are
+    compared with what each checkpoint would have answered, token by token
+    (``agreement``). A checkpoint of another vocabulary is left out of that.
 
     :param models: local folders or Hub names
     :param text: as for ``load_texts``; its evaluation split is read
     :param max_length: window length in tokens; by default 2048 or, if less, the model's
         number of positions
+    :param reference: the dense model, which is measured first
+    :param answers: whether to compare answers
+    :return: one for each model, the reference's first
     :raises ValueError: if the model has fewer positions than ``max_length``
     """
     texts = list(load_texts(text, text_column, split="evaluation"))
     results = []
-    for name in models:
+    dense: _Reference | None = None
+    for name in [*([reference] if reference else []), *models]:
         model = load_model(name)
         length = window_length(model.config, max_length)
         tokenizer = read_tokenizer(name)
@@ -64,9 +84,33 @@ def evaluate(
                 tokens=len(windows) * (length - 1),
                 bos=repr(tokenizer.bos_token) if tokenizer.bos_token else "none",
                 text=str(text),
+                answers=dense.compared(model, tokenizer) if dense else None,
             )
         )
+        first = len(results) == 1
+        if first and reference and answers and has_template(tokenizer):
+            dense = _Reference(model, tokenizer)
     return results
+
+
+class _Reference:
+    """The reference with its answers, for checkpoints to be compared with."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self._model, self._tokenizer = model, tokenizer
+        self._answers = reference_answers(model, tokenizer)
+
+    def compared(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Agreement | None:
+        if tokenizer.get_vocab() != self._tokenizer.get_vocab():
+            warnings.warn(
+                f"{model.config.name_or_path} has another vocabulary than the "
+                "reference, so it is not compared on the reference's answers",
+                stacklevel=3,
+            )
+            return None
+        return agreement(self._model, model, self._answers)
 
 
 def load_model(name: str | Path) -> PreTrainedModel:

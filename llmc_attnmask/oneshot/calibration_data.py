@@ -145,14 +145,13 @@ class CalibrationData:
             unit="",
             disable=None if is_source() else True,
         )
-        for batch in self._batches(model, progress):
-            for dialog in batch:
-                dialogs.append(dialog)
-                if len(window_starts(dialogs, self.length)) == self.sampled:
-                    bar.close()
-                    return dialog_windows(dialogs, self.sampled, self.length)
-            bar.update(min(sum(map(len, batch)), needed - bar.n))
-        raise AssertionError("batches do not end")
+        batches = self._batches(model, progress)
+        with bar:
+            while len(window_starts(dialogs, self.length)) < self.sampled:
+                batch = next(batches)
+                dialogs += batch
+                bar.update(min(sum(map(len, batch)), needed - bar.n))
+        return dialog_windows(dialogs, self.sampled, self.length)
 
     def _batches(
         self, model: PreTrainedModel, progress: "Progress"

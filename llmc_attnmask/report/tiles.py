@@ -23,6 +23,7 @@ def tiles(report: Report) -> list[Tile]:
     found = [
         _attention(report),
         _perplexity(report),
+        _answers(report),
         _zeros(report),
         _disk(report),
         _token_bytes(report),
@@ -58,6 +59,17 @@ def _perplexity(report: Report) -> Tile | None:
         "Perplexity",
         f"{pruned:.3f}",
         f"{pruned - dense:+.3f} compared with the reference",
+    )
+
+
+def _answers(report: Report) -> Tile | None:
+    found = view.answers(report)
+    if found is None:
+        return None
+    return Tile(
+        "Agreement on answers",
+        f"{found['agreement']:.1%}",
+        f"KL {found['kl']:.4f} nats per token, {found['tokens']:,} tokens",
     )
 
 

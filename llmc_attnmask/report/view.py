@@ -88,6 +88,13 @@ def perplexities(report: Report) -> tuple[Mapping[str, Any], Mapping[str, Any]] 
     return (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else None
 
 
+def answers(report: Report) -> Mapping[str, Any] | None:
+    """Return the comparison with the reference on its own answers, if there is one."""
+    evaluations: Sequence[Mapping[str, Any]] = report["evaluation"]
+    # reports of earlier versions have no such entry
+    return evaluations[-1].get("answers") if evaluations else None
+
+
 def tasks(report: Report) -> list[tuple[str, str, float, float | None, float | None]]:
     """List task, metric, this model's value, the reference's, recovery in percent."""
     results: Sequence[Mapping[str, Any]] = report["tasks"]

@@ -134,7 +134,7 @@ def test_without_a_dataset_the_chat_template_decides(tokenizer, chatting):
 
 
 def test_answers_need_a_chat_template(tokenizer):
-    with pytest.raises(DatasetError, match="has no chat template.*builtin:pydoc"):
+    with pytest.raises(DatasetError, match=r"has no chat template.*builtin:pydoc"):
         data(SELF, tokenizer)
 
 

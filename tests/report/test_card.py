@@ -3,12 +3,14 @@
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from llmc_attnmask.checkpoint.convert import to_packed
+from llmc_attnmask.evaluation.answers import Agreement
 from llmc_attnmask.evaluation.perplexity import Evaluation
 from llmc_attnmask.evaluation.tasks import TaskResult
 from llmc_attnmask.report import card, conversion, files
@@ -72,6 +74,32 @@ def test_measured_perplexities_are_added_to_page_card_and_json(copy):
     assert not (copy / "README.previous.md").exists()
     weights = "model.safetensors"
     assert (copy / weights).exists()
+
+
+def test_agreement_on_answers_is_added_to_page_card_and_json(copy):
+    compared = replace(evaluation("copy", 47.25), answers=Agreement(0.25, 0.875, 640))
+    add_evaluation(copy, [evaluation("dense", 45.6), compared])
+    card = " ".join((copy / "README.md").read_text().split())
+    assert "87.5 % of the tokens" in card and "is 0.2500 nats per token" in card
+    page = (copy / "report.html").read_text()
+    assert "KL 0.2500 nats per token, 640 tokens" in page
+    assert "<td>0.2500</td><td>87.5 %</td>" in page
+    report = json.loads((copy / "report.json").read_text())
+    check(report)
+    assert [e["answers"] for e in report["evaluation"]] == [
+        None,
+        {"kl": 0.25, "agreement": 0.875, "tokens": 640},
+    ]
+
+
+def test_perplexities_of_earlier_versions_have_no_answers_but_a_page(copy):
+    add_evaluation(copy, [evaluation("dense", 45.6), evaluation("copy", 47.25)])
+    report = json.loads((copy / "report.json").read_text())
+    for entry in report["evaluation"]:
+        del entry["answers"]
+    (copy / "report.json").write_text(json.dumps(report))
+    render(copy)
+    assert "47.250" in (copy / "report.html").read_text()
 
 
 def test_tasks_are_added_to_earlier_measurements(copy):

@@ -34,13 +34,13 @@ def test_the_template_alone_writes_the_bos_token(chatting):
 
 
 def test_without_a_template_the_error_says_what_to_use_instead(tokenizer):
-    with pytest.raises(DatasetError, match="no chat template.*plain text, such as"):
+    with pytest.raises(DatasetError, match=r"no chat template.*plain text, such as"):
         render(tokenizer, QUESTION)
 
 
 def test_a_template_that_refuses_a_dialog_is_named_with_its_reason(chatting):
     chatting.chat_template = "{{ raise_exception('only tools') }}"
-    with pytest.raises(DatasetError, match="a dialog of user: .*only tools"):
+    with pytest.raises(DatasetError, match=r"a dialog of user: .*only tools"):
         render(chatting, QUESTION)
 
 
