@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from tests.support.chat import chat_model
 
 ROOT = Path(__file__).parents[1]
 SUPPORT = Path(__file__).parent / "support"
@@ -83,6 +84,27 @@ def test_two_ranks_write_the_same_checkpoint_as_one_process(tmp_path, one_thread
     assert len(changed) == 2 * 2 + 4 + 4 * 3
     names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in "12"]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_the_same_answers_as_one_process(tmp_path, one_thread):
+    model, recipe = chat_model(tmp_path / "model"), tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "s_stage: {m_modifiers: {ALPSPruningModifier: {sparsity: 0.5, "
+        "mask_structure: '2:4', targets: ['re:.*layers.0.mlp.up_proj$']}}}"
+    )
+    command = ["-m", "llmc_attnmask", "prune", str(model), "--recipe", str(recipe)]
+    data = ["--dataset", "builtin:self", "--dataset", "builtin:pydoc"]
+    done = run([*command, *DATA, *data, "--output", str(tmp_path / "2")])
+    assert done.returncode == 0, done.stderr
+    few = {"num_samples": 18, "max_length": 32}
+    prune(model, recipe, tmp_path / "1", ["builtin:self", "builtin:pydoc"], **few)
+    name = "model.layers.0.mlp.up_proj.weight"
+    together, alone = (
+        load_file(tmp_path / n / "model.safetensors")[name].float() for n in "21"
+    )
+    assert (together == 0).float().mean() >= 0.5
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

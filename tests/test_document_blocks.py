@@ -1,9 +1,10 @@
 """Every code block in the documents does what it says.
 
 Commands of this package and Python blocks run unchanged, section by section, in a
-folder where MODEL is the shipped model, FILE a recipe, DIR a pruned checkpoint and the
-text files are short; recipes there have few steps. Other commands are checked without
-being run: ``tests.support.documents.NOT_RUN`` says why.
+folder where MODEL is the shipped model, CHAT_MODEL the same with a chat template, FILE
+a recipe, DIR a pruned checkpoint and the text files are short; recipes there have few
+steps. Other commands are checked without being run: ``tests.support.documents.NOT_RUN``
+says why.
 """
 
 import itertools
@@ -27,6 +28,7 @@ from llmc_attnmask.oneshot import compare
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.serving.table import KernelTable, Row
+from tests.support.chat import chat_model
 from tests.support.checkpoints import prune_2of4
 from tests.support.documents import DOCUMENTS, NOT_RUN, ROOT, blocks, first_word
 
@@ -65,6 +67,7 @@ def pruned(tmp_path_factory) -> Path:
 def workspace(tmp_path, monkeypatch, pruned) -> Path:
     """A reader's folder: the clone's recipes, a model, a pruned checkpoint."""
     (tmp_path / "MODEL").symlink_to(MODEL_DIR)
+    chat_model(tmp_path / "CHAT_MODEL")
     (tmp_path / "recipes").mkdir()
     for path in ROOT.glob("recipes/*.yaml"):
         recipe = yaml.safe_load(path.read_text())
