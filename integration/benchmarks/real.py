@@ -22,10 +22,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,13 +45,18 @@ from integration.benchmarks.methods import (
 )
 from integration.benchmarks.real_plan import Plan, left, plans, quantizes
 from integration.gpu import record
+from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.evaluation.answers import agreement, reference_answers
 from llmc_attnmask.evaluation.attention_error import attention_errors
 from llmc_attnmask.evaluation.perplexity import load_model, perplexity
+from llmc_attnmask.oneshot.calibration_data import CalibrationData
 from llmc_attnmask.runlog.context import described
+from llmc_attnmask.runlog.progress import Progress
 from llmc_attnmask.runlog.versions import versions
 from llmc_attnmask.runlog.wording import duration
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
-from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
+from llmc_attnmask.text.dialogs import has_template
+from llmc_attnmask.text.windows import evaluation_windows
 
 FOLDER = Path(".real-model")
 MODEL = FOLDER / "SmolLM2-135M-Instruct"
@@ -86,11 +91,20 @@ def _attention_error(run: Run, dense: Model, model: Model) -> float | None:
     return sum(errors.values()) / len(errors)
 
 
+def _agreement(run: Run, dense: Model, model: Model) -> dict[str, float] | None:
+    """Compare with the dense model on its own answers; None without a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    if not has_template(tokenizer):
+        return None
+    return asdict(agreement(dense, model, reference_answers(dense, tokenizer)))
+
+
 # What is measured besides perplexity: name in the row -> function of the run, the dense
 # and the pruned model. A further measure goes here, and its column into ``real_table``;
 # rows that were measured before do not have it.
 MEASURES: dict[str, Callable[[Run, Model, Model], Any]] = {
     "attention_error": _attention_error,
+    "answers": _agreement,
 }
 
 
@@ -115,9 +129,7 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace):
         self.args, self.file = args, Path(args.out)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.calibration = calibration_windows(
-            load_texts(args.calibration), tokenizer, args.num_samples, LENGTH
-        )
+        self.calibration = _calibration(args, tokenizer)
         self.texts: dict[str, Tensor] = {}
         for name, path in args.texts.items():
             texts = load_texts(path, split="evaluation")
@@ -191,7 +203,7 @@ class Benchmark:
             "scope": plan.scope,
             "structure": plan.structure,
             "calibration": {
-                "text": Path(self.args.calibration).name,
+                "text": _calibration_name(self.args.calibration),
                 "windows": len(run.calibration),
                 "length": run.calibration.shape[1],
             },
@@ -209,6 +221,24 @@ class Benchmark:
         }
         record.append_to(self.file, row)
         return row
+
+
+def _calibration(args: argparse.Namespace, tokenizer: Any) -> Tensor:
+    """Return the windows; the model's own answers are kept beside the file of rows."""
+    data = CalibrationData(
+        args.calibration, tokenizer, "text", args.num_samples, LENGTH, seed=0
+    )
+    known = _model_digest(args.model).encode() + data.identity
+    name = hashlib.sha256(known).hexdigest()[:16]
+    kept = Progress(args.out.parent / f"calibration-{name}", {"data": name}, [])
+    model = load(args.model, dtype="auto") if data.sampled else None
+    return data.windows(cast(Model, model), kept)
+
+
+def _calibration_name(datasets: list[str]) -> str:
+    return " + ".join(
+        name if name.startswith("builtin:") else Path(name).name for name in datasets
+    )
 
 
 def _losses(value: float, dense: dict[str, float] | None) -> dict[str, float]:
@@ -278,7 +308,7 @@ def _parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--calibration", default=str(CALIBRATION))
+    parser.add_argument("--calibration", nargs="+", default=[str(CALIBRATION)])
     parser.add_argument(
         "--texts",
         type=_named,

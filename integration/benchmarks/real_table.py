@@ -39,7 +39,8 @@ def markdown(rows: list[Row], label: Callable[[str], str] = str) -> str:
 
     Seeds share a line, which has their means. A gap is the perplexity minus the dense
     model's; nats are the logarithm of their ratio. Both are followed by what they are
-    as a multiple of SparseGPT's with the same structure and calibration.
+    as a multiple of SparseGPT's with the same structure and calibration. "same token"
+    and "KL" compare with the dense model on its own answers.
 
     :param rows: of one model
     :param label: writes the name of a method
@@ -48,7 +49,7 @@ def markdown(rows: list[Row], label: Callable[[str], str] = str) -> str:
     columns = ["pruned", "calibration", "method"]
     for text in texts:
         columns += [f"{text}: perplexity", "gap (x SparseGPT's)", "nats (x)"]
-    columns += ["attention error", "seconds", "peak GB"]
+    columns += ["same token", "KL", "attention error", "seconds", "peak GB"]
     lines = [
         f"| {' | '.join(columns)} |",
         f"|{'---|' * 3}{'--:|' * (len(columns) - 3)}",
@@ -66,6 +67,7 @@ def markdown(rows: list[Row], label: Callable[[str], str] = str) -> str:
             cells.append(_mean(group, text, "perplexity", ".2f"))
             for field in ("gap", "nats"):
                 cells.append("" if dense else _loss(group, stock, text, field))
+        cells += _answers(group)
         errors = [row["attention_error"] for row in group]
         cells.append("" if None in errors else f"{sum(errors) / len(errors):.4f}")
         for field, digits in (("seconds", ".0f"), ("peak_gb", ".2f")):
@@ -73,6 +75,15 @@ def markdown(rows: list[Row], label: Callable[[str], str] = str) -> str:
             cells.append("" if dense else f"{sum(values) / len(values):{digits}}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _answers(group: list[Row]) -> list[str]:
+    """Write the share of equal tokens and the KL divergence on the model's answers."""
+    found = [row["answers"] for row in group if row.get("answers")]
+    if not found:
+        return ["", ""]
+    same, kl = (sum(f[k] for f in found) / len(found) for k in ("agreement", "kl"))
+    return [f"{same:.1%}", f"{kl:.3f}"]
 
 
 def _grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
@@ -88,9 +99,15 @@ def _key(row: Row) -> Key:
     used = row["calibration"]
     # the dense row needs no calibration, and all calibrations share it
     samples = (
-        "" if row["method"] == "dense" else f"{used['windows']} x {used['length']}"
+        ""
+        if row["method"] == "dense"
+        else f"{used['windows']} x {used['length']} of {_short(used['text'])}"
     )
     return row["scope"], row["structure"], samples, row["method"]
+
+
+def _short(calibration: str) -> str:
+    return calibration.replace("-calibration.jsonl", "")
 
 
 def _values(group: list[Row], text: str, field: str) -> list[float]:

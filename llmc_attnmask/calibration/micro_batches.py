@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmc_attnmask.calibration.inputs import ModuleInputs
-from llmc_attnmask.distributed import all_sum, gathered, rank
+from llmc_attnmask.distributed import all_sum, gathered, rank, world_size
 
 # With fewer tokens, a GPU and a CPU's threads are idle; with more, a mini-batch has too
 # few micro-batches for every rank to get one.
@@ -142,27 +142,40 @@ def sample_count(micro_batches: Iterable[MicroBatch]) -> int:
 class Sums(Generic[Key]):
     """Sums of tensors over the micro-batches of all ranks, the same in any order.
 
+    They are summed in float64. A single term stays in its own precision, which is the
+    same to the bit and costs nothing.
+
     :param like: tensors whose sums start at zero, for ranks that may have no term
     """
 
     def __init__(self, like: Mapping[Key, Tensor] | None = None):
-        self._sums = {
-            key: torch.zeros_like(tensor, dtype=torch.float64)
-            for key, tensor in (like or {}).items()
-        }
+        self._like = dict(like or {})
+        self._sums: dict[Key, Tensor] = {}
+        self._several: set[Key] = set()  # of more than one term, in float64
 
     def add(self, key: Key, term: Tensor) -> None:
         """Add the term of one micro-batch, or of a part of one."""
-        if key in self._sums:
+        if key in self._several:
             self._sums[key] += term
+        elif key in self._sums:
+            self._sums[key] = self._sums[key].double() + term
+            self._several.add(key)
         else:
-            self._sums[key] = term.to(torch.float64, copy=True)
+            self._sums[key] = term
 
     def own(self, key: Key) -> Tensor:
         """Return this rank's sum so far, float64."""
-        return self._sums[key]
+        return self._sums[key].double()
 
     def totals(self) -> dict[Key, Tensor]:
         """Return the sums over all ranks, float32; all must have the same keys."""
-        totals = all_sum(list(self._sums.values()))
-        return {key: t.float() for key, t in zip(self._sums, totals, strict=True)}
+        keys = dict.fromkeys((*self._like, *self._sums))
+        own = {key: self._sums.get(key) for key in keys}
+        sums = {
+            key: torch.zeros_like(self._like[key]) if found is None else found
+            for key, found in own.items()
+        }
+        if world_size() > 1:
+            terms = [found.double() for found in sums.values()]
+            sums = dict(zip(sums, all_sum(terms), strict=True))
+        return {key: found.float() for key, found in sums.items()}

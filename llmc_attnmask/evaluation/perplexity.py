@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmc_attnmask.calibration.memory import reuse_freed_memory
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.source import read_tokenizer
 from llmc_attnmask.evaluation.answers import (
@@ -115,6 +116,7 @@ class _Reference:
 
 def load_model(name: str | Path) -> PreTrainedModel:
     """Load a checkpoint in float32 with eager attention, on the GPU if there is one."""
+    reuse_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(name, dtype=torch.float32, attn_implementation="eager")
     return model.eval().to(torch.device(device))

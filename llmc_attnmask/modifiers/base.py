@@ -7,6 +7,7 @@ from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 
+from llmc_attnmask.calibration.memory import reuse_freed_memory
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.distributed import is_source
 from llmc_attnmask.runlog.context import described, end_run, run_of
@@ -35,6 +36,7 @@ class StoredModifier(Modifier):
         return self._done
 
     def initialize(self, state: State, **kwargs: Any) -> None:
+        reuse_freed_memory()
         recipe = active_session().lifecycle.recipe
         modifiers = recipe.modifiers if recipe else []
         storage = recipe_storage([self, *modifiers])

@@ -32,8 +32,7 @@ from llmc_attnmask.distributed import (
 from llmc_attnmask.modifiers.base import StoredModifier
 from llmc_attnmask.modifiers.fields import Names, check_finite
 from llmc_attnmask.recovery.block import Block, BlockPair, masks_of
-from llmc_attnmask.recovery.recover import recover
-from llmc_attnmask.recovery.refine import RefineSettings
+from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_log import LayerLog
 from llmc_attnmask.runlog.layer_work import layer_work
@@ -47,8 +46,9 @@ class MaskedRecoveryModifier(StoredModifier):
     block so that its output comes close to that of the dense block in the dense model.
     The masks of the pruning modifiers before it in the recipe stay as they are.
 
-    Survivors are first solved for Linear by Linear, as a least-squares problem, then
-    refined together by gradient steps on the block's output.
+    All survivors of a block move together, by gradient steps on the error of the
+    block's output. Each token's error counts relative to the token's own norm, as the
+    next norm sees it.
 
     Sample yaml:
 
@@ -75,9 +75,11 @@ class MaskedRecoveryModifier(StoredModifier):
     - on_calibration_end
         - remove_hooks(), remove the temporary folder
 
-    :param steps: gradient steps per block; 0 stops after the least-squares solution
+    :param steps: gradient steps per block
     :param learning_rate: of Adam, in standard deviations of each Linear's dense weight
-    :param batch_size: calibration samples per step, of any length
+    :param batch_size: calibration samples per step, of any length. More small steps do
+        better than fewer large ones; with several processes, each has work if this is
+        at least their number
     :param attention_weight: weight of the relative error of the attention matrices,
         compared with that of the block's output
     :param targets: decoder blocks to refine, by name, "re:" pattern or class. Defaults
@@ -93,9 +95,9 @@ class MaskedRecoveryModifier(StoredModifier):
 
     requires_calibration_data: bool = True
 
-    steps: int = Field(default=60, ge=0)
+    steps: int = Field(default=150, ge=1)
     learning_rate: float = Field(default=0.03, gt=0)
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=2, ge=1)
     attention_weight: float = Field(default=0.0, ge=0)
     targets: Names | None = None
     ignore: Names = Field(default_factory=list)
@@ -230,7 +232,7 @@ class MaskedRecoveryModifier(StoredModifier):
         self, log: LayerLog, block: nn.Module, pair: BlockPair
     ) -> list[nn.Module]:
         """Refine one block; returns its Linears that have changed."""
-        found = recover(pair, self._settings(), log.name)
+        found = refine(pair, self._settings(), log.name)
         linears, kept = pair.pruned.linears(), pair.kept
         for child, mask in kept.items():
             linear = block.get_submodule(child)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmc_attnmask.calibration.memory import reuse_freed_memory
 from llmc_attnmask.calibration.micro_batches import share
 from llmc_attnmask.calibration.samples import Offload
 from llmc_attnmask.checkpoint.config import Storage
@@ -139,6 +140,7 @@ def compress(
         takes its share
     :raises ValueError: if there are fewer windows than ranks
     """
+    reuse_freed_memory()
     own = windows[share(len(windows), windows.shape[1], rank(), world_size())]
     samples = [
         {"input_ids": window, "attention_mask": torch.ones_like(window)}

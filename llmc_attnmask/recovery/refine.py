@@ -47,15 +47,17 @@ class RefineSettings(DescentSettings):
 class Refinement:
     """The result of a descent."""
 
-    error: float  # see ``block_error``
+    errors: list[float]  # of the block before and after, see ``block_error``
     fallback: str | None = None  # what was not finite, if anything
 
 
-def refine(pair: BlockPair, start_error: float, settings: RefineSettings) -> Refinement:
+@torch.no_grad()
+def refine(pair: BlockPair, settings: RefineSettings, name: str) -> Refinement:
     """Move the surviving weights of ``pair.pruned``; restore them if the error rises.
 
-    :param start_error: the block's error before the descent
+    :param name: of the block, for messages
     """
+    start = block_error(pair.pruned, pair.targets)
     before = pair.weights()
     dense, pruned = pair.dense.linears(), pair.pruned.linears()
     learned = [
@@ -68,14 +70,14 @@ def refine(pair: BlockPair, start_error: float, settings: RefineSettings) -> Ref
     error = math.nan if fallback else block_error(pair.pruned, pair.targets)
     if not fallback and not math.isfinite(error):
         fallback = f"the error after the descent is {error}"
-    better = error <= start_error  # False for NaN
     for weight, _ in learned:
         weight.requires_grad_(False)
-    if not better:
+    if not error <= start:  # also if it is NaN
         pair.restore(before)
+        error = start
     if fallback:
-        logger.warning(f"{fallback}; the block stays as it was before the descent")
-    return Refinement(error if better else start_error, fallback)
+        logger.warning(f"{name}: {fallback}; the block stays as it was pruned")
+    return Refinement([start, error], fallback)
 
 
 class _Objective:
@@ -94,9 +96,8 @@ class _Objective:
         loss, gradients = mean_gradient(
             self._loss, weights, batch, self.pair.pruned.runner, unused=True
         )
-        with torch.enable_grad():  # pruned entries get no gradient
-            survivors = [w.masked_fill(~kept[n], 0.0) for n, w in weights.items()]
-        return Derivative(loss, survivors, list(gradients.values()))
+        survivors = [gradients[name].masked_fill_(~kept[name], 0.0) for name in kept]
+        return Derivative(loss, list(weights.values()), survivors)
 
     def _loss(self, samples: list[int]) -> Tensor:
         """Return the sum of some samples' losses."""

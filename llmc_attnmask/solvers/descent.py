@@ -59,7 +59,8 @@ def descend(
         [
             {"params": [tensor.requires_grad_()], "peak": peak}
             for tensor, peak in learned
-        ]
+        ],
+        fused=True,
     )
     generator = torch.Generator().manual_seed(settings.seed)
     batches = minibatches(micro_batches, settings.batch_size, generator)
@@ -110,13 +111,15 @@ def mean_gradient(
             sums.add(key, gradient)
     number = sample_count(micro_batches)
     mean = all_sum_numbers(total)[0] / number
-    return mean, {key: term.div_(number) for key, term in sums.totals().items()}
+    return mean, {key: term / number for key, term in sums.totals().items()}
 
 
 def non_finite(loss: float, gradients: Iterable[Tensor]) -> str | None:
     """Describe what is not finite in a loss and its gradients; None if all is."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
-    if bad := sum(int((~gradient.isfinite()).sum()) for gradient in gradients):
+    # a finite sum, which is cheaper, has only finite terms
+    suspicious = [g for g in gradients if not g.sum().isfinite()]
+    if bad := sum(int((~gradient.isfinite()).sum()) for gradient in suspicious):
         return f"{bad} entries of the gradient are not finite"
     return None

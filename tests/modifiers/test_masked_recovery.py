@@ -169,7 +169,7 @@ def test_a_failed_run_leaves_no_hook_and_no_dense_copy(run, monkeypatch, tmp_pat
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr(
-        "llmc_attnmask.recovery.recover.refit",
+        "llmc_attnmask.recovery.refine.descend",
         lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")),
     )
     model = tiny()

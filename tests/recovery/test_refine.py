@@ -10,7 +10,6 @@ from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.recovery.block import BlockPair, block_error
 from llmc_attnmask.recovery.refine import RefineSettings, refine
-from llmc_attnmask.recovery.refit import refit
 from tests.support.blocks import case_of
 
 SETTINGS = RefineSettings(
@@ -25,10 +24,9 @@ def case(calibration) -> BlockPair:
 
 def run(case: BlockPair, **changes) -> float:
     settings = replace(SETTINGS, **changes)
-    start_error = block_error(case.pruned, case.targets)
-    found = refine(case, start_error, settings)
-    assert found.error == block_error(case.pruned, case.targets)
-    return found.error
+    found = refine(case, settings, "block")
+    assert found.errors[-1] == block_error(case.pruned, case.targets)
+    return found.errors[-1]
 
 
 def matrix_error(case: BlockPair) -> float:
@@ -88,7 +86,6 @@ def test_arithmetic_in_bfloat16_reaches_about_the_same_error(calibration):
     for autocast in (False, True):  # as on a GPU
         case = case_of(load_model(MODEL_DIR), calibration[:16])
         case.dense.autocast = case.pruned.autocast = autocast
-        refit(case)
         errors.append(run(case, attention_weight=0.1))
         assert case.pruned.linears()["mlp.up_proj"].weight.dtype == torch.float32
     assert errors[1] < 1.1 * errors[0]
@@ -99,7 +96,7 @@ def test_a_step_to_infinity_leaves_a_block_as_it_was(calibration, warnings):
     before = {n: x.weight.clone() for n, x in case.pruned.linears().items()}
     start = block_error(case.pruned, case.targets)
     settings = replace(SETTINGS, steps=3, learning_rate=math.inf, batch_size=8)
-    found = refine(case, start, settings)
-    assert found.error == start and found.fallback and warnings
+    found = refine(case, settings, "block")
+    assert found.errors == [start, start] and found.fallback and warnings
     for name, linear in case.pruned.linears().items():
         assert torch.equal(linear.weight, before[name])
