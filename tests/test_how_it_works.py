@@ -7,7 +7,7 @@ import pytest
 from llmc_attnmask import AttentionMatrixPruningModifier, MaskedRecoveryModifier
 from llmc_attnmask.calibration import micro_batches
 from llmc_attnmask.modifiers import attention_pruning
-from llmc_attnmask.solvers import gptq, least_squares, matrix_objective, modes, solver
+from llmc_attnmask.solvers import gptq, least_squares, modes, solver
 from tests.support.documents import ROOT
 
 WORDS = {4: "four", 8: "eight"}
@@ -26,7 +26,6 @@ PHRASES = [
     f"{attention_pruning._STEPS[True]} steps of Adam move the survivors on",
     f"the default of {FIELDS['output_weight'].default}",
     f"`l2_penalty`, {FIELDS['l2_penalty'].default:g} by default",
-    f"(with $w = {matrix_objective.OUTPUT_WEIGHT}$)",
     f"{MaskedRecoveryModifier.model_fields['steps'].default} steps of Adam move all",
     f"up to {WORDS[gptq._SWEEPS]} sweeps",
 ]

@@ -26,6 +26,7 @@ def row(method="SparseGPT", scope="block", structure="2:4", seed=None, **others)
         "seed": seed,
         "texts": {"wikipedia": loss | {"nats": others.pop("nats", 0.5)}},
         "attention_error": 0.0125,
+        "answers": {"kl": 0.25, "agreement": 0.875, "tokens": 100},
         "seconds": 61.2,
         "peak_gb": 1.5,
         "total_seconds": 100.0,
@@ -60,7 +61,7 @@ def test_the_time_left_comes_from_the_closest_earlier_rows():
 def test_the_table_has_means_ranges_and_multiples_of_sparsegpts_loss(tmp_path):
     file = written(
         tmp_path,
-        row("dense", scope="", structure="", perplexity=20.0, nats=0.0),
+        row("dense", scope="", structure="", perplexity=20.0, nats=0.0, answers=None),
         row("SparseGPT"),
         row("block_2of4", seed=0, perplexity=29.0, nats=0.3),
         row("block_2of4", seed=1, perplexity=31.0, nats=0.4),
@@ -69,19 +70,21 @@ def test_the_table_has_means_ranges_and_multiples_of_sparsegpts_loss(tmp_path):
     table = measured_tables.real(file).splitlines()
     assert table[0] == (
         "| pruned | calibration | method | wikipedia: perplexity | gap (x SparseGPT's) "
-        "| nats (x) | attention error | seconds | peak GB |"
+        "| nats (x) | same token | KL | attention error | seconds | peak GB |"
     )
-    assert table[2] == "|  |  | dense | 20.00 |  |  | 0.0125 |  |  |"
+    assert table[2] == "|  |  | dense | 20.00 |  |  |  |  | 0.0125 |  |  |"
     assert table[3] == (
-        "| whole block, 2:4 | 128 x 512 | SparseGPT | 40.00 | +20.00 (1.00) "
-        "| +0.500 (1.00) | 0.0125 | 61 | 1.50 |"
+        "| whole block, 2:4 | 128 x 512 of wikipedia.jsonl | SparseGPT | 40.00 "
+        "| +20.00 (1.00) | +0.500 (1.00) | 87.5% | 0.250 | 0.0125 | 61 | 1.50 |"
     )
     assert table[4] == (
-        "| whole block, 2:4 | 128 x 512 | `block_2of4` | 30.00 "
+        "| whole block, 2:4 | 128 x 512 of wikipedia.jsonl | `block_2of4` | 30.00 "
         "| +10.00 [+9.00, +11.00] (0.50) | +0.350 [+0.300, +0.400] (0.70) "
-        "| 0.0125 | 61 | 1.50 |"
+        "| 87.5% | 0.250 | 0.0125 | 61 | 1.50 |"
     )
-    assert table[5].endswith("| +20.00 (1.00) | +0.500 (1.00) |  | 61 | 1.50 |")
+    assert table[5].endswith(
+        "| +20.00 (1.00) | +0.500 (1.00) | 87.5% | 0.250 |  | 61 | 1.50 |"
+    )
 
 
 def test_no_multiple_of_a_loss_that_is_none(tmp_path):
@@ -107,7 +110,7 @@ def options(tmp_path, **changed) -> argparse.Namespace:
     text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
     known = {
         "model": MODEL_DIR,
-        "calibration": str(text),
+        "calibration": [str(text)],
         "texts": {"fox": str(text)},
         "num_samples": 2,
         "seeds": [0, 1],
