@@ -77,6 +77,47 @@ def markdown(rows: list[Row], label: Callable[[str], str] = str) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[Row], label: Callable[[str], str] = str) -> str:
+    """Return the lines that readers look at first: losses, answers and seconds.
+
+    :param rows: of one model
+    :param label: writes the name of a method
+    """
+    texts = list(dict.fromkeys(name for row in rows for name in row["texts"]))[:2]
+    columns = ["pruned", "calibrated on", "method"]
+    for text in texts:
+        columns += [text, "gap, x SparseGPT's"]
+    columns += ["same token", "seconds"]
+    lines = [
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * 3}{'--:|' * (len(columns) - 3)}",
+    ]
+    groups = _grouped(rows)
+    for (scope, structure, samples, method), group in groups.items():
+        dense = method == "dense"
+        stock = groups.get((scope, structure, samples, REFERENCE))
+        cells = [
+            "" if dense else f"{SCOPES[scope]}, {structure}",
+            "" if dense else samples.partition(" of ")[2],
+            label(method),
+        ]
+        for text in texts:
+            cells.append(_mean(group, text, "perplexity", ".2f"))
+            cells.append("" if dense else _ratio(group, stock, text))
+        cells += [_answers(group)[0], "" if dense else f"{group[0]['seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(group: list[Row], stock: list[Row] | None, text: str) -> str:
+    """Write a gap as a multiple of SparseGPT's, if that is known and positive."""
+    reference = _values(stock, text, "gap") if stock else []
+    gaps = _values(group, text, "gap")
+    if not gaps or sum(reference) <= 0:
+        return ""
+    return f"{sum(gaps) / len(gaps) / (sum(reference) / len(reference)):.2f}"
+
+
 def _answers(group: list[Row]) -> list[str]:
     """Write the share of equal tokens and the KL divergence on the model's answers."""
     found = [row["answers"] for row in group if row.get("answers")]

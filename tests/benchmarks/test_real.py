@@ -87,6 +87,21 @@ def test_the_table_has_means_ranges_and_multiples_of_sparsegpts_loss(tmp_path):
     )
 
 
+def test_the_summary_has_two_texts_their_multiples_and_the_equal_tokens(tmp_path):
+    file = written(
+        tmp_path,
+        row("dense", scope="", structure="", perplexity=20.0, nats=0.0),
+        row("SparseGPT"),
+        row("block_2of4", seed=0, perplexity=26.0),
+    )
+    table = measured_tables.real_summary(file).splitlines()
+    assert table[2] == "|  |  | dense | 20.00 |  | 87.5% |  |"
+    assert table[4] == (
+        "| whole block, 2:4 | wikipedia.jsonl | `block_2of4` | 26.00 | 0.30 | 87.5% "
+        "| 61 |"
+    )
+
+
 def test_no_multiple_of_a_loss_that_is_none(tmp_path):
     file = written(tmp_path, row(perplexity=19.0, nats=-0.05), row("ALPS"))
     assert "| ALPS | 40.00 | +20.00 | +0.500 |" in real_table.written(file)

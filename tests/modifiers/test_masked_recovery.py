@@ -54,7 +54,7 @@ PRUNERS = {
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_every_pruners_masks_stay_and_perplexity_falls(run, evaluation, pruner):
     before = run(PRUNERS[pruner]())
-    after = run(PRUNERS[pruner](), MaskedRecoveryModifier(steps=12))
+    after = run(PRUNERS[pruner](), MaskedRecoveryModifier(steps=48))
     dense = weights(tiny())
     for name, weight in weights(after).items():
         zeros = weights(before)[name] == 0
@@ -101,7 +101,7 @@ def test_a_later_quantization_in_the_recipe_gets_the_recovered_weights(
     oneshot(
         model=model,
         dataset=Dataset.from_dict({"input_ids": calibration[:8].tolist()}),
-        recipe=[PRUNERS["wanda"](), MaskedRecoveryModifier(steps=2), quantization],
+        recipe=[PRUNERS["wanda"](), MaskedRecoveryModifier(steps=20), quantization],
         pipeline=pipeline,
         shuffle_calibration_samples=False,
     )
