@@ -45,6 +45,7 @@ from integration.benchmarks.methods import (
 )
 from integration.benchmarks.real_plan import Plan, left, plans, quantizes
 from integration.gpu import record
+from llmc_attnmask.checkpoint.io.atomic import PROGRESS
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.evaluation.answers import agreement, reference_answers
 from llmc_attnmask.evaluation.attention_error import attention_errors
@@ -230,7 +231,8 @@ def _calibration(args: argparse.Namespace, tokenizer: Any) -> Tensor:
     )
     known = _model_digest(args.model).encode() + data.identity
     name = hashlib.sha256(known).hexdigest()[:16]
-    kept = Progress(args.out.parent / f"calibration-{name}", {"data": name}, [])
+    folder = args.out.parent / f"calibration-{name}" / PROGRESS
+    kept = Progress(folder, {"data": name}, [])
     model = load(args.model, dtype="auto") if data.sampled else None
     return data.windows(cast(Model, model), kept)
 
