@@ -17,8 +17,12 @@ from llmc_attnmask.oneshot import compare
 from scripts import real_model
 
 FOLDER = Path(".real-model")
-# so few windows that the whole demo takes some minutes on two cores
-NUM_SAMPLES, MAX_LENGTH, EVALUATION_WINDOWS = 16, 512, 12
+# so few windows and steps that the whole demo takes some minutes on two cores
+NUM_SAMPLES, MAX_LENGTH, EVALUATION_WINDOWS = 16, 512, 8
+RECIPE, BLOCK_RECIPE = (
+    Path(__file__).with_name(f"{name}_quick.yaml")
+    for name in ("attention_2of4", "block_2of4")
+)
 
 
 def options(model: str, folder: Path = FOLDER) -> list[str]:
@@ -40,6 +44,8 @@ def options(model: str, folder: Path = FOLDER) -> list[str]:
             "--model": folder / real_model.MODEL,
             "--calibration": folder / "wikipedia-calibration.jsonl",
             "--evaluation": folder / "wikipedia-evaluation.jsonl",
+            "--recipe": RECIPE,
+            "--block-recipe": BLOCK_RECIPE,
             "--num-samples": NUM_SAMPLES,
             "--max-length": MAX_LENGTH,
             "--evaluation-windows": EVALUATION_WINDOWS,

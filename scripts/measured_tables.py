@@ -39,6 +39,11 @@ _ROWS = {
     "attention_2of4_updated": ("q/k", "2:4", "ours accuracy"),
 }
 _LOSS_TEXT = "wikipedia"
+_LOSS_CALIBRATION = {
+    "text": "wikipedia-calibration.jsonl",
+    "windows": 64,
+    "length": 512,
+}
 
 Row = dict[str, Any]
 
@@ -61,7 +66,8 @@ def loss_of(recipe: str) -> str:
     """Write by how much a recipe raises perplexity, or that it was not measured."""
     target = _ROWS.get(recipe, ("block", "2:4", recipe))
     for row in real_table.read(REAL) if REAL.exists() else []:
-        if (row["scope"], row["structure"], row["method"]) == target:
+        known = (row["scope"], row["structure"], row["method"])
+        if known == target and row["calibration"] == _LOSS_CALIBRATION:
             return f"{row['texts'][_LOSS_TEXT]['gap']:+.2f}"
     return "not measured"
 

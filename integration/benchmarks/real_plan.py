@@ -39,10 +39,7 @@ def plans() -> list[Plan]:
                 *("ours accuracy", "ours light"),
             )
         ),
-        *(
-            Plan(method, "block", "2:4")
-            for method in ("magnitude", "Wanda", "SparseGPT + recovery", "ALPS")
-        ),
+        *(Plan(method, "block", "2:4") for method in ("magnitude", "Wanda", "ALPS")),
         *(plan for plan in shipped if plan not in floats),
         *(
             Plan(method, scope, sparsity)

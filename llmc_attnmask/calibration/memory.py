@@ -1,6 +1,7 @@
 """Evaluate micro-batches within the memory there is, and reuse what was freed."""
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import TypeVar
@@ -24,11 +25,14 @@ def reuse_freed_memory() -> None:
 
     By default glibc returns every block over 32 MiB to the system at once. The next
     tensor of that size then costs a page fault per 4 KiB, which takes longer than most
-    operations on it. Other C libraries are left as they are.
+    operations on it. In return, the process may keep up to 2 GiB more than it uses.
+    Other C libraries are left as they are, and so are a user's own settings.
     """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _REUSED_UP_TO)
+    # glibc before 2.35 refuses so large a threshold; the other one alone would harm
+    if mallopt is not None and mallopt(_MMAP_THRESHOLD, _REUSED_UP_TO):
         mallopt(_TRIM_THRESHOLD, _KEPT)
 
 

@@ -142,8 +142,8 @@ def sample_count(micro_batches: Iterable[MicroBatch]) -> int:
 class Sums(Generic[Key]):
     """Sums of tensors over the micro-batches of all ranks, the same in any order.
 
-    They are summed in float64. A single term stays in its own precision, which is the
-    same to the bit and costs nothing.
+    They are summed in float64. A single term stays in its own precision, which gives an
+    equal sum and costs nothing.
 
     :param like: tensors whose sums start at zero, for ranks that may have no term
     """

@@ -91,6 +91,7 @@ def evaluate(
         first = len(results) == 1
         if first and reference and answers and has_template(tokenizer):
             dense = _Reference(model, tokenizer)
+        del model  # not in memory beside the next one, unless it is the reference
     return results
 
 
@@ -104,7 +105,10 @@ class _Reference:
     def compared(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Agreement | None:
-        if tokenizer.get_vocab() != self._tokenizer.get_vocab():
+        sizes = {
+            m.get_output_embeddings().weight.shape[0] for m in (model, self._model)
+        }
+        if tokenizer.get_vocab() != self._tokenizer.get_vocab() or len(sizes) > 1:
             warnings.warn(
                 f"{model.config.name_or_path} has another vocabulary than the "
                 "reference, so it is not compared on the reference's answers",

@@ -77,9 +77,9 @@ class MaskedRecoveryModifier(StoredModifier):
 
     :param steps: gradient steps per block
     :param learning_rate: of Adam, in standard deviations of each Linear's dense weight
-    :param batch_size: calibration samples per step, of any length. More small steps do
-        better than fewer large ones; with several processes, each has work if this is
-        at least their number
+    :param batch_size: calibration samples per step, of any length. Many small steps do
+        better than few large ones. Samples that have up to 2048 tokens together are
+        evaluated by one process, so several processes need larger steps to be faster
     :param attention_weight: weight of the relative error of the attention matrices,
         compared with that of the block's output
     :param targets: decoder blocks to refine, by name, "re:" pattern or class. Defaults

@@ -72,7 +72,7 @@ class CalibrationData:
         length: int,
         seed: int,
     ):
-        self.datasets = _chosen(dataset, tokenizer)
+        self.datasets = _chosen(dataset, tokenizer, count)
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
         shares = _shares(count, self.datasets)
         self.sampled = sum(n for name, n in shares if name == SELF)  # windows
@@ -117,7 +117,7 @@ class CalibrationData:
         known = b"".join(w.numpy().tobytes() for w in self._known if w is not None)
         if not self.sampled and len(self._known) == 1:
             return known
-        prompts = hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()
+        prompts = _digest_of_prompts(self.tokenizer) if self.sampled else None
         how = (self.sampled, self.length, ANSWER, TEMPERATURE, TOP_P, prompts)
         order = [name == SELF for name in self.datasets]
         return known + repr((order, how if self.sampled else None)).encode()
@@ -177,10 +177,23 @@ def _name(batch: int) -> str:
     return f"{batch:05d}"
 
 
-def _chosen(dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _digest_of_prompts(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of the prompts as the chat template writes them."""
+    rendered = [
+        render(tokenizer, [{"role": "user", "content": prompt}], reply=True)
+        for prompt in PROMPTS
+    ]
+    known = repr((rendered, tokenizer.eos_token_id))
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def _chosen(
+    dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[str]:
     """Return the names of the datasets, each once."""
     if not dataset:
-        return [SELF, BUILTIN] if has_template(tokenizer) else [BUILTIN]
+        default = [SELF, BUILTIN] if has_template(tokenizer) else [BUILTIN]
+        return default[: max(1, count)]
     names = [dataset] if isinstance(dataset, str | Path) else dataset
     return list(dict.fromkeys(map(str, names)))
 

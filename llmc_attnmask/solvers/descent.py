@@ -49,7 +49,7 @@ def descend(
 
     A loss or gradient that is not finite ends the descent before its step is taken.
 
-    :param learned: tensors to move, each with its peak learning rate
+    :param learned: tensors to move, dense in memory, each with its peak learning rate
     :param micro_batches: those of all ranks, from which mini-batches are drawn
     :param differentiate: (mini-batch, progress in [0, 1)) -> the loss and its gradients
     :param after_step: (step, loss) -> whether to stop; called after each step

@@ -19,12 +19,12 @@ FORMS = (
     "What questions do people often ask about {}? Answer one of them.",
 )
 _VARIOUS = """\
-What is the capital of France?
+What is the longest river in Europe?
 Which planet is the largest in the solar system?
 How many days are there in a leap year?
 Who wrote the play Romeo and Juliet?
 At what temperature does water freeze?
-Why is the sky blue?
+Why is the sea salty?
 Why do leaves change their color in autumn?
 How does a refrigerator keep food cold?
 How does a vaccine protect against a disease?

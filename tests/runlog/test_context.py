@@ -35,7 +35,7 @@ def test_every_layer_logs_a_line_and_a_summary_follows(tokenizer, calibration):
     fields = {"sparsity": 0.5, "mask_structure": "2:4"}
     attention = AttentionMatrixPruningModifier(**fields, steps=0)
     rest = ALPSPruningModifier(**fields, targets=["re:.*(up|down)_proj$"])
-    recovery = MaskedRecoveryModifier(steps=0, targets=["model.layers.3"])
+    recovery = MaskedRecoveryModifier(steps=1, targets=["model.layers.3"])
     *lines, summary = metrics(tokenizer, calibration, attention, rest, recovery)
     assert len(lines) == 4 + 8 + 1
     number = r"\d+\.\d{5}"
@@ -100,7 +100,7 @@ def test_warnings_during_a_run_are_recorded_once_and_later_ones_are_not(
             super().on_calibration_start(*args, **kwargs)
 
     pruner = AttentionMatrixPruningModifier(sparsity=0.5, steps=0)
-    compress(model, tokenizer, [pruner, Warner(steps=0)], calibration[:2, :32])
+    compress(model, tokenizer, [pruner, Warner(steps=1)], calibration[:2, :32])
     logger.warning("another matter")
     noted = [w for w in run_metadata(model)["warnings"] if "accelerator" not in w]
     assert noted == ["something is odd"]
