@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmc_attnmask import (
@@ -23,8 +23,12 @@ from llmc_attnmask import (
     AttentionMatrixPruningModifier,
     MaskedRecoveryModifier,
 )
-from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.oneshot.methods import q_and_k_names
+from llmc_attnmask.oneshot.methods import (
+    Method,
+    Scope,
+    prune_by_magnitude,
+    q_and_k_names,
+)
 from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.recipe import load_recipe
 
@@ -124,7 +128,9 @@ def pruned(case: Case) -> Pruned:
     recipe = modifiers(case, model)
     start = time.perf_counter()
     if case.method == "magnitude":
-        _magnitude(case, model)
+        scope: Scope = "whole block" if case.scope == "block" else "q and k"
+        method = Method("magnitude", scope, case.structure, case.sparsity)
+        prune_by_magnitude(model, method)
     elif recipe:
         compress(model, tokenizer, recipe, case.calibration)
     seconds = time.perf_counter() - start
@@ -133,17 +139,6 @@ def pruned(case: Case) -> Pruned:
     model = model.float().eval().to(torch.device(device))
     model.set_attn_implementation("eager")
     return Pruned(model, seconds, peak)
-
-
-@torch.no_grad()
-def _magnitude(case: Case, model: PreTrainedModel) -> None:
-    structure = MaskStructure.parse(case.structure)
-    chosen = set(q_and_k_names(model))
-    for name, module in model.named_modules():
-        whole = case.scope == "block" and name.endswith("_proj")
-        if isinstance(module, nn.Linear) and (whole or name in chosen):
-            kept = structure.mask(module.weight.abs(), case.sparsity)
-            module.weight.masked_fill_(~kept, 0.0)
 
 
 AnyCase = TypeVar("AnyCase", bound=Case)

@@ -50,10 +50,7 @@ def markdown(rows: list[Row], label: Callable[[str], str] = str) -> str:
     for text in texts:
         columns += [f"{text}: perplexity", "gap (x SparseGPT's)", "nats (x)"]
     columns += ["same token", "KL", "attention error", "seconds", "peak GB"]
-    lines = [
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * 3}{'--:|' * (len(columns) - 3)}",
-    ]
+    lines = _head(columns)
     groups = _grouped(rows)
     for (scope, structure, samples, method), group in groups.items():
         dense = method == "dense"
@@ -88,10 +85,7 @@ def summary(rows: list[Row], label: Callable[[str], str] = str) -> str:
     for text in texts:
         columns += [text, "gap, x SparseGPT's"]
     columns += ["same token", "seconds"]
-    lines = [
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * 3}{'--:|' * (len(columns) - 3)}",
-    ]
+    lines = _head(columns)
     groups = _grouped(rows)
     for (scope, structure, samples, method), group in groups.items():
         dense = method == "dense"
@@ -107,6 +101,14 @@ def summary(rows: list[Row], label: Callable[[str], str] = str) -> str:
         cells += [_answers(group)[0], "" if dense else f"{group[0]['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _head(columns: list[str]) -> list[str]:
+    """Write the names of the columns; the first three are text, the others numbers."""
+    return [
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * 3}{'--:|' * (len(columns) - 3)}",
+    ]
 
 
 def _ratio(group: list[Row], stock: list[Row] | None, text: str) -> str:
