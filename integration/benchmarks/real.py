@@ -21,11 +21,11 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,20 +43,23 @@ from integration.benchmarks.methods import (
     pruned,
     shape,
 )
+from integration.benchmarks.real_data import (
+    calibration,
+    calibration_name,
+    model_digest,
+    windows_digest,
+)
 from integration.benchmarks.real_plan import Plan, left, plans, quantizes
 from integration.gpu import record
-from llmc_attnmask.checkpoint.io.atomic import PROGRESS
-from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.evaluation.answers import agreement, reference_answers
 from llmc_attnmask.evaluation.attention_error import attention_errors
 from llmc_attnmask.evaluation.perplexity import load_model, perplexity
-from llmc_attnmask.oneshot.calibration_data import CalibrationData
 from llmc_attnmask.runlog.context import described
-from llmc_attnmask.runlog.progress import Progress
 from llmc_attnmask.runlog.versions import versions
 from llmc_attnmask.runlog.wording import duration
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
 from llmc_attnmask.text.dialogs import has_template
+from llmc_attnmask.text.generation import Dialog
 from llmc_attnmask.text.windows import evaluation_windows
 
 FOLDER = Path(".real-model")
@@ -77,6 +80,8 @@ class Run(Case):
     """One row and its data."""
 
     texts: dict[str, Tensor]  # name -> int64 [windows, length]; the first one counts
+    # the dense model's own answers; none without a chat template
+    answers: Sequence[Dialog] = ()
 
 
 def _attention_error(run: Run, dense: Model, model: Model) -> float | None:
@@ -93,11 +98,8 @@ def _attention_error(run: Run, dense: Model, model: Model) -> float | None:
 
 
 def _agreement(run: Run, dense: Model, model: Model) -> dict[str, float] | None:
-    """Compare with the dense model on its own answers; None without a chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(run.model)
-    if not has_template(tokenizer):
-        return None
-    return asdict(agreement(dense, model, reference_answers(dense, tokenizer)))
+    """Compare with the dense model on its own answers; None if it gave none."""
+    return asdict(agreement(dense, model, run.answers)) if run.answers else None
 
 
 # What is measured besides perplexity: name in the row -> function of the run, the dense
@@ -129,8 +131,8 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.file = args, Path(args.out)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.calibration = _calibration(args, tokenizer)
+        self._tokenizer = tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.calibration = calibration(args, tokenizer, LENGTH)
         self.texts: dict[str, Tensor] = {}
         for name, path in args.texts.items():
             texts = load_texts(path, split="evaluation")
@@ -139,7 +141,7 @@ class Benchmark:
         with torch.device("meta"):  # to find names in; its weights are not read
             config = AutoConfig.from_pretrained(args.model)
             self._empty = AutoModelForCausalLM.from_config(config)
-        self._model_digest = _model_digest(args.model)
+        self._model_digest = model_digest(args.model)
 
     def runs(self, only: str) -> Iterator[tuple[Plan, Run]]:
         """Yield the chosen rows in order; the dense one, which all need, is first."""
@@ -173,14 +175,20 @@ class Benchmark:
         recipe = modifiers(run, self._empty)
         known: dict[str, Any] = {
             "model": self._model_digest,
-            "texts": {name: _digest(w) for name, w in run.texts.items()},
+            "texts": {name: windows_digest(w) for name, w in run.texts.items()},
             "recipe": described(recipe),
-            "calibration": _digest(run.calibration) if recipe else None,
+            "calibration": windows_digest(run.calibration) if recipe else None,
         }
         if run.method == "magnitude":
             known["recipe"] = [run.method, run.scope, run.structure, run.sparsity]
         content = json.dumps(known, sort_keys=True).encode()
         return hashlib.sha256(content).hexdigest()[:16]
+
+    @cached_property
+    def _answers(self) -> Sequence[Dialog]:
+        if not has_template(self._tokenizer):
+            return ()
+        return reference_answers(load_model(self.args.model), self._tokenizer)
 
     def rows(self) -> dict[str, record.Row]:
         """Return the rows of the file by digest."""
@@ -194,7 +202,7 @@ class Benchmark:
     def measure(self, plan: Plan, run: Run, dense: record.Row | None) -> record.Row:
         """Measure one row and write it to the file."""
         start = time.perf_counter()
-        found = in_own_process(measure, run)
+        found = in_own_process(measure, replace(run, answers=self._answers))
         reference = dense["texts"] if dense else None
         row = {
             "digest": self.digest(run),
@@ -204,7 +212,7 @@ class Benchmark:
             "scope": plan.scope,
             "structure": plan.structure,
             "calibration": {
-                "text": _calibration_name(self.args.calibration),
+                "text": calibration_name(self.args.calibration),
                 "windows": len(run.calibration),
                 "length": run.calibration.shape[1],
             },
@@ -224,25 +232,6 @@ class Benchmark:
         return row
 
 
-def _calibration(args: argparse.Namespace, tokenizer: Any) -> Tensor:
-    """Return the windows; the model's own answers are kept beside the file of rows."""
-    data = CalibrationData(
-        args.calibration, tokenizer, "text", args.num_samples, LENGTH, seed=0
-    )
-    known = _model_digest(args.model).encode() + data.identity
-    name = hashlib.sha256(known).hexdigest()[:16]
-    folder = args.out.parent / f"calibration-{name}" / PROGRESS
-    kept = Progress(folder, {"data": name}, [])
-    model = load(args.model, dtype="auto") if data.sampled else None
-    return data.windows(cast(Model, model), kept)
-
-
-def _calibration_name(datasets: list[str]) -> str:
-    return " + ".join(
-        name if name.startswith("builtin:") else Path(name).name for name in datasets
-    )
-
-
 def _losses(value: float, dense: dict[str, float] | None) -> dict[str, float]:
     before = dense["perplexity"] if dense else value
     return {
@@ -250,22 +239,6 @@ def _losses(value: float, dense: dict[str, float] | None) -> dict[str, float]:
         "gap": value - before,
         "nats": math.log(value / before),
     }
-
-
-def _digest(windows: Tensor) -> str:
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-
-
-def _model_digest(model: str | Path) -> str:
-    """Identify a model by the bytes of its weights, or on the Hub by its name."""
-    files = sorted(Path(model).glob("*.safetensors"))
-    if not files:
-        return str(model)
-    digest = hashlib.sha256((Path(model) / "config.json").read_bytes())
-    for file in files:
-        with file.open("rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest()
 
 
 def run_all(benchmark: Benchmark, only: str) -> list[str]:

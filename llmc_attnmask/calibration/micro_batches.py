@@ -169,12 +169,10 @@ class Sums(Generic[Key]):
 
     def totals(self) -> dict[Key, Tensor]:
         """Return the sums over all ranks, float32; all must have the same keys."""
-        keys = dict.fromkeys((*self._like, *self._sums))
-        own = {key: self._sums.get(key) for key in keys}
-        sums = {
-            key: torch.zeros_like(self._like[key]) if found is None else found
-            for key, found in own.items()
-        }
+        for key in self._like.keys() - self._sums.keys():
+            self._sums[key] = torch.zeros_like(self._like[key])
+        keys = dict.fromkeys((*self._like, *self._sums))  # in one order on all ranks
+        sums = {key: self._sums[key] for key in keys}
         if world_size() > 1:
             terms = [found.double() for found in sums.values()]
             sums = dict(zip(sums, all_sum(terms), strict=True))

@@ -21,5 +21,4 @@ def answer(
         dialog.answer, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     words = str(text).split()
-    cut = len(dialog.answer) == most
-    return " ".join([*words, "..."] if cut else words)
+    return " ".join([*words, "..."] if dialog.cut else words)

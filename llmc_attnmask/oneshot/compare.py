@@ -38,6 +38,7 @@ from llmc_attnmask.oneshot.recipe import find_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.runlog.wording import duration
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
+from llmc_attnmask.text.dialogs import has_template
 from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
 
 _ERROR_WINDOWS = 128  # evaluation windows for the attention error
@@ -92,7 +93,7 @@ class Comparison:
         entries = weights(pruned, method.scope)
         zeros = sum(int((weight == 0).sum()) for weight in entries)
         errors = self._attention.errors(pruned)
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not has_template(self.tokenizer):
             questions = ()
         return Row(
             method=method,

@@ -24,6 +24,7 @@ class Dialog:
 
     tokens: list[int]
     start: int  # of the answer within the tokens
+    cut: bool  # whether the answer had not ended at its limit
 
     @property
     def answer(self) -> list[int]:
@@ -79,9 +80,10 @@ def answers(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
         )
+    found = [_until(row, stop) for row in generated[:, width:].tolist()]
     return [
-        Dialog(tokens + _until(row, stop), start=len(tokens))
-        for tokens, row in zip(rendered, generated[:, width:].tolist(), strict=True)
+        Dialog(tokens + answer, start=len(tokens), cut=answer[-1] not in stop)
+        for tokens, answer in zip(rendered, found, strict=True)
     ]
 
 

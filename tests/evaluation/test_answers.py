@@ -85,7 +85,7 @@ def test_only_answer_tokens_count(reference, dialogs, perturbed):
 
 
 def test_models_of_other_vocabularies_are_refused(reference, random_llama):
-    dialog = Dialog([1, 2, 3], start=1)
+    dialog = Dialog([1, 2, 3], start=1, cut=False)
     with pytest.raises(ValueError, match="vocabulary of 64 tokens and the reference"):
         agreement(reference, random_llama, [dialog])
 
