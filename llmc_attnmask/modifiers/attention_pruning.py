@@ -31,7 +31,9 @@ from llmc_attnmask.solvers.settings import SolverSettings
 from llmc_attnmask.solvers.solver import combined, learn_masks
 from llmc_attnmask.upstream.baselines import baselines
 
-_STEPS = {False: 200, True: 25}  # by update_weights, which has the better start
+# by update_weights, which has the better start
+_STEPS = {False: 200, True: 50}
+_BATCH_SIZE = {False: 8, True: 4}
 _MAPPED = 6  # attention modules whose attention maps the report shows
 
 
@@ -81,11 +83,11 @@ class AttentionMatrixPruningModifier(StoredModifier):
         mode only
     :param steps: optimization steps per attention module; 0 keeps what they start from:
         Wanda's mask, or the second-order solution if survivors are updated. Defaults to
-        200, or to 25 if survivors are updated
+        200, or to 50 if survivors are updated
     :param learning_rate: of Adam, for the mask's scores, whose mean starts at 1; light
         mode only
     :param batch_size: calibration samples per step, of any length. Padding is treated
-        as text
+        as text. Defaults to 8, or to 4 if survivors are updated
     :param seed: sets the order of the calibration samples; the same seed on the same
         machine gives the same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
@@ -106,7 +108,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
     l2_penalty: float = Field(default=0.0, ge=0)
     steps: int | None = Field(default=None, ge=0)
     learning_rate: float = Field(default=0.1, gt=0)
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     offload_activations: Offload = "cpu"
 
@@ -236,16 +238,17 @@ class AttentionMatrixPruningModifier(StoredModifier):
             raise UnsupportedAttentionError(f"{target.name}: {error}") from None
 
     def _settings(self, sparsity: float) -> SolverSettings:
+        mode = self.update_weights
         return SolverSettings(
             structure=self._structure,
             sparsity=sparsity,
-            steps=_STEPS[self.update_weights] if self.steps is None else self.steps,
+            steps=_STEPS[mode] if self.steps is None else self.steps,
             learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size or _BATCH_SIZE[mode],
             l2_penalty=self.l2_penalty,
             output_weight=self.output_weight,
             seed=self.seed,
-            update_weights=self.update_weights,
+            update_weights=mode,
         )
 
 
