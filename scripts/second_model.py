@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFReader, TokenType
 from transformers import GemmaTokenizer
@@ -79,7 +80,7 @@ def tokenizer(gguf: Path) -> GemmaTokenizer:
     }
     # runs of one character, which are found before any other piece
     runs = {p: float(len(p)) for p in pieces if len(set(p)) == 1 and p not in normal}
-    merges = list(_merges(normal | runs))
+    merges: Any = list(_merges(normal | runs))  # pairs, though it is annotated as str
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
 

@@ -1,6 +1,5 @@
 """``make real-model`` without a network, and the plain text of its articles."""
 
-import os
 import subprocess
 import sys
 
@@ -48,17 +47,6 @@ def test_a_heading_that_only_begins_like_back_matter_stays():
 )
 def test_redirects_and_stubs_are_no_articles(markup):
     assert real_model.plain(markup) == ""
-
-
-@pytest.fixture
-def no_index(monkeypatch):
-    """An index at which nothing listens, and no other place that pip might look."""
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
 
 
 def test_without_an_index_there_is_one_sentence_and_no_folder(no_index, tmp_path):
