@@ -22,6 +22,7 @@ from llmc_attnmask.oneshot.shipped import recipes
 ROOT = Path(__file__).parents[1]
 MEASUREMENTS = ROOT / "docs" / "measurements"
 REAL = MEASUREMENTS / "real.jsonl"
+SECOND = MEASUREMENTS / "second.jsonl"
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 _TABLE = re.compile(
     r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL
@@ -97,6 +98,8 @@ TABLES: dict[str, Callable[[], str]] = {
 if REAL.exists():
     TABLES["real"] = lambda: real(REAL)
     TABLES["real-summary"] = lambda: real_summary(REAL)
+if SECOND.exists():
+    TABLES["second"] = lambda: real(SECOND)
 
 
 def written(text: str) -> str:
