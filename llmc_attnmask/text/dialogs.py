@@ -1,7 +1,8 @@
 """Render dialogs with a model's chat template, and cut them into token windows.
 
 Every window starts where a dialog starts and is filled up with the dialogs after it, so
-it begins as a chat does. The template alone decides about the bos token.
+it begins as a chat does; only if dialogs are few and long do windows continue them. The
+template alone decides about the bos token.
 """
 
 import warnings
@@ -65,23 +66,26 @@ def contains_dialogs(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> boo
 def dialog_windows(dialogs: Iterable[Sequence[int]], count: int, length: int) -> Tensor:
     """Return ``count`` windows, equally spaced over the dialogs.
 
-    If there are too few dialogs for windows that do not overlap, windows start at
-    equally spaced dialogs, and a warning says so.
+    If too few windows can start at a dialog without overlap, further ones continue the
+    dialogs that are longer than a window. If there are too few of these as well,
+    windows overlap, and a warning says so.
 
     :param dialogs: the tokens of each
     :return: int64 [count, length]
     :raises DatasetError: if there are too few dialogs for that many different windows
     """
     dialogs = list(dialogs)
-    starts = window_starts(dialogs, length)
     stream = torch.tensor([token for d in dialogs for token in d], dtype=torch.long)
+    starts = window_starts(dialogs, length)
     if len(starts) < count:
-        found = len(starts)
+        starts = window_starts(dialogs, length, continued=True)
+    if (found := len(starts)) < count:
         starts, place = [], 0
         for dialog in dialogs:
-            if place + length <= len(stream):
-                starts.append(place)
+            # a dialog longer than a window has several
+            starts += range(place, place + max(1, len(dialog)), length)
             place += len(dialog)
+        starts = [start for start in starts if start + length <= len(stream)]
         if len(starts) < count:
             raise DatasetError(
                 f"{len(dialogs)} dialogs of {len(stream)} tokens together are too few "
@@ -97,15 +101,18 @@ def dialog_windows(dialogs: Iterable[Sequence[int]], count: int, length: int) ->
     return torch.stack([stream[starts[i] : starts[i] + length] for i in chosen])
 
 
-def window_starts(dialogs: Sequence[Sequence[int]], length: int) -> list[int]:
+def window_starts(
+    dialogs: Sequence[Sequence[int]], length: int, continued: bool = False
+) -> list[int]:
     """Return where windows start that do not overlap, in tokens from the first dialog.
 
-    The rest of a dialog that a window cuts off is left out.
+    :param continued: whether the rest of a dialog that is cut off fills more windows;
+        otherwise it is left out, so that every window starts at a dialog
     """
     starts, start, place = [], 0, 0
     for dialog in dialogs:
         place += len(dialog)
-        if place - start >= length:
+        while place - start >= length:
             starts.append(start)
-            start = place
+            start = start + length if continued else place
     return starts

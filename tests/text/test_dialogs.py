@@ -62,6 +62,18 @@ def test_few_dialogs_overlap_with_a_warning_and_too_few_are_refused():
         dialog_windows(dialogs, 3, 5)
 
 
+def test_few_long_dialogs_fill_further_windows(recwarn):
+    dialogs = [list(range(10, 20)), list(range(20, 25))]
+    assert window_starts(dialogs, 4) == [0, 10]
+    assert dialog_windows(dialogs, 2, 4)[:, 0].tolist() == [10, 20]
+    assert window_starts(dialogs, 4, continued=True) == [0, 4, 8]
+    assert dialog_windows(dialogs, 3, 4)[:, 0].tolist() == [10, 14, 18]
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="fill 3 windows of 4, so the 4 windows over"):
+        windows = dialog_windows(dialogs, 4, 4)
+    assert windows[:, 0].tolist() == [10, 14, 18, 20]
+
+
 def test_rendered_dialogs_are_recognized_among_plain_text(chatting):
     plain = calibration_windows(["some words here and there. " * 9] * 3, chatting, 2, 9)
     rendered = torch.tensor([render(chatting, QUESTION)])
