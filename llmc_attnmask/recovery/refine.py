@@ -85,19 +85,19 @@ class _Objective:
 
     def __init__(self, pair: BlockPair, attention_weight: float):
         self.pair, self.attention_weight = pair, attention_weight
-        # a product with it takes a fraction of the time that masked_fill takes
-        self.kept = {name: mask.float() for name, mask in pair.kept.items()}
         weighed = bool(attention_weight)
         self.attention = _AttentionTerm(pair.dense, pair.pruned) if weighed else None
 
     def differentiate(self, batch: list[MicroBatch], progress: float) -> Derivative:
         """Return the mean loss over a mini-batch's samples, on all ranks."""
         linears = self.pair.pruned.linears()
-        weights = {name: linears[name].weight for name in self.kept}
+        kept = self.pair.kept
+        weights = {name: linears[name].weight for name in kept}
         loss, gradients = mean_gradient(
             self._loss, weights, batch, self.pair.pruned.runner, unused=True
         )
-        survivors = [gradients[name].mul_(mask) for name, mask in self.kept.items()]
+        # on a CPU, a product takes a tenth of the time of masked_fill
+        survivors = [gradients[name].mul_(mask) for name, mask in kept.items()]
         return Derivative(loss, list(weights.values()), survivors)
 
     def _loss(self, samples: list[int]) -> Tensor:

@@ -67,8 +67,9 @@ def dialog_windows(dialogs: Iterable[Sequence[int]], count: int, length: int) ->
     """Return ``count`` windows, equally spaced over the dialogs.
 
     If too few windows can start at a dialog without overlap, further ones continue the
-    dialogs that are longer than a window. If there are too few of these as well,
-    windows overlap, and a warning says so.
+    dialogs that are longer than a window; their first token gives way to the one that
+    all dialogs begin with, such as bos. If there are too few of these as well, windows
+    overlap, and a warning says so.
 
     :param dialogs: the tokens of each
     :return: int64 [count, length]
@@ -83,7 +84,7 @@ def dialog_windows(dialogs: Iterable[Sequence[int]], count: int, length: int) ->
         starts, place = [], 0
         for dialog in dialogs:
             # a dialog longer than a window has several
-            starts += range(place, place + max(1, len(dialog)), length)
+            starts += range(place, place + len(dialog), length)
             place += len(dialog)
         starts = [start for start in starts if start + length <= len(stream)]
         if len(starts) < count:
@@ -98,7 +99,10 @@ def dialog_windows(dialogs: Iterable[Sequence[int]], count: int, length: int) ->
             stacklevel=2,
         )
     chosen = torch.linspace(0, len(starts) - 1, count).long().tolist()
-    return torch.stack([stream[starts[i] : starts[i] + length] for i in chosen])
+    windows = torch.stack([stream[starts[i] : starts[i] + length] for i in chosen])
+    if len(first := {dialog[0] for dialog in dialogs if dialog}) == 1:
+        windows[:, 0] = first.pop()
+    return windows
 
 
 def window_starts(
@@ -106,13 +110,15 @@ def window_starts(
 ) -> list[int]:
     """Return where windows start that do not overlap, in tokens from the first dialog.
 
-    :param continued: whether the rest of a dialog that is cut off fills more windows;
-        otherwise it is left out, so that every window starts at a dialog
+    :param continued: whether the rest of a long dialog fills further windows; otherwise
+        it is left out, so that every window starts at a dialog
     """
     starts, start, place = [], 0, 0
     for dialog in dialogs:
         place += len(dialog)
-        while place - start >= length:
+        if place - start >= length:
             starts.append(start)
-            start = start + length if continued else place
+            if continued:
+                starts += range(start + length, place - length + 1, length)
+            start = place
     return starts

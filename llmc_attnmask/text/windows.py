@@ -85,7 +85,7 @@ def token_stream(
 def _begun(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Let windows begin as the tokenizer begins a text, int64 [windows, length]."""
     bos = tokenizer.bos_token_id
-    if bos is not None and bos in tokenizer("").input_ids:
+    if bos is not None and tokenizer("a").input_ids[:1] == [bos]:
         windows[:, 0] = bos
     return windows
 

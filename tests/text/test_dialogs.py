@@ -60,18 +60,30 @@ def test_few_dialogs_overlap_with_a_warning_and_too_few_are_refused():
     assert windows[:, 0].tolist() == [10, 20]
     with pytest.raises(DatasetError, match="3 dialogs of 9 tokens together are too"):
         dialog_windows(dialogs, 3, 5)
+    with pytest.raises(DatasetError, match="4 dialogs of 12 tokens together are too"):
+        dialog_windows([[], *dialogs, [40, 41, 42]], 4, 6)
 
 
 def test_few_long_dialogs_fill_further_windows(recwarn):
     dialogs = [list(range(10, 20)), list(range(20, 25))]
     assert window_starts(dialogs, 4) == [0, 10]
     assert dialog_windows(dialogs, 2, 4)[:, 0].tolist() == [10, 20]
-    assert window_starts(dialogs, 4, continued=True) == [0, 4, 8]
-    assert dialog_windows(dialogs, 3, 4)[:, 0].tolist() == [10, 14, 18]
+    assert window_starts(dialogs, 4, continued=True) == [0, 4, 10]
+    assert dialog_windows(dialogs, 3, 4)[:, 0].tolist() == [10, 14, 20]
     assert not recwarn.list
     with pytest.warns(UserWarning, match="fill 3 windows of 4, so the 4 windows over"):
         windows = dialog_windows(dialogs, 4, 4)
     assert windows[:, 0].tolist() == [10, 14, 18, 20]
+
+
+def test_short_dialogs_are_never_continued():
+    assert window_starts([[0] * 3] * 4, 4, continued=True) == [0, 6]
+
+
+def test_a_window_that_continues_a_dialog_begins_as_dialogs_do():
+    dialogs = [[1, *range(10, 19)], [1, *range(20, 24)]]
+    windows = dialog_windows(dialogs, 3, 4)
+    assert windows.tolist() == [[1, 10, 11, 12], [1, 14, 15, 16], [1, 20, 21, 22]]
 
 
 def test_rendered_dialogs_are_recognized_among_plain_text(chatting):
