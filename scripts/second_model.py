@@ -61,9 +61,10 @@ def set_up(output: Path) -> None:
 
 
 def tokenizer(gguf: Path) -> GemmaTokenizer:
-    """Return a GGUF's tokenizer.
+    """Return a GGUF's tokenizer, for plain text.
 
-    transformers reads its pieces, but not in which order they are merged.
+    transformers reads its pieces, but not in which order they are merged. Control
+    pieces and tags are not recognized within a text.
     """
     fields = GGUFReader(gguf).fields
     pieces, scores, types = (

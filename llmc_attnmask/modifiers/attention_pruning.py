@@ -127,6 +127,11 @@ class AttentionMatrixPruningModifier(StoredModifier):
                 f"projections is {self.projections}; expected some of q, k, v, o, each "
                 "once"
             )
+        # resolved here, so that a recipe, report or card records what was used
+        if self.steps is None:
+            self.steps = _STEPS[self.update_weights]
+        if self.batch_size is None:
+            self.batch_size = _BATCH_SIZE[self.update_weights]
         return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -238,17 +243,17 @@ class AttentionMatrixPruningModifier(StoredModifier):
             raise UnsupportedAttentionError(f"{target.name}: {error}") from None
 
     def _settings(self, sparsity: float) -> SolverSettings:
-        mode = self.update_weights
+        assert self.steps is not None and self.batch_size is not None
         return SolverSettings(
             structure=self._structure,
             sparsity=sparsity,
-            steps=_STEPS[mode] if self.steps is None else self.steps,
+            steps=self.steps,
             learning_rate=self.learning_rate,
-            batch_size=self.batch_size or _BATCH_SIZE[mode],
+            batch_size=self.batch_size,
             l2_penalty=self.l2_penalty,
             output_weight=self.output_weight,
             seed=self.seed,
-            update_weights=mode,
+            update_weights=self.update_weights,
         )
 
 

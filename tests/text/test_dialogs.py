@@ -60,7 +60,7 @@ def test_few_dialogs_overlap_with_a_warning_and_too_few_are_refused():
     assert windows[:, 0].tolist() == [10, 20]
     with pytest.raises(DatasetError, match="3 dialogs of 9 tokens together are too"):
         dialog_windows(dialogs, 3, 5)
-    with pytest.raises(DatasetError, match="4 dialogs of 12 tokens together are too"):
+    with pytest.raises(DatasetError, match="5 dialogs of 12 tokens together are too"):
         dialog_windows([[], *dialogs, [40, 41, 42]], 4, 6)
 
 
