@@ -7,6 +7,7 @@ import pytest
 from llmc_attnmask import AttentionMatrixPruningModifier, MaskedRecoveryModifier
 from llmc_attnmask.calibration import micro_batches
 from llmc_attnmask.modifiers import attention_pruning
+from llmc_attnmask.recovery import error
 from llmc_attnmask.solvers import gptq, least_squares, modes, solver
 from tests.support.documents import ROOT
 
@@ -27,6 +28,7 @@ PHRASES = [
     f"the default of {FIELDS['output_weight'].default}",
     f"`l2_penalty`, {FIELDS['l2_penalty'].default:g} by default",
     f"{MaskedRecoveryModifier.model_fields['steps'].default} steps of Adam move all",
+    f"holds at most {error._LARGEST_SHARE:g} times what the median channel",
     f"up to {WORDS[gptq._SWEEPS]} sweeps",
 ]
 

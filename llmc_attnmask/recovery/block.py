@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from llmc_attnmask.attention.capture import isolated_copy
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.calibration.memory import MicroBatchRunner
-from llmc_attnmask.calibration.micro_batches import micro_batches_of, sample_count
+from llmc_attnmask.calibration.micro_batches import micro_batches_of
 from llmc_attnmask.calibration.samples import SampleTensors
-from llmc_attnmask.distributed import all_sum_numbers
 
 
 class Block:
@@ -110,44 +109,6 @@ def masks_of(dense: Block, pruned: Block) -> dict[str, Tensor]:
         if (~kept).sum() > (dense.linears()[name].weight == 0).sum():
             masks[name] = kept
     return masks
-
-
-def token_weights(states: Tensor) -> Tensor:
-    """Return 1 / ||y_t||^2 of every token, [..., L] for hidden states [..., L, D].
-
-    Whatever reads the residual stream first divides each token by its own norm, so an
-    error counts relative to it. Otherwise the few tokens with massive activations, the
-    first one above all, would outweigh all others (https://arxiv.org/abs/2402.17762).
-    """
-    norms = states.float().square().sum(-1)
-    # a token without any norm must not outweigh the others either
-    least = (1e-6 * norms.mean(-1, keepdim=True)).clamp_min(1e-30)
-    return norms.maximum(least).reciprocal()
-
-
-def relative_errors(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over tokens of ||y~_t - y_t||^2 / ||y_t||^2, float32 [B].
-
-    :param outputs: hidden states Y~ after a pruned block, [B, L, D]
-    :param targets: Y, the same of the dense block
-    """
-    errors = (outputs.float() - targets.float()).square().sum(-1)
-    return (errors * token_weights(targets)).mean(-1)
-
-
-@torch.no_grad()
-def block_error(pruned: Block, targets: Sequence[Tensor]) -> float:
-    """Return the mean of ``relative_errors`` over the samples of all ranks.
-
-    :param targets: Y, hidden states after the dense block, [1, L, D] of each sample
-    """
-
-    def run(samples: list[int]) -> float:
-        target = torch.cat([targets[sample] for sample in samples]).to(pruned.device)
-        return relative_errors(pruned(samples), target).sum().item()
-
-    total = sum(error for _, error in pruned.runner(pruned.micro_batches, run))
-    return all_sum_numbers(total)[0] / sample_count(pruned.micro_batches)
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

@@ -1,11 +1,12 @@
 """Refine the surviving weights of a whole block by gradient steps, with fixed masks.
 
-    min over surviving weights of  mean over tokens t of ||y~_t - y_t||^2 / ||y_t||^2
+    min over surviving weights of  mean over tokens t of ||y~_t - y_t||_w^2 / ||y_t||_w^2
                                    + attention_weight * ||A~ - A||_F^2 / ||A||_F^2
 
 Y~ is the pruned block's output on the pruned model's hidden states, and Y the dense
 block's output on the dense model's hidden states. So the block also compensates for
-its predecessors. A and A~ are the attention matrices inside the two blocks.
+its predecessors. A and A~ are the attention matrices inside the two blocks;
+``error.py`` explains the norms.
 """
 
 import math
@@ -21,12 +22,8 @@ from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error, attention_norms
 from llmc_attnmask.attention.projections import attention_modules
 from llmc_attnmask.calibration.micro_batches import MicroBatch, micro_batches_of
-from llmc_attnmask.recovery.block import (
-    Block,
-    BlockPair,
-    block_error,
-    relative_errors,
-)
+from llmc_attnmask.recovery.block import Block, BlockPair
+from llmc_attnmask.recovery.error import OutputError
 from llmc_attnmask.solvers.descent import (
     Derivative,
     DescentSettings,
@@ -47,7 +44,7 @@ class RefineSettings(DescentSettings):
 class Refinement:
     """The result of a descent."""
 
-    errors: list[float]  # of the block before and after, see ``block_error``
+    errors: list[float]  # of the block before and after, see ``OutputError``
     fallback: str | None = None  # what was not finite, if anything
 
 
@@ -57,7 +54,8 @@ def refine(pair: BlockPair, settings: RefineSettings, name: str) -> Refinement:
 
     :param name: of the block, for messages
     """
-    start = block_error(pair.pruned, pair.targets)
+    output_error = OutputError(pair)
+    start = output_error.mean()
     before = pair.weights()
     dense, pruned = pair.dense.linears(), pair.pruned.linears()
     learned = [
@@ -65,9 +63,9 @@ def refine(pair: BlockPair, settings: RefineSettings, name: str) -> Refinement:
         for name in pair.kept
     ]
     micro_batches = micro_batches_of(pair.pruned.inputs, settings.batch_size)
-    objective = _Objective(pair, settings.attention_weight)
+    objective = _Objective(output_error, settings.attention_weight)
     fallback = descend(learned, micro_batches, objective.differentiate, settings)
-    error = math.nan if fallback else block_error(pair.pruned, pair.targets)
+    error = math.nan if fallback else output_error.mean()
     if not fallback and not math.isfinite(error):
         fallback = f"the error after the descent is {error}"
     for weight, _ in learned:
@@ -83,10 +81,11 @@ def refine(pair: BlockPair, settings: RefineSettings, name: str) -> Refinement:
 class _Objective:
     """The loss above as a function of the pruned block's current weights."""
 
-    def __init__(self, pair: BlockPair, attention_weight: float):
-        self.pair, self.attention_weight = pair, attention_weight
+    def __init__(self, output_error: OutputError, attention_weight: float):
+        self.output_error, self.pair = output_error, output_error.pair
+        self.attention_weight = attention_weight
         weighed = bool(attention_weight)
-        self.attention = _AttentionTerm(pair.dense, pair.pruned) if weighed else None
+        self.attention = _AttentionTerm(self.pair) if weighed else None
 
     def differentiate(self, batch: list[MicroBatch], progress: float) -> Derivative:
         """Return the mean loss over a mini-batch's samples, on all ranks."""
@@ -102,9 +101,7 @@ class _Objective:
 
     def _loss(self, samples: list[int]) -> Tensor:
         """Return the sum of some samples' losses."""
-        pruned = self.pair.pruned
-        targets = torch.cat([self.pair.targets[sample] for sample in samples])
-        loss = relative_errors(pruned(samples), targets.to(pruned.device)).sum()
+        loss = self.output_error.of(samples).sum()
         if self.attention is not None:
             relative = self.attention(samples) * len(samples)
             loss = loss + self.attention_weight * relative
@@ -118,8 +115,8 @@ class _AttentionTerm:
     that the attention modules had in that run.
     """
 
-    def __init__(self, dense: Block, pruned: Block):
-        self.dense, self.pruned = dense, pruned
+    def __init__(self, pair: BlockPair):
+        self.dense, self.pruned = dense, pruned = pair.dense, pair.pruned
         self.replicas = {
             name: AttentionReplica(attention)
             for name, attention in attention_modules(dense.module).items()

@@ -8,7 +8,8 @@ from llmc_attnmask.attention.capture import AttentionReplica
 from llmc_attnmask.attention.matrix import attention_error
 from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
-from llmc_attnmask.recovery.block import BlockPair, block_error
+from llmc_attnmask.recovery.block import BlockPair
+from llmc_attnmask.recovery.error import OutputError
 from llmc_attnmask.recovery.refine import RefineSettings, refine
 from tests.support.blocks import case_of
 
@@ -25,7 +26,7 @@ def case(calibration) -> BlockPair:
 def run(case: BlockPair, **changes) -> float:
     settings = replace(SETTINGS, **changes)
     found = refine(case, settings, "block")
-    assert found.errors[-1] == block_error(case.pruned, case.targets)
+    assert found.errors[-1] == OutputError(case).mean()
     return found.errors[-1]
 
 
@@ -49,7 +50,7 @@ def matrix_error(case: BlockPair) -> float:
 
 
 def test_the_error_falls_and_the_masks_stay(case):
-    before = block_error(case.pruned, case.targets)
+    before = OutputError(case).mean()
     assert run(case) < 0.8 * before
     for name, linear in case.pruned.linears().items():
         zeros = linear.weight[~case.kept[name]]
@@ -58,7 +59,7 @@ def test_the_error_falls_and_the_masks_stay(case):
 
 
 def test_steps_that_raise_the_error_are_undone(case):
-    before = block_error(case.pruned, case.targets)
+    before = OutputError(case).mean()
     assert run(case, learning_rate=100.0, steps=3) == before
 
 
@@ -94,7 +95,7 @@ def test_arithmetic_in_bfloat16_reaches_about_the_same_error(calibration):
 def test_a_step_to_infinity_leaves_a_block_as_it_was(calibration, warnings):
     case = case_of(load_model(MODEL_DIR), calibration[:16, :64])
     before = {n: x.weight.clone() for n, x in case.pruned.linears().items()}
-    start = block_error(case.pruned, case.targets)
+    start = OutputError(case).mean()
     settings = replace(SETTINGS, steps=3, learning_rate=math.inf, batch_size=8)
     found = refine(case, settings, "block")
     assert found.errors == [start, start] and found.fallback and warnings
