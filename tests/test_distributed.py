@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.chat import chat_model
+from tests.support.ranks import channel_weights
 
 ROOT = Path(__file__).parents[1]
 SUPPORT = Path(__file__).parent / "support"
@@ -108,7 +109,9 @@ def test_two_ranks_sample_the_same_answers_as_one_process(tmp_path, one_thread):
 
 
 @pytest.mark.slow
-def test_invalid_runs_are_refused_on_every_rank(tmp_path):
+def test_ranks_sum_what_they_have_and_refuse_invalid_runs(tmp_path, one_thread):
+    channels = channel_weights()
+    assert min(channels) < 0.1
     done = run([str(SUPPORT / "ranks.py"), str(tmp_path)])
     assert done.returncode == 0, done.stderr
     for rank in range(2):
@@ -122,6 +125,7 @@ def test_invalid_runs_are_refused_on_every_rank(tmp_path):
             assert found[f"{modifier} hooks"] == 0
         assert "rank 1 reached b" in found["reached"]
         assert found["sum"] == [3.0, 3.0]
+        assert found["channels"] == channels
         assert found["sent"] == [[1.0, 1.0], [float(rank)] * 2]
         assert found["written"] == [7.0, 7.0]
 

@@ -28,7 +28,7 @@ PHRASES = [
     f"the default of {FIELDS['output_weight'].default}",
     f"`l2_penalty`, {FIELDS['l2_penalty'].default:g} by default",
     f"{MaskedRecoveryModifier.model_fields['steps'].default} steps of Adam move all",
-    f"holds at most {error._LARGEST_SHARE:g} times what the median channel",
+    f"is at most {error._LARGEST_SHARE:g} times that of the median channel",
     f"up to {WORDS[gptq._SWEEPS]} sweeps",
 ]
 

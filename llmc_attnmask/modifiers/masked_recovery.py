@@ -77,7 +77,7 @@ class MaskedRecoveryModifier(StoredModifier):
 
     :param steps: gradient steps per block
     :param learning_rate: of Adam, in standard deviations of each Linear's dense weight.
-        Larger ones do no better on held-out text, and broke attention in one model
+        Larger ones gain little on text like the calibration's and lose on other text
     :param batch_size: calibration samples per step, of any length. Many small steps do
         better than few large ones. Samples that have up to 2048 tokens together are
         evaluated by one process, so several processes need larger steps to be faster

@@ -1,6 +1,6 @@
 """Refine the surviving weights of a whole block by gradient steps, with fixed masks.
 
-    min over surviving weights of  mean over tokens t of ||y~_t - y_t||_w^2 / ||y_t||_w^2
+    min over surviving weights of  mean over tokens of ||y~_t - y_t||_w^2 / ||y_t||_w^2
                                    + attention_weight * ||A~ - A||_F^2 / ||A||_F^2
 
 Y~ is the pruned block's output on the pruned model's hidden states, and Y the dense

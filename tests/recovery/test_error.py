@@ -1,5 +1,7 @@
 """Tests of how a block's error counts its tokens and channels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,14 +65,19 @@ def test_a_token_without_a_norm_does_not_outweigh_the_others():
     assert relative_errors(zeros, zeros, torch.ones(8)).item() == 0.0
 
 
-def test_a_block_is_measured_by_the_shares_of_its_own_channels(calibration):
+def test_a_blocks_channels_are_weighed_by_their_shares_in_all_samples(calibration):
     pair = case_of(load_model(MODEL_DIR), calibration[:4, :64])
-    targets = torch.cat([pair.targets[sample] for sample in range(4)])
-    norms = targets.square().sum(-1, keepdim=True)
-    weights = channel_weights((targets.square() / norms).sum((0, 1)))
+    massive = torch.ones_like(torch.stack(list(pair.targets)))
+    massive[..., 3] = 100.0
+    massive[2, ..., 5] = 100.0  # in one sample only
+    massive[1, :, :8, 7] = 1000.0  # in a few tokens only
+    targets = [pair.targets[sample] * massive[sample] for sample in range(4)]
+    squares = torch.cat(targets).square()
+    weights = channel_weights((squares / squares.sum(-1, keepdim=True)).sum((0, 1)))
+    assert weights[3] < 0.1 and (weights < 1).sum() > 1
+    error = OutputError(replace(pair, targets=targets))
+    torch.testing.assert_close(error.weights, weights)
     with torch.no_grad():
-        outputs = pair.pruned(range(4))
-    expected = relative_errors(outputs, targets, weights)
-    error = OutputError(pair)
+        expected = relative_errors(pair.pruned(range(4)), torch.cat(targets), weights)
     torch.testing.assert_close(error.of(range(4)).detach(), expected)
     assert error.mean() == pytest.approx(expected.mean().item(), rel=1e-5)

@@ -1,5 +1,8 @@
 """Blocks to recover, dense and pruned, with the inputs that reach them."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,6 +32,16 @@ def case_of(model: PreTrainedModel, tokens: Tensor, index: int = 1) -> BlockPair
     targets = dense.outputs()
     pruned = Block(block, inputs, device)
     return BlockPair(dense, pruned, targets, kept)
+
+
+def with_massive_channel(pair: BlockPair, samples: Sequence[int]) -> BlockPair:
+    """Make a channel massive, to an extent that differs from sample to sample."""
+    targets = []
+    for sample, target in zip(samples, pair.targets, strict=True):
+        scale = torch.ones(target.shape[-1])
+        scale[5] = 40.0 * (1 + sample)
+        targets.append(target * scale)
+    return replace(pair, targets=targets)
 
 
 def inputs_of(

@@ -16,15 +16,20 @@ from llmc_attnmask import (
     AttentionMatrixPruningModifier,
     MaskedRecoveryModifier,
 )
+from llmc_attnmask.calibration.micro_batches import share
 from llmc_attnmask.distributed import (
     all_sum,
     process_group,
     rank,
     reached,
     send_from,
+    world_size,
     write_parameter,
 )
+from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from llmc_attnmask.recovery.error import OutputError
+from tests.support.blocks import case_of, with_massive_channel
 
 TWO_OF_FOUR = {"sparsity": 0.5, "mask_structure": "2:4"}
 
@@ -46,6 +51,14 @@ def refused(modifier) -> tuple[str, int]:
     return "nothing was refused", 0
 
 
+def channel_weights() -> list[float]:
+    """Return the weights of a block's channels, from samples that the ranks share."""
+    tokens = torch.arange(18 * 32).view(18, 32) % 200
+    samples = share(18, 32, rank(), world_size())
+    pair = case_of(load_model(MODEL_DIR), tokens[samples])
+    return OutputError(with_massive_channel(pair, samples)).weights.tolist()
+
+
 def main(folder: Path) -> None:
     found: dict[str, object] = {}
     with process_group():
@@ -62,6 +75,7 @@ def main(folder: Path) -> None:
             reached(["a", "b"] if rank() == 0 else ["a"])
         except ValueError as error:
             found["reached"] = str(error)
+        found["channels"] = channel_weights()
         own = torch.full((2,), float(rank()))
         found["sum"] = all_sum([own.double() + 1])[0].tolist()
         found["sent"] = [send_from(1, own).tolist(), own.tolist()]
