@@ -35,17 +35,14 @@ class OutputError:
 
     @torch.no_grad()
     def _shares(self) -> Tensor:
-        """Return each channel's share of ||y_t||^2, over the tokens of all ranks, [D].
-
-        They are summed over the tokens.
-        """
-        pair, sums = self.pair, Sums[str]()
+        """Return channels' shares of ||y_t||^2, summed over all ranks' tokens, [D]."""
+        pruned, sums = self.pair.pruned, Sums[str]()
 
         def run(samples: list[int]) -> Tensor:
             squares = self._targets(samples).square()
             return (squares / _positive(squares.sum(-1)).unsqueeze(-1)).sum((0, 1))
 
-        for _, shares in pair.pruned.runner(pair.pruned.micro_batches, run):
+        for _, shares in pruned.runner(pruned.micro_batches, run):
             sums.add("shares", shares)
         return sums.totals()["shares"]
 
@@ -72,12 +69,11 @@ class OutputError:
 def relative_errors(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Return the mean over tokens of ||y~_t - y_t||_w^2 / ||y_t||_w^2, float32 [B].
 
-    :param outputs: hidden states Y~ after a pruned block, [B, L, D]
+    :param outputs: hidden states Y~ after a pruned block, float32 [B, L, D]
     :param targets: Y, the same of the dense block
-    :param weights: w, of the channels, [D]
+    :param weights: w, of the channels, float32 [D]
     """
-    targets = targets.float()
-    errors = (outputs.float() - targets).square() @ weights
+    errors = (outputs - targets).square() @ weights
     return (errors / _positive(targets.square() @ weights)).mean(-1)
 
 
