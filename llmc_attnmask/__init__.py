@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmc_attnmask.checkpoint.load import load
     from llmc_attnmask.evaluation.perplexity import evaluate
     from llmc_attnmask.modifiers import (
+        ActivationSmoothingModifier,
         ALPSPruningModifier,
         AttentionMatrixPruningModifier,
         MaskedGPTQModifier,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALPSPruningModifier",
+    "ActivationSmoothingModifier",
     "AttentionMatrixPruningModifier",
     "MaskedGPTQModifier",
     "MaskedRecoveryModifier",
@@ -39,6 +41,7 @@ __all__ = [
 _HOMES = {
     "ALPSPruningModifier": "llmc_attnmask.modifiers",
     "AttentionMatrixPruningModifier": "llmc_attnmask.modifiers",
+    "ActivationSmoothingModifier": "llmc_attnmask.modifiers",
     "MaskedGPTQModifier": "llmc_attnmask.modifiers",
     "MaskedRecoveryModifier": "llmc_attnmask.modifiers",
     "evaluate": "llmc_attnmask.evaluation.perplexity",

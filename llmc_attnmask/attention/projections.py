@@ -79,6 +79,12 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Map names to the parents of attention modules, in the model's order."""
+    names = dict.fromkeys(n.rpartition(".")[0] for n in attention_modules(model))
+    return {name: model.get_submodule(name) for name in names}
+
+
 def find_projections(attention: nn.Module) -> dict[Role, Projection]:
     """Find q, k, v and, if it is inside the module, o.
 

@@ -6,6 +6,7 @@ run, and a correction to llm-compressor's tracer (both in ``upstream/``).
 
 from llmcompressor.modifiers.factory import ModifierFactory
 
+from llmc_attnmask.modifiers.activation_smoothing import ActivationSmoothingModifier
 from llmc_attnmask.modifiers.alps_pruning import ALPSPruningModifier
 from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModifier
 from llmc_attnmask.modifiers.masked_gptq import MaskedGPTQModifier
@@ -15,6 +16,7 @@ from llmc_attnmask.upstream.tracing import keep_attention_implementation
 
 __all__ = [
     "ALPSPruningModifier",
+    "ActivationSmoothingModifier",
     "AttentionMatrixPruningModifier",
     "MaskedGPTQModifier",
     "MaskedRecoveryModifier",
@@ -23,6 +25,7 @@ __all__ = [
 for _modifier in (
     ALPSPruningModifier,
     AttentionMatrixPruningModifier,
+    ActivationSmoothingModifier,
     MaskedGPTQModifier,
     MaskedRecoveryModifier,
 ):

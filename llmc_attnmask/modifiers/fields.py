@@ -3,8 +3,12 @@
 from typing import Annotated
 
 import torch
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from pydantic import BeforeValidator
 from torch import Tensor, nn
+
+from llmc_attnmask.upstream.mask_guard import modifiers_before
 
 
 def _quoted(value: object) -> object:
@@ -19,6 +23,20 @@ def _as_list(value: object) -> object:
 
 MaskStructureField = Annotated[str, BeforeValidator(_quoted)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+def check_before_quantization(modifier: Modifier) -> None:
+    """Refuse a modifier that would change rounded weights.
+
+    :raises ValueError: if it comes after a quantization in the recipe
+    """
+    for earlier in modifiers_before(modifier):
+        if isinstance(earlier, QuantizationMixin):
+            raise ValueError(
+                f"{type(modifier).__name__} comes after {type(earlier).__name__} and "
+                "would change rounded weights; put it before that, right after the "
+                "pruning modifiers"
+            )
 
 
 def check_finite(model: nn.Module) -> None:

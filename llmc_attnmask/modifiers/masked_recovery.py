@@ -8,7 +8,6 @@ import torch
 from compressed_tensors.offload import align_module_device, get_execution_device
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
-from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from pydantic import Field, PrivateAttr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from llmc_attnmask.attention.capture import (
     UnsupportedAttentionError,
     uses_attention_interface,
 )
-from llmc_attnmask.attention.projections import attention_modules
+from llmc_attnmask.attention.projections import attention_modules, decoder_blocks
 from llmc_attnmask.calibration.inputs import ModuleInputs
 from llmc_attnmask.calibration.samples import Offload, SampleTensors
 from llmc_attnmask.calibration.scratch import scratch
@@ -30,14 +29,17 @@ from llmc_attnmask.distributed import (
     write_parameter,
 )
 from llmc_attnmask.modifiers.base import StoredModifier
-from llmc_attnmask.modifiers.fields import Names, check_finite
+from llmc_attnmask.modifiers.fields import (
+    Names,
+    check_before_quantization,
+    check_finite,
+)
 from llmc_attnmask.recovery.block import Block, BlockPair, masks_of
 from llmc_attnmask.recovery.refine import RefineSettings, refine
 from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_log import LayerLog
 from llmc_attnmask.runlog.layer_work import layer_work
 from llmc_attnmask.runlog.wording import listed
-from llmc_attnmask.upstream.mask_guard import modifiers_before
 
 
 class MaskedRecoveryModifier(StoredModifier):
@@ -115,9 +117,9 @@ class MaskedRecoveryModifier(StoredModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         check_finite(state.model)
-        self._blocks = _decoder_blocks(state.model)
+        self._blocks = decoder_blocks(state.model)
         self._refined = self._select(state.model)
-        self._check_place()
+        check_before_quantization(self)
         self._check_attention()
         run_of(self).expect(self, len(self._refined))
         if is_source():
@@ -140,16 +142,6 @@ class MaskedRecoveryModifier(StoredModifier):
                 with disk_errors(self._file(name)):
                     save_file(copies, self._file(name))
         return True
-
-    def _check_place(self) -> None:
-        """Refuse to run after quantization, because rounded weights would change."""
-        for modifier in modifiers_before(self):
-            if isinstance(modifier, QuantizationMixin):
-                raise ValueError(
-                    f"MaskedRecoveryModifier comes after {type(modifier).__name__} and "
-                    "would change rounded weights; put it before that, right after the "
-                    "pruning modifiers"
-                )
 
     def _check_attention(self) -> None:
         """Refuse ``attention_weight`` if an attention matrix cannot be seen."""
@@ -272,12 +264,6 @@ class MaskedRecoveryModifier(StoredModifier):
         self._inputs, self._streams = {}, {}
         if self._dense is not None:
             self._dense.cleanup()
-
-
-def _decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Map names to the parents of attention modules, in the model's order."""
-    names = dict.fromkeys(n.rpartition(".")[0] for n in attention_modules(model))
-    return {name: model.get_submodule(name) for name in names}
 
 
 def _zeros(block: nn.Module) -> float:

@@ -31,6 +31,7 @@ prune_stage:
     MaskedRecoveryModifier: {steps: 2, storage: sparse-24-bitmask}
 quant_stage:
   quant_modifiers:
+    ActivationSmoothingModifier: {}
     MaskedGPTQModifier: {scheme: W8A8, targets: ["re:.*layers.0.*_proj$"]}
 """
 FEW = {"num_samples": 6, "max_length": 64}

@@ -35,11 +35,19 @@ prune_stage:
     MaskedRecoveryModifier: {steps: 1}
 quant_stage:
   quant_modifiers:
+    ActivationSmoothingModifier: {}
     MaskedGPTQModifier: {scheme: W8A8, targets: [Linear], ignore: ["re:.*lm_head"]}
 """
 FEW = {"num_samples": 4, "max_length": 48}
 # saved layers per modifier: q and k of 4 blocks together, v and o one by one, ...
-LAYERS = {"attention": 4, "ALPS": 8, "SparseGPT": 12, "recovery": 4, "GPTQ": 4 + 28}
+LAYERS = {
+    "attention": 4,
+    "ALPS": 8,
+    "SparseGPT": 12,
+    "recovery": 4,
+    "smoothing": 4,
+    "GPTQ": 4 + 28,
+}
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ _modifiers = st.sampled_from(
         "AttentionMatrixPruningModifier",
         "ALPSPruningModifier",
         "MaskedRecoveryModifier",
+        "ActivationSmoothingModifier",
         "MaskedGPTQModifier",
         "SparseGPTModifier",
         "WandaPruningModifier",

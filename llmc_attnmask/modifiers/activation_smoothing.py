@@ -1,0 +1,173 @@
+"""``ActivationSmoothingModifier``: smoothing in llm-compressor's life cycle."""
+
+from typing import Any, cast
+
+import torch
+from compressed_tensors.offload import align_module_device, get_execution_device
+from llmcompressor.core import Event, State
+from llmcompressor.modeling.offset_norm import NormCalibrationModule
+from loguru import logger
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from llmc_attnmask.attention.capture import isolated_copy
+from llmc_attnmask.attention.projections import attention_modules, decoder_blocks
+from llmc_attnmask.calibration.inputs import ModuleInputs
+from llmc_attnmask.distributed import all_sum, gathered, reached, write_parameter
+from llmc_attnmask.modifiers.base import StoredModifier
+from llmc_attnmask.modifiers.fields import check_before_quantization
+from llmc_attnmask.runlog.context import run_of
+from llmc_attnmask.runlog.layer_work import layer_work
+from llmc_attnmask.solvers.smoothing import (
+    Place,
+    by_output,
+    outputs_of,
+    places,
+    smoothing_scales,
+)
+
+
+class ActivationSmoothingModifier(StoredModifier):
+    """
+    Moves the range of large activation channels into the weights, so that quantized
+    activations lose less, as ``SmoothQuantModifier`` does. It needs no mappings and
+    works for any architecture: on a sample, it finds out which norms and Linears can be
+    scaled without changing what a decoder block computes, and leaves the others alone.
+
+    Put it after the pruning and recovery modifiers and before the quantization. Zeros
+    stay zeros.
+
+    Sample yaml:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        ActivationSmoothingModifier: {}
+        MaskedGPTQModifier:
+          scheme: W8A8
+          targets: [Linear]
+          ignore: ["re:.*lm_head"]
+    ```
+
+    Lifecycle:
+
+    - on_calibration_start
+        - register_hook(block, keep one sample's inputs, "forward_pre")
+        - register_hook(Linear, sum up the inputs' squares, "forward_pre")
+    - on_sequential_epoch_end
+        - find the places of each block, scale weights
+    - on_calibration_end
+        - remove_hooks()
+
+    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
+        to the storage that another modifier of the recipe names, or else to "dense"
+    """
+
+    requires_calibration_data: bool = True
+
+    _blocks: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _inputs: dict[str, ModuleInputs] = PrivateAttr(default_factory=dict)
+    # sum over tokens of x_j^2 of every Linear that samples reached, float32 [D]
+    _squares: dict[nn.Module, Tensor] = PrivateAttr(default_factory=dict)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self._blocks = decoder_blocks(state.model)
+        check_before_quantization(self)
+        run_of(self).expect(self, len(self._blocks))
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        run_of(self).start_clock()
+        for name, block in self._blocks.items():
+            self._inputs[name] = ModuleInputs()
+            self.register_hook(
+                block, self._first(name), "forward_pre", with_kwargs=True
+            )
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    self.register_hook(module, self._observer(), "forward_pre")
+
+    def _first(self, name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if not len(self._inputs[name]):
+                self._inputs[name].append(args, kwargs)
+
+        return hook
+
+    def _observer(self) -> Any:
+        def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+            squares = args[0].detach().float().square().flatten(0, -2).sum(0)
+            self._squares[linear] = squares + self._squares.get(linear, 0)
+
+        return hook
+
+    @torch.no_grad()
+    def on_sequential_epoch_end(
+        self,
+        state: State,
+        event: Event,
+        modules: list[nn.Module] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in reached(n for n, x in self._inputs.items() if len(x)):
+            with layer_work(state.model, self, name) as work:
+                if not work.restored:
+                    work.changed = self._smooth(name)
+            run_of(self).layer_done(self)
+            self._inputs[name].clear()
+
+    def _smooth(self, name: str) -> list[nn.Module]:
+        """Smooth one block; returns the modules that have changed."""
+        block = self._blocks[name]
+        found = gathered(self._places(block, self._inputs[name]))[0]
+        changed: dict[nn.Module, None] = {}
+        with align_module_device(block):
+            for place in found:
+                source = block.get_submodule(place.source)
+                readers = [block.get_submodule(reader) for reader in place.readers]
+                self._scale(source, readers)
+                changed |= dict.fromkeys([source, *readers])
+        listed = ", ".join(p.source for p in found) or "nothing"
+        logger.info(f"{name}: smoothed {listed}")
+        return list(changed)
+
+    def _places(self, block: nn.Module, inputs: ModuleInputs) -> list[Place]:
+        device = get_execution_device(block)
+        with align_module_device(block):
+            copy = isolated_copy(block, torch.float32, device)
+
+        def run() -> Tensor:
+            args, kwargs = inputs.batch([0], device, torch.float32)
+            output = copy(*args, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        return places(copy, run, without=attention_modules(copy))
+
+    def _scale(self, source: nn.Module, readers: list[nn.Module]) -> None:
+        weights = [cast(Tensor, reader.weight) for reader in readers]
+        silent = weights[0].new_zeros(weights[0].shape[1], dtype=torch.float32)
+        squares = self._squares.get(readers[0], silent).double()
+        scales = smoothing_scales(all_sum([squares])[0], weights)
+        scales = _divide(source, scales)
+        for reader, weight in zip(readers, weights, strict=True):
+            scaled = weight.float() * scales
+            write_parameter(reader, "weight", scaled.to(weight.dtype))
+
+
+def _divide(source: nn.Module, scales: Tensor) -> Tensor:
+    """Divide the output channels of a norm or Linear by ``scales``.
+
+    :return: what rounding has made of a norm's scales, [D]
+    """
+    weight = cast(Tensor, source.weight)
+    scales = scales.to(weight.device)
+    if weight.ndim == 1:
+        # after calibration, llm-compressor keeps some gains as offsets from 1
+        offset = 1.0 if isinstance(source, NormCalibrationModule) else 0.0
+        kept = (weight.float() / scales - offset).to(weight.dtype)
+        rounded = weight.float() / (kept.float() + offset)
+        scales = torch.where(rounded.isfinite() & (rounded > 0), rounded, 1.0)
+    for name, parameter in outputs_of(source).items():
+        divided = parameter.float() / by_output(scales, parameter)
+        write_parameter(source, name, divided.to(parameter.dtype))
+    return scales

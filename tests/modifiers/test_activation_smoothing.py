@@ -1,0 +1,133 @@
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmc_attnmask import ActivationSmoothingModifier, MaskedGPTQModifier
+from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.oneshot.prune import compress, save
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from tests.support.architectures import FAMILIES, small_model
+
+QKV = {f"self_attn.{p}_proj" for p in "qkv"}
+MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+# what is smoothed in the second block
+SMOOTHED = {
+    "llama": {"input_layernorm", "post_attention_layernorm"} | QKV | MLP,
+    # its post_attention_layernorm is not read by the MLP
+    "gemma3_text": {"input_layernorm", "pre_feedforward_layernorm"} | QKV | MLP,
+    # gate and up are rows of one Linear, so they cannot be scaled alone
+    "phi3": {
+        *("input_layernorm", "self_attn.qkv_proj"),
+        *("post_attention_layernorm", "mlp.gate_up_proj"),
+    },
+    # with biases, and a ReLU in between
+    "opt": {"self_attn_layer_norm", "final_layer_norm", "fc1", "fc2"} | QKV,
+    # its norms come after the residual sums, which read them as well
+    "bert": set(),
+}
+
+
+def varied(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a small model whose norms and biases are not all the same number."""
+    model = small_model(family)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    return model.float().eval()(tokens).logits
+
+
+@pytest.mark.parametrize("family", SMOOTHED)
+def test_a_smoothed_model_computes_the_same(family, tokenizer, tmp_path):
+    dtype = torch.bfloat16 if family == "gemma3_text" else torch.float32
+    dense = save(varied(family, dtype), tokenizer, tmp_path / "dense")
+    head = getattr(transformers, FAMILIES[family].head)
+    before, after = (head.from_pretrained(dense, dtype=dtype) for _ in range(2))
+    tokens = torch.randint(5, 2000, (8, 32))
+    compress(after, tokenizer, [ActivationSmoothingModifier()], tokens)
+    old, new = before.state_dict(), after.state_dict()
+    # by more than llm-compressor rounds Gemma's norms
+    changed = {
+        name.rpartition(".")[0]
+        for name in old
+        if (new[name] - old[name]).norm() > 0.02 * old[name].norm()
+    }
+    block = "layers.1." if family != "bert" else "layer.1."
+    found = {n.partition(block)[2] for n in changed if block in n}
+    assert found == SMOOTHED[family]
+    expected = logits(before, tokens)
+    difference = (logits(after, tokens) - expected).norm() / expected.norm()
+    assert difference < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def with_large_channels() -> PreTrainedModel:
+    """Return the shipped model at 2:4 and with some large activation channels."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
+    structure = MaskStructure.parse("2:4")
+    for name, weight in model.named_parameters():
+        if "_proj" in name:
+            weight.data.masked_fill_(~structure.mask(weight.abs(), 0.5), 0.0)
+    for layer in model.model.layers:
+        mlp, attention = layer.mlp, layer.self_attn
+        for norm, readers in (
+            (layer.input_layernorm, [attention.q_proj, attention.k_proj]),
+            (layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+        ):
+            if norm is layer.input_layernorm:
+                readers.append(attention.v_proj)
+            norm.weight.data[::16] *= 32
+            for reader in readers:
+                reader.weight.data[:, ::16] /= 32
+        mlp.up_proj.weight.data[::16] *= 32
+        mlp.down_proj.weight.data[:, ::16] /= 32
+    return model
+
+
+def test_quantized_activations_lose_less_and_masks_stay(
+    tokenizer, calibration, evaluation
+):
+    def divergence(*modifiers) -> float:
+        model = with_large_channels()
+        masks = {n: w != 0 for n, w in model.named_parameters() if "_proj" in n}
+        tokens = evaluation[:8, :64]
+        reference = logits(model, tokens).log_softmax(-1)
+        model.to(torch.bfloat16)
+        quantization = MaskedGPTQModifier(
+            scheme="W8A8", targets=["Linear"], ignore=["re:.*lm_head"]
+        )
+        compress(model, tokenizer, [*modifiers, quantization], calibration[:8, :64])
+        for name, kept in masks.items():
+            assert not model.get_parameter(name)[~kept].any()
+        found = logits(model, tokens).log_softmax(-1)
+        return float((reference.exp() * (reference - found)).sum(-1).mean())
+
+    assert divergence(ActivationSmoothingModifier()) < 0.2 * divergence()
+
+
+def test_smoothing_after_the_quantization_is_refused(tokenizer, calibration):
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
+    quantization = MaskedGPTQModifier(scheme="W8A8", targets=["re:.*layers.0.*_proj$"])
+    with pytest.raises(ValueError, match=r"after MaskedGPTQModifier .* put it before"):
+        compress(
+            model,
+            tokenizer,
+            [quantization, ActivationSmoothingModifier()],
+            calibration[:2, :16],
+        )
+
+
+def test_a_smoothed_checkpoint_is_an_ordinary_one(tokenizer, calibration, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
+    compress(model, tokenizer, [ActivationSmoothingModifier()], calibration[:4, :32])
+    saved: Path = save(model, tokenizer, tmp_path / "smoothed")
+    reloaded = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
+    tokens = calibration[:2, :32]
+    assert torch.equal(logits(reloaded, tokens), logits(model, tokens))
