@@ -119,7 +119,7 @@ def test_ranks_sum_what_they_have_and_refuse_invalid_runs(tmp_path, one_thread):
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        for modifier in ("attention", "alps", "recovery"):
+        for modifier in ("attention", "alps", "recovery", "smoothing"):
             assert "ranks 0 and 1 calibrate on the same samples" in found[modifier]
             assert "dataset of its own" in found[modifier]
         for modifier in ("sparsegpt", "wanda"):

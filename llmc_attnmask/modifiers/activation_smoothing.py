@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 from compressed_tensors.offload import align_module_device, get_execution_device
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
 from llmcompressor.modeling.offset_norm import NormCalibrationModule
 from loguru import logger
 from pydantic import PrivateAttr
@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from llmc_attnmask.attention.capture import isolated_copy
 from llmc_attnmask.attention.projections import attention_modules, decoder_blocks
 from llmc_attnmask.calibration.inputs import ModuleInputs
-from llmc_attnmask.distributed import all_sum, gathered, reached, write_parameter
+from llmc_attnmask.distributed import (
+    all_sum,
+    check_shares,
+    gathered,
+    reached,
+    write_parameter,
+)
 from llmc_attnmask.modifiers.base import StoredModifier
 from llmc_attnmask.modifiers.fields import check_before_quantization
 from llmc_attnmask.runlog.context import run_of
 from llmc_attnmask.runlog.layer_work import layer_work
+from llmc_attnmask.runlog.wording import listed
 from llmc_attnmask.solvers.smoothing import (
     Place,
     by_output,
@@ -67,7 +74,7 @@ class ActivationSmoothingModifier(StoredModifier):
 
     _blocks: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _inputs: dict[str, ModuleInputs] = PrivateAttr(default_factory=dict)
-    # sum over tokens of x_j^2 of every Linear that samples reached, float32 [D]
+    # sum over tokens of x_j^2 of every Linear that samples reached, float64 [D]
     _squares: dict[nn.Module, Tensor] = PrivateAttr(default_factory=dict)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -77,6 +84,7 @@ class ActivationSmoothingModifier(StoredModifier):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._check_pass()
         run_of(self).start_clock()
         for name, block in self._blocks.items():
             self._inputs[name] = ModuleInputs()
@@ -87,6 +95,18 @@ class ActivationSmoothingModifier(StoredModifier):
                 if isinstance(module, nn.Linear):
                     self.register_hook(module, self._observer(), "forward_pre")
 
+    def _check_pass(self) -> None:
+        """Refuse to share a pass with a modifier that sees unsmoothed inputs."""
+        together = active_session().lifecycle.recipe.modifiers
+        later = together[together.index(self) + 1 :]
+        if later:
+            raise ValueError(
+                f"{type(self).__name__} runs in the same pass as "
+                f"{listed([type(m).__name__ for m in later])}, which would be "
+                "calibrated on inputs before smoothing; leave out `pipeline`, or set "
+                "it to independent"
+            )
+
     def _first(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             if not len(self._inputs[name]):
@@ -96,7 +116,8 @@ class ActivationSmoothingModifier(StoredModifier):
 
     def _observer(self) -> Any:
         def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            squares = args[0].detach().float().square().flatten(0, -2).sum(0)
+            squares = args[0].detach().float().square().flatten(0, -2)
+            squares = squares.sum(0, dtype=torch.float64)
             self._squares[linear] = squares + self._squares.get(linear, 0)
 
         return hook
@@ -109,12 +130,18 @@ class ActivationSmoothingModifier(StoredModifier):
         modules: list[nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in reached(n for n, x in self._inputs.items() if len(x)):
-            with layer_work(state.model, self, name) as work:
-                if not work.restored:
-                    work.changed = self._smooth(name)
-            run_of(self).layer_done(self)
-            self._inputs[name].clear()
+        try:
+            for name in reached(n for n, x in self._inputs.items() if len(x)):
+                if not self.done:
+                    check_shares(self._inputs[name].hidden)
+                with layer_work(state.model, self, name) as work:
+                    if not work.restored:
+                        work.changed = self._smooth(name)
+                        run_of(self).layer_done(self)
+                self._inputs[name].clear()
+        except BaseException:
+            self.remove_hooks()  # the model outlives a run that failed
+            raise
 
     def _smooth(self, name: str) -> list[nn.Module]:
         """Smooth one block; returns the modules that have changed."""
@@ -127,9 +154,19 @@ class ActivationSmoothingModifier(StoredModifier):
                 readers = [block.get_submodule(reader) for reader in place.readers]
                 self._scale(source, readers)
                 changed |= dict.fromkeys([source, *readers])
-        listed = ", ".join(p.source for p in found) or "nothing"
-        logger.info(f"{name}: smoothed {listed}")
+        sources = [place.source for place in found]
+        logger.info(f"{name}: smoothed after {listed(sources)}")
         return list(changed)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        self.remove_hooks()
+        self._squares.clear()
+        if not any(self.done.values()):
+            logger.warning(
+                f"no activations of {type(state.model).__name__} can be smoothed; "
+                "quantization will lose as much as without "
+                f"{type(self).__name__}"
+            )
 
     def _places(self, block: nn.Module, inputs: ModuleInputs) -> list[Place]:
         device = get_execution_device(block)
@@ -145,8 +182,8 @@ class ActivationSmoothingModifier(StoredModifier):
 
     def _scale(self, source: nn.Module, readers: list[nn.Module]) -> None:
         weights = [cast(Tensor, reader.weight) for reader in readers]
-        silent = weights[0].new_zeros(weights[0].shape[1], dtype=torch.float32)
-        squares = self._squares.get(readers[0], silent).double()
+        silent = weights[0].new_zeros(weights[0].shape[1], dtype=torch.float64)
+        squares = self._squares.get(readers[0], silent)
         scales = smoothing_scales(all_sum([squares])[0], weights)
         scales = _divide(source, scales)
         for reader, weight in zip(readers, weights, strict=True):

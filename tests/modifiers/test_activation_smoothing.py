@@ -3,6 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from datasets import Dataset
+from llmcompressor import oneshot
+from loguru import logger
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -124,9 +127,38 @@ def test_smoothing_after_the_quantization_is_refused(tokenizer, calibration):
         )
 
 
+def test_a_pass_shared_with_the_quantization_is_refused(calibration):
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
+    quantization = MaskedGPTQModifier(scheme="W8A8", targets=["re:.*layers.0.*_proj$"])
+    with pytest.raises(ValueError, match="same pass as MaskedGPTQModifier"):
+        oneshot(
+            model=model,
+            dataset=Dataset.from_dict({"input_ids": calibration[:2, :16].tolist()}),
+            recipe=[ActivationSmoothingModifier(), quantization],
+            pipeline="sequential",
+        )
+
+
+def test_a_model_without_anything_to_smooth_is_left_alone_with_a_warning(
+    tokenizer, tmp_path
+):
+    dense = save(small_model("gpt2"), tokenizer, tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    messages = []
+    handler = logger.add(messages.append, level="WARNING")
+    try:
+        modifier = ActivationSmoothingModifier()
+        compress(model, tokenizer, [modifier], torch.randint(5, 2000, (2, 16)))
+    finally:
+        logger.remove(handler)
+    assert any("no activations of GPT2LMHeadModel" in m for m in messages)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
 def test_a_smoothed_checkpoint_is_an_ordinary_one(tokenizer, calibration, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto")
     compress(model, tokenizer, [ActivationSmoothingModifier()], calibration[:4, :32])
+    assert not any(m._forward_pre_hooks for m in model.modules())
     saved: Path = save(model, tokenizer, tmp_path / "smoothed")
     reloaded = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
     tokens = calibration[:2, :32]

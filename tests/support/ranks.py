@@ -12,6 +12,7 @@ from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from transformers import AutoModelForCausalLM
 
 from llmc_attnmask import (
+    ActivationSmoothingModifier,
     ALPSPruningModifier,
     AttentionMatrixPruningModifier,
     MaskedRecoveryModifier,
@@ -66,6 +67,7 @@ def main(folder: Path) -> None:
             "attention": AttentionMatrixPruningModifier(steps=2, **TWO_OF_FOUR),
             "alps": ALPSPruningModifier(**TWO_OF_FOUR),
             "recovery": MaskedRecoveryModifier(steps=1),
+            "smoothing": ActivationSmoothingModifier(),
             "sparsegpt": SparseGPTModifier(**TWO_OF_FOUR, targets=["Linear"]),
             "wanda": WandaPruningModifier(**TWO_OF_FOUR, targets=["Linear"]),
         }
