@@ -1,5 +1,7 @@
 """``ActivationSmoothingModifier``: smoothing in llm-compressor's life cycle."""
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,7 @@ from llmc_attnmask.runlog.wording import listed
 from llmc_attnmask.solvers.smoothing import (
     Place,
     by_output,
+    linear_input,
     outputs_of,
     places,
     smoothing_scales,
@@ -37,9 +40,9 @@ from llmc_attnmask.solvers.smoothing import (
 class ActivationSmoothingModifier(StoredModifier):
     """
     Moves the range of large activation channels into the weights, so that quantized
-    activations lose less, as ``SmoothQuantModifier`` does. It needs no mappings and
-    works for any architecture: on a sample, it finds out which norms and Linears can be
-    scaled without changing what a decoder block computes, and leaves the others alone.
+    activations lose less, as ``SmoothQuantModifier`` does. It needs no mappings: for
+    each block, it finds out on a sample which norms and Linears can be scaled without
+    changing what is computed, and leaves the others alone.
 
     Put it after the pruning and recovery modifiers and before the quantization. Zeros
     stay zeros.
@@ -59,7 +62,7 @@ class ActivationSmoothingModifier(StoredModifier):
     Lifecycle:
 
     - on_calibration_start
-        - register_hook(block, keep one sample's inputs, "forward_pre")
+        - register_hook(block, keep the first inputs, "forward_pre")
         - register_hook(Linear, sum up the inputs' squares, "forward_pre")
     - on_sequential_epoch_end
         - find the places of each block, scale weights
@@ -73,12 +76,14 @@ class ActivationSmoothingModifier(StoredModifier):
     requires_calibration_data: bool = True
 
     _blocks: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _shared: set[nn.Module] = PrivateAttr(default_factory=set)
     _inputs: dict[str, ModuleInputs] = PrivateAttr(default_factory=dict)
     # sum over tokens of x_j^2 of every Linear that samples reached, float64 [D]
     _squares: dict[nn.Module, Tensor] = PrivateAttr(default_factory=dict)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         self._blocks = decoder_blocks(state.model)
+        self._shared = _shared(state.model, self._blocks.values())
         check_before_quantization(self)
         run_of(self).expect(self, len(self._blocks))
         return True
@@ -93,7 +98,9 @@ class ActivationSmoothingModifier(StoredModifier):
             )
             for module in block.modules():
                 if isinstance(module, nn.Linear):
-                    self.register_hook(module, self._observer(), "forward_pre")
+                    self.register_hook(
+                        module, self._observer(), "forward_pre", with_kwargs=True
+                    )
 
     def _check_pass(self) -> None:
         """Refuse to share a pass with a modifier that sees unsmoothed inputs."""
@@ -115,10 +122,11 @@ class ActivationSmoothingModifier(StoredModifier):
         return hook
 
     def _observer(self) -> Any:
-        def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            squares = args[0].detach().float().square().flatten(0, -2)
-            squares = squares.sum(0, dtype=torch.float64)
-            self._squares[linear] = squares + self._squares.get(linear, 0)
+        def hook(linear: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs = linear_input(args, kwargs).detach().float()
+            squares = inputs.square().reshape(-1, inputs.shape[-1])
+            found = squares.sum(0, dtype=torch.float64)
+            self._squares[linear] = found + self._squares.get(linear, 0)
 
         return hook
 
@@ -140,7 +148,7 @@ class ActivationSmoothingModifier(StoredModifier):
                         run_of(self).layer_done(self)
                 self._inputs[name].clear()
         except BaseException:
-            self.remove_hooks()  # the model outlives a run that failed
+            self._close()  # the model outlives a run that failed
             raise
 
     def _smooth(self, name: str) -> list[nn.Module]:
@@ -159,8 +167,7 @@ class ActivationSmoothingModifier(StoredModifier):
         return list(changed)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        self.remove_hooks()
-        self._squares.clear()
+        self._close()
         if not any(self.done.values()):
             logger.warning(
                 f"no activations of {type(state.model).__name__} can be smoothed; "
@@ -168,17 +175,28 @@ class ActivationSmoothingModifier(StoredModifier):
                 f"{type(self).__name__}"
             )
 
+    def _close(self) -> None:
+        self.remove_hooks()
+        self._inputs, self._squares = {}, {}
+
     def _places(self, block: nn.Module, inputs: ModuleInputs) -> list[Place]:
         device = get_execution_device(block)
         with align_module_device(block):
             copy = isolated_copy(block, torch.float32, device)
 
-        def run() -> Tensor:
+        def run() -> Any:
             args, kwargs = inputs.batch([0], device, torch.float32)
-            output = copy(*args, **kwargs)
-            return output[0] if isinstance(output, tuple) else output
+            return copy(*args, **kwargs)
 
-        return places(copy, run, without=attention_modules(copy))
+        found = places(copy, run, without=attention_modules(copy))
+        return [
+            place
+            for place in found
+            if not any(
+                block.get_submodule(name) in self._shared
+                for name in (place.source, *place.readers)
+            )
+        ]
 
     def _scale(self, source: nn.Module, readers: list[nn.Module]) -> None:
         weights = [cast(Tensor, reader.weight) for reader in readers]
@@ -191,6 +209,33 @@ class ActivationSmoothingModifier(StoredModifier):
             write_parameter(reader, "weight", scaled.to(weight.dtype))
 
 
+def _shared(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Module]:
+    """Return modules that, or whose parameters, belong to more than one block."""
+    blocks = dict.fromkeys(blocks)  # one block may be run several times
+    owned = {block: set(block.modules()) for block in blocks}
+    rest = set(model.modules()).difference(*owned.values())
+    counts = Counter(
+        part
+        for modules in (*owned.values(), rest)
+        for part in {id(part) for m in modules for part in (m, *_parameters(m))}
+    )
+    return {
+        module
+        for modules in owned.values()
+        for module in modules
+        if any(counts[id(part)] > 1 for part in (module, *_parameters(module)))
+    }
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return a module's own parameters; none if they are offloaded.
+
+    Whatever reads offloaded ones gets a new copy each time.
+    """
+    own = module._parameters
+    return [p for p in own.values() if p is not None] if type(own) is dict else []
+
+
 def _divide(source: nn.Module, scales: Tensor) -> Tensor:
     """Divide the output channels of a norm or Linear by ``scales``.
 
@@ -199,10 +244,11 @@ def _divide(source: nn.Module, scales: Tensor) -> Tensor:
     weight = cast(Tensor, source.weight)
     scales = scales.to(weight.device)
     if weight.ndim == 1:
-        # after calibration, llm-compressor keeps some gains as offsets from 1
-        offset = 1.0 if isinstance(source, NormCalibrationModule) else 0.0
-        kept = (weight.float() / scales - offset).to(weight.dtype)
-        rounded = weight.float() / (kept.float() + offset)
+        kept = (weight.float() / scales).to(weight.dtype).float()
+        if isinstance(source, NormCalibrationModule):
+            # after calibration, llm-compressor keeps this gain as an offset from 1
+            kept = (kept - 1).to(weight.dtype).float() + 1
+        rounded = weight.float() / kept
         scales = torch.where(rounded.isfinite() & (rounded > 0), rounded, 1.0)
     for name, parameter in outputs_of(source).items():
         divided = parameter.float() / by_output(scales, parameter)

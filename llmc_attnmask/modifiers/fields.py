@@ -34,8 +34,7 @@ def check_before_quantization(modifier: Modifier) -> None:
         if isinstance(earlier, QuantizationMixin):
             raise ValueError(
                 f"{type(modifier).__name__} comes after {type(earlier).__name__} and "
-                "would change rounded weights; put it before that, right after the "
-                "pruning modifiers"
+                "would change rounded weights; put it before that"
             )
 
 
