@@ -81,7 +81,7 @@ def summary(rows: list[Row], label: Callable[[str], str] = str) -> str:
     :param label: writes the name of a method
     """
     texts = list(dict.fromkeys(name for row in rows for name in row["texts"]))[:2]
-    columns = ["pruned", "calibrated on", "method"]
+    columns = ["pruned", "calibration", "method"]
     for text in texts:
         columns += [text, "gap, x SparseGPT's"]
     columns += ["same token", "seconds"]
@@ -92,7 +92,7 @@ def summary(rows: list[Row], label: Callable[[str], str] = str) -> str:
         stock = groups.get((scope, structure, samples, REFERENCE))
         cells = [
             "" if dense else f"{SCOPES[scope]}, {structure}",
-            "" if dense else samples.partition(" of ")[2],
+            "" if dense else samples,
             label(method),
         ]
         for text in texts:

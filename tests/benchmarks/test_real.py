@@ -97,8 +97,8 @@ def test_the_summary_has_two_texts_their_multiples_and_the_equal_tokens(tmp_path
     table = measured_tables.real_summary(file).splitlines()
     assert table[2] == "|  |  | dense | 20.00 |  | 87.5% |  |"
     assert table[4] == (
-        "| whole block, 2:4 | wikipedia.jsonl | `block_2of4` | 26.00 | 0.30 | 87.5% "
-        "| 61 |"
+        "| whole block, 2:4 | 128 x 512 of wikipedia.jsonl | `block_2of4` | 26.00 "
+        "| 0.30 | 87.5% | 61 |"
     )
 
 
