@@ -40,8 +40,8 @@ __all__ = [
 
 _HOMES = {
     "ALPSPruningModifier": "llmc_attnmask.modifiers",
-    "AttentionMatrixPruningModifier": "llmc_attnmask.modifiers",
     "ActivationSmoothingModifier": "llmc_attnmask.modifiers",
+    "AttentionMatrixPruningModifier": "llmc_attnmask.modifiers",
     "MaskedGPTQModifier": "llmc_attnmask.modifiers",
     "MaskedRecoveryModifier": "llmc_attnmask.modifiers",
     "evaluate": "llmc_attnmask.evaluation.perplexity",

@@ -24,8 +24,8 @@ __all__ = [
 
 for _modifier in (
     ALPSPruningModifier,
-    AttentionMatrixPruningModifier,
     ActivationSmoothingModifier,
+    AttentionMatrixPruningModifier,
     MaskedGPTQModifier,
     MaskedRecoveryModifier,
 ):

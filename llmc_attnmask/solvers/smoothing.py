@@ -92,8 +92,10 @@ def places(
             if reader in read:
                 continue
             pairs = (Place(source, (reader,)) for source in sources)
-            passed = (p for p in pairs if _cancels_out(block, again, output, p))
-            found += [place for place in [next(passed, None)] if place]
+            for place in pairs:
+                if _cancels_out(block, again, output, place):
+                    found.append(place)
+                    break
     return found
 
 
@@ -188,9 +190,11 @@ def _cancels_out(
     generator = torch.Generator().manual_seed(_SEED)
     chosen = torch.randint(len(_TRIED), (reader.in_features,), generator=generator)
     scales = torch.tensor(_TRIED)[chosen].to(reader.weight.device)
-    with _scaled(block, place.readers, scales):
+    read = [cast(Tensor, block.get_submodule(r).weight) for r in place.readers]
+    made = outputs_of(block.get_submodule(place.source)).values()
+    with _multiplied([(weight, scales) for weight in read]):
         effects = _changes(run(), output)
-        with _divided(block, place.source, scales):
+        with _multiplied([(p, by_output(1 / scales, p)) for p in made]):
             rests = _changes(run(), output)
     # without an effect, the sample says nothing
     return any(bool(effect.any()) for effect in effects) and all(
@@ -209,23 +213,13 @@ def _changes(found: Any, output: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _scaled(block: nn.Module, readers: Sequence[str], scales: Tensor) -> Iterator[None]:
-    weights = [cast(Tensor, block.get_submodule(r).weight) for r in readers]
-    for weight in weights:
-        weight.mul_(scales)
+def _multiplied(factors: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Multiply parameters by powers of two within the block."""
+    for parameter, factor in factors:
+        parameter.mul_(factor)
     yield
-    for weight in weights:
-        weight.div_(scales)
-
-
-@contextmanager
-def _divided(block: nn.Module, source: str, scales: Tensor) -> Iterator[None]:
-    parameters = outputs_of(block.get_submodule(source)).values()
-    for parameter in parameters:
-        parameter.div_(by_output(scales, parameter))
-    yield
-    for parameter in parameters:
-        parameter.mul_(by_output(scales, parameter))
+    for parameter, factor in factors:
+        parameter.div_(factor)
 
 
 def outputs_of(source: nn.Module) -> dict[str, Tensor]:
