@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         MaskedGPTQModifier,
         MaskedRecoveryModifier,
     )
+    from llmc_attnmask.oneshot.plan import plan
     from llmc_attnmask.oneshot.prune import prune
     from llmc_attnmask.report.conversion import pack, unpack
 
@@ -34,6 +35,7 @@ __all__ = [
     "inspect",
     "load",
     "pack",
+    "plan",
     "prune",
     "unpack",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     "inspect": "llmc_attnmask.checkpoint.inspect",
     "load": "llmc_attnmask.checkpoint.load",
     "pack": "llmc_attnmask.report.conversion",
+    "plan": "llmc_attnmask.oneshot.plan",
     "prune": "llmc_attnmask.oneshot.prune",
     "unpack": "llmc_attnmask.report.conversion",
 }

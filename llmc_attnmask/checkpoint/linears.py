@@ -6,6 +6,7 @@ from collections.abc import Iterable, Set
 from llmc_attnmask.checkpoint.io.files import Checkpoint, StoredTensor
 
 _IN_DECODER = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
+_EXPERT = re.compile(r"(\.experts\.)\d+\b")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixture-of-experts models
 _DTYPES = {"F32", "F16", "BF16", "I8", "F8_E4M3", "F8_E5M2"}
 
@@ -65,6 +66,27 @@ def mixed_groups(
             if inside and len(inside) < len(members):
                 mixed.append((inside, [n for n in members if n not in sparse]))
     return mixed
+
+
+def served_groups(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Group modules that servers keep in one matrix; all experts of a layer together.
+
+    :param modules: names of modules with a weight matrix
+    :return: name of a group -> its members, in the order of their first member; a
+        group's name is its parent's and the last parts of its members' names
+    """
+    found: dict[tuple[str, frozenset[str]], list[str]] = {}
+    for module in modules:
+        parent, _, child = module.rpartition(".")
+        fused = next((set(group) for group in _FUSED if child in group), {child})
+        parent = _EXPERT.sub(r"\1*", parent)
+        found.setdefault((parent, frozenset(fused)), []).append(module)
+    return {
+        f"{parent}.{'+'.join(dict.fromkeys(m.rpartition('.')[2] for m in members))}": (
+            members
+        )
+        for (parent, _), members in found.items()
+    }
 
 
 def _is_decoder_linear(module: str) -> bool:

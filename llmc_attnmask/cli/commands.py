@@ -69,6 +69,55 @@ def prune(
         _out.print(plain(f"saved {saved}"), soft_wrap=True)
 
 
+@app.command()
+def plan(
+    model: o.Model,
+    recipe: o.Recipe,
+    output: o.PlanOutput,
+    dataset: o.Dataset = None,
+    dense_share: o.DenseShare = None,
+    sparsity: o.Sparsity = None,
+    size: o.Size = None,
+    loss: o.Loss = None,
+    text_column: o.TextColumn = "text",
+    num_samples: o.PlanSamples = 32,
+    max_length: o.MaxLength = None,
+    seed: o.PlanSeed = 0,
+    offload_activations: o.PlanOffload = "cpu",
+    resume: o.Resume = False,
+    as_json: o.Json = False,
+) -> None:
+    """Choose how sparse each part of a model becomes; write that as a recipe."""
+    from llmc_attnmask.oneshot.plan import plan as run
+
+    try:
+        made = run(
+            model,
+            recipe,
+            output,
+            dataset,
+            dense_share=dense_share,
+            sparsity=sparsity,
+            size=size,
+            loss=loss,
+            text_column=text_column,
+            num_samples=num_samples,
+            max_length=max_length,
+            seed=seed,
+            offload_activations=offload_activations,
+            resume=resume,
+        )
+    except KeyboardInterrupt as interrupt:
+        messages.interrupted(interrupt)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(asdict(made), indent=2, default=str))
+        return
+    _out.print(tables.groups(made))
+    _out.print(tables.curve(made))
+    _out.print(plain(f"saved {made.recipe}"), soft_wrap=True)
+
+
 @app.command(name="eval")
 def evaluate(
     models: o.Models,

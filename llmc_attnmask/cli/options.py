@@ -52,6 +52,30 @@ Resume = Annotated[
     bool, Option("--resume", help="Continue a run that was interrupted.")
 ]
 
+# plan
+PlanOutput = Annotated[Path, Option(help="Recipe to create.")]
+DenseShare = Annotated[
+    float | None, Option(help="Budget: share of the weights that stay dense.")
+]
+Sparsity = Annotated[
+    float | None, Option(help="Budget: share of all weights that is pruned.")
+]
+Size = Annotated[
+    float | None,
+    Option(help="Budget: bytes of the weights, packed, over those of the dense ones."),
+]
+Loss = Annotated[
+    float | None,
+    Option(help="Budget: expected rise of the perplexity, 0.05 for 5 %."),
+]
+PlanSamples = Annotated[
+    int, Option(help="Number of windows to prune on; 8 more measure the loss.")
+]
+PlanSeed = Annotated[int, Option(help="Seed for builtin:self.")]
+PlanOffload = Annotated[
+    Literal["cpu", "disk"], Option(help="Where calibration activations are kept.")
+]
+
 # eval
 Models = Annotated[list[str], Argument(help="Checkpoints to evaluate.")]
 Reference = Annotated[

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llmc_attnmask.checkpoint.inspect import LayerInfo
     from llmc_attnmask.evaluation.perplexity import Evaluation
     from llmc_attnmask.evaluation.tasks import TaskResult
+    from llmc_attnmask.oneshot.plan import Plan
 
 
 def perplexities(results: "list[Evaluation]", title: str, compare: bool) -> Table:
@@ -76,6 +77,47 @@ def layers(found: "list[LayerInfo]", title: str) -> Table:
             "" if layer.sparsity is None else f"{layer.sparsity:.4f}",
             "" if layer.two_of_four is None else "yes" if layer.two_of_four else "no",
             f"{layer.bytes / 1e6:.3f}",
+        )
+    return table
+
+
+def groups(plan: "Plan") -> Table:
+    """Make a table with a row per group of a plan, in model order."""
+    table = Table(title="Groups of weights", caption="cost: nats per token, alone")
+    table.add_column("group")
+    levels = sorted({level for of in plan.costs.values() for level in of})
+    for column in ("weights", *(f"cost at {level:g}" for level in levels), "choice"):
+        table.add_column(column, justify="right")
+    for group, costs in plan.costs.items():
+        sparsity = plan.chosen.sparsities[group]
+        table.add_row(
+            plain(group),
+            f"{plan.entries[group]:,}",
+            *(f"{costs[level]:.5f}" for level in levels),
+            f"{sparsity:.0%}" if sparsity else "dense",
+        )
+    return table
+
+
+def curve(plan: "Plan") -> Table:
+    """Make a table of the points of a plan's trade-off, the chosen one marked."""
+    rise = f"{plan.expected_rise:+.1%}"
+    table = Table(
+        title="Size against loss",
+        caption="size: of the weights, packed, over dense. Loss: KL divergence in nats "
+        "per token, pruned by SparseGPT: added up, and of all groups together. "
+        f"Expected perplexity after the recipe: {rise}",
+    )
+    for column in ("", "size", "dense", "pruned", "loss, added up", "together"):
+        table.add_column(column, justify="right")
+    for point in plan.curve:
+        table.add_row(
+            "chosen" if point is plan.chosen else "",
+            f"{point.size:.3f}",
+            f"{point.dense_share:.1%}",
+            f"{point.sparsity:.1%}",
+            f"{point.predicted:.4f}",
+            f"{point.measured.kl:.4f}",
         )
     return table
 

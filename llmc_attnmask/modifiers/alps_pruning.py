@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from compressed_tensors.utils import match_named_modules
+from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.core import Event, State
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
@@ -56,7 +56,8 @@ class ALPSPruningModifier(StoredModifier):
     - on_calibration_end
         - remove_hooks()
 
-    :param sparsity: share of each Linear's entries to prune, in [0, 1)
+    :param sparsity: share of each Linear's entries to prune, in [0, 1); or a mapping
+        from names, "re:" patterns or classes to shares, which names each Linear once
     :param mask_structure: "N:M" prunes N of every M consecutive inputs of a row; "0:0"
         prunes a share of the whole matrix. Defaults to "0:0"
     :param targets: Linears to prune, by name, "re:" pattern or class
@@ -68,19 +69,22 @@ class ALPSPruningModifier(StoredModifier):
 
     requires_calibration_data: bool = True
 
-    sparsity: float
+    sparsity: float | dict[str, float]
     mask_structure: MaskStructureField = "0:0"
     targets: Names = Field(default_factory=lambda: ["Linear"])
     ignore: Names = Field(default_factory=lambda: ["re:.*lm_head"])
 
     _structure: MaskStructure = PrivateAttr()
     _linears: dict[str, nn.Linear] = PrivateAttr(default_factory=dict)
+    _sparsities: dict[str, float] = PrivateAttr(default_factory=dict)
     _problems: dict[str, LinearProblem] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_fields(self) -> "ALPSPruningModifier":
         self._structure = MaskStructure.parse(self.mask_structure)
-        self._structure.check(self.sparsity)
+        given = self.sparsity
+        for sparsity in given.values() if isinstance(given, dict) else [given]:
+            self._structure.check(sparsity)
         return self
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -96,11 +100,26 @@ class ALPSPruningModifier(StoredModifier):
                 self._structure.groups(linear.weight)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            self._sparsities[name] = self._sparsity_of(name, linear)
         run_of(self).expect(self, len(self._linears))
         return True
 
+    def _sparsity_of(self, name: str, linear: nn.Linear) -> float:
+        if not isinstance(self.sparsity, dict):
+            return self.sparsity
+        keys = [key for key in self.sparsity if match_targets(name, linear, [key])]
+        if len(keys) != 1:
+            raise ValueError(
+                f"sparsity names {name} {len(keys)} times"
+                f"{f' ({listed(keys)})' if keys else ''}; expected once, or put it "
+                "under `ignore`"
+            )
+        return self.sparsity[keys[0]]
+
     def linears_to_prune(self) -> list[nn.Module]:
-        return list(self._linears.values()) if self.sparsity else []
+        return [
+            self._linears[name] for name, share in self._sparsities.items() if share
+        ]
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         run_of(self).start_clock()
@@ -145,7 +164,8 @@ class ALPSPruningModifier(StoredModifier):
             layers = {name: LayerLog(model, self, name) for name in few}
             unsolved = [name for name in few if not restorable(self, name)]
             problems = [self._problem(name) for name in unsolved]
-            found = prune_linears(problems, self._structure, self.sparsity)
+            sparsities = [self._sparsities[name] for name in unsolved]
+            found = prune_linears(problems, self._structure, sparsities)
             solutions = dict(zip(unsolved, found, strict=True))
             for name in few:
                 self._problems.pop(name, None)

@@ -86,10 +86,7 @@ def load_recipe(path: str | Path) -> Recipe:
         silently ignores, unknown modifiers and wrong fields
     """
     path = find_recipe(path)
-    content = _read(path)
-    if isinstance(content, dict):
-        content = _with_stages(path, content)
-    _check_shape(path, content)
+    content = read_recipe(path)
     try:
         recipe = Recipe.from_dict(content)
     except ValidationError as error:
@@ -104,6 +101,18 @@ def load_recipe(path: str | Path) -> Recipe:
     if not recipe.modifiers:
         raise RecipeError(f"recipe {path} names no modifier; {_SHAPE}")
     return recipe
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a YAML recipe: stage -> group -> modifier -> its fields.
+
+    :raises RecipeError: for a file that is not such a mapping
+    """
+    content = _read(path)
+    if isinstance(content, dict):
+        content = _with_stages(path, content)
+    _check_shape(path, content)
+    return content
 
 
 def find_recipe(recipe: str | Path) -> Path:

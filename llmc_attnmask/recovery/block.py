@@ -49,12 +49,16 @@ class Block:
 
     def __call__(self, samples: Sequence[int]) -> Tensor:
         """Return some samples' hidden states after the block, float32 [B, L, D]."""
+        output = self.returned(samples)
+        return (output[0] if isinstance(output, tuple) else output).float()
+
+    def returned(self, samples: Sequence[int]) -> Any:
+        """Return all that the block returns."""
         args, kwargs = self.inputs.batch(
             samples, self.device, torch.float32, self.hidden
         )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            output: Any = self.module(*args, **kwargs)
-        return (output[0] if isinstance(output, tuple) else output).float()
+            return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def outputs(self) -> SampleTensors:

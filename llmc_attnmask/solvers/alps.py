@@ -79,7 +79,9 @@ class LinearSolution:
 
 @torch.no_grad()
 def prune_linears(
-    problems: Sequence[LinearProblem], structure: MaskStructure, sparsity: float
+    problems: Sequence[LinearProblem],
+    structure: MaskStructure,
+    sparsities: Sequence[float],
 ) -> list[LinearSolution]:
     """Find masks and surviving weights of some Linears, which the ranks share out.
 
@@ -91,7 +93,9 @@ def prune_linears(
     for position, hessian in enumerate(hessians):
         weight = problems[position].weight(hessian.device)
         if owner(position) == rank():
-            kept, solved = least_squares.prune(hessian, weight, structure, sparsity)
+            kept, solved = least_squares.prune(
+                hessian, weight, structure, sparsities[position]
+            )
             solutions.append(LinearSolution(solved, kept))
         else:  # of the owner's shape
             everything = torch.ones_like(weight, dtype=torch.bool)
@@ -101,7 +105,7 @@ def prune_linears(
         weight = problem.weight(hessian.device)
         found = solutions[position].sent_from(owner(position))
         if not found.weight.isfinite().all():
-            kept = structure.mask(wanda_scores(weight, hessian), sparsity)
+            kept = structure.mask(wanda_scores(weight, hessian), sparsities[position])
             fault = "the solved weights are not finite"
             found = LinearSolution(weight, kept, fallback=fault)
             logger.warning(f"{problem.name}: {found.fallback}; Wanda's mask instead")

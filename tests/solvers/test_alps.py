@@ -24,7 +24,7 @@ def problem(inputs: torch.Tensor) -> LinearProblem:
 def test_the_reported_error_is_that_of_the_output():
     inputs = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
     given = problem(inputs)
-    (found,) = prune_linears([given], TWO_OF_FOUR, 0.5)
+    (found,) = prune_linears([given], TWO_OF_FOUR, [0.5])
     assert ((~found.kept).view(-1, 4).sum(-1) == 2).all() and not found.fallback
     dense = given.weight(torch.device("cpu"))
     lost = (inputs @ (found.weight - dense).T).square().sum()
@@ -34,7 +34,7 @@ def test_the_reported_error_is_that_of_the_output():
 
 def test_inputs_that_overflow_are_refused_with_the_name_of_the_linear():
     with pytest.raises(ValueError, match="the inputs of up_proj overflow"):
-        prune_linears([problem(torch.full((1, 2, 8), 1e30))], TWO_OF_FOUR, 0.5)
+        prune_linears([problem(torch.full((1, 2, 8), 1e30))], TWO_OF_FOUR, [0.5])
 
 
 @pytest.mark.usefixtures("failing_solver")

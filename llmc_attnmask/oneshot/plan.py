@@ -1,0 +1,301 @@
+"""Plan how sparse each part of a model becomes, within a budget.
+
+A plan measures what pruning each group of Linears costs (``sensitivity.py``), chooses
+what the groups become (``trade_off.py``) and writes that as an ordinary recipe
+(``planned_recipe.py``). A group is what a server keeps in one matrix: q, k and v, o,
+gate and up, or down, of one layer; all experts of a layer count as one.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers import Modifier
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llmc_attnmask.calibration.memory import reuse_freed_memory
+from llmc_attnmask.calibration.samples import Offload
+from llmc_attnmask.checkpoint.io.atomic import PROGRESS
+from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
+from llmc_attnmask.distributed import world_size
+from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
+from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
+from llmc_attnmask.oneshot.fingerprint import fingerprint
+from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
+from llmc_attnmask.oneshot.recipe import find_recipe
+from llmc_attnmask.oneshot.sensitivity import Loss, Sensitivity
+from llmc_attnmask.oneshot.trade_off import Budget, TradeOff
+from llmc_attnmask.runlog.progress import Progress
+from llmc_attnmask.text.windows import window_length
+
+_HELD_OUT, _LONGEST = 8, 512  # windows that losses are measured on, and their tokens
+# shares of the weights, dense or pruned, of the points of the curve
+_DENSE_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
+_SPARSITIES = (0.7, 0.65, 0.6, 0.55, 0.5, 0.4)
+_RECOVERED = 0.45  # what MaskedRecoveryModifier leaves of the loss
+_DATA = "costs "  # begins the names of blocks' costs in the progress
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice: a point of the trade-off between size and loss."""
+
+    sparsities: Mapping[str, float] = field(repr=False)  # group -> sparsity; 0 is dense
+    size: float  # bytes of the weights, packed, over those of the dense ones
+    dense_share: float  # of the weights
+    sparsity: float  # of all weights
+    predicted: float  # sum of the groups' costs, KL divergence in nats per token
+    measured: Loss  # of all groups pruned together
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was measured, and what was chosen."""
+
+    recipe: Path
+    budget: Budget
+    entries: dict[str, int]  # group -> weights
+    costs: dict[str, dict[float, float]]  # group -> sparsity -> nats per token
+    chosen: Point
+    curve: list[Point]
+    expected_rise: float  # of the perplexity, once the recipe has run; 0.05 for 5 %
+
+
+def plan(
+    model: str | Path,
+    recipe: str | Path,
+    output: str | Path,
+    dataset: Dataset | None = None,
+    *,
+    dense_share: float | None = None,
+    sparsity: float | None = None,
+    size: float | None = None,
+    loss: float | None = None,
+    text_column: str = "text",
+    num_samples: int = 32,
+    max_length: int | None = None,
+    seed: int = 0,
+    offload_activations: Offload = "cpu",
+    resume: bool = False,
+) -> Plan:
+    """Choose how sparse each group of a recipe's Linears becomes; write that recipe.
+
+    What a group costs is measured with SparseGPT on ``num_samples`` windows, as the KL
+    divergence on 8 further windows. With an "N:M" structure a group becomes sparse or
+    stays dense; if unstructured, it gets a sparsity from 0.3 to 0.8, or stays dense.
+
+    :param model: local folder or Hub name
+    :param recipe: YAML file, or the name of a recipe that the package ships
+    :param output: file to create, a recipe for the same model
+    :param dataset: calibration data, as for ``prune``
+    :param dense_share: budget: share of the weights that stay dense
+    :param sparsity: budget: share of all weights that is pruned
+    :param size: budget: bytes of the weights, packed, over those of the dense ones
+    :param loss: budget: rise of the perplexity after the recipe, 0.05 for 5 %
+    :param text_column: key of the text in the rows of the datasets
+    :param num_samples: windows that groups are pruned on
+    :param max_length: tokens per window; by default 2048 or, if less, the model's
+        number of positions. Losses are measured on at most 512 tokens of a window
+    :param seed: of the model's own answers
+    :param offload_activations: where activations are kept
+    :param resume: continue an interrupted plan with the same arguments
+    :return: the measurements and the choice
+    :raises FileExistsError: if the output exists
+    :raises ValueError: for bad input, and for a budget that cannot be met; the message
+        says what can. ``RecipeError`` and ``DatasetError`` are such errors
+    """
+    output = Path(output)
+    folder = output.with_name(f".{output.name}.progress")
+    budget = _budget(dense_share=dense_share, sparsity=sparsity, size=size, loss=loss)
+    _check_arguments(output, folder, resume, num_samples)
+    planned = PlannedRecipe(find_recipe(recipe))
+
+    tokenizer = read_tokenizer(model)
+    config = read_config(model)
+    length = window_length(config, max_length)
+    count = num_samples + _HELD_OUT
+    data = CalibrationData(dataset, tokenizer, text_column, count, length, seed)
+    known_by = fingerprint(model, config, planned.path, data.identity, seed)
+    progress = Progress(folder / PROGRESS, known_by, planned.modifiers)
+    try:
+        reuse_freed_memory()
+        dense = load(model)
+        linearize_moe(dense)
+        groups = planned.groups(dense)
+        trade_off = TradeOff(_entries(dense, groups), planned.structure)
+        trade_off.check(budget)
+        windows = data.windows(dense, progress)
+        held_out = torch.linspace(0, count - 1, _HELD_OUT).round().long()
+        others = torch.ones(count, dtype=torch.bool).index_fill(0, held_out, False)
+        sensitivity = Sensitivity(
+            dense,
+            windows[others],
+            windows[held_out, :_LONGEST],
+            groups,
+            planned.structure,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            offload_activations,
+        )
+        costs = _costs(sensitivity, trade_off.measured, progress)
+        curve = _curve(sensitivity, trade_off, costs)
+        expected = _expectation(curve, planned.modifiers)
+        if budget.kind == "loss":
+            sparsities = trade_off.smallest(budget.value, costs, expected)
+        else:
+            sparsities = trade_off.choose(budget, costs)
+        (chosen,) = _points(sensitivity, trade_off, costs, [sparsities])
+        made = Plan(
+            output,
+            budget,
+            trade_off.entries,
+            costs,
+            chosen,
+            sorted([*curve, chosen], key=lambda point: point.size),
+            expected(chosen.predicted),
+        )
+        planned.write(output, dense, groups, sparsities, _summary(made))
+    finally:
+        progress.close()
+    shutil.rmtree(folder, ignore_errors=True)
+    return made
+
+
+def _budget(**given: float | None) -> Budget:
+    named = {kind: value for kind, value in given.items() if value is not None}
+    if len(named) != 1:
+        raise ValueError(
+            f"a plan has one budget, and {' and '.join(named) or 'none'} is given; "
+            f"expected one of {', '.join(given)}"
+        )
+    ((kind, value),) = named.items()
+    return Budget(kind, value)  # type: ignore[arg-type]
+
+
+def _check_arguments(
+    output: Path, folder: Path, resume: bool, num_samples: int
+) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; expected at least 1")
+    if world_size() > 1:
+        raise ValueError(
+            f"a plan is made by one process, not by {world_size()}; leave out torchrun"
+        )
+    if output.exists():
+        raise FileExistsError(f"output {output} exists; name a new file or remove it")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output}: {output.parent} is not a folder")
+    if folder.exists() and not resume:
+        raise FileExistsError(
+            f"{folder} holds an interrupted plan; run the same command with --resume "
+            "to continue it, or remove the folder to start over"
+        )
+
+
+def _entries(
+    model: PreTrainedModel, groups: Mapping[str, Sequence[str]]
+) -> dict[str, int]:
+    """Return the number of weights of each group."""
+    return {
+        group: sum(model.get_parameter(f"{name}.weight").numel() for name in names)
+        for group, names in groups.items()
+    }
+
+
+def _costs(
+    sensitivity: Sensitivity, levels: Sequence[float], progress: Progress
+) -> dict[str, dict[float, float]]:
+    """Measure every group, block by block; blocks of an earlier run are read."""
+    blocks = sensitivity.blocks
+    kept = {block: progress.read_data(_DATA + block) for block in blocks}
+    known = {
+        block: {
+            group: {float(s): kl for s, kl in of.items()} for group, of in c.items()
+        }
+        for block, c in kept.items()
+        if c is not None
+    }
+    costs: dict[str, dict[float, float]] = {}
+    found = sensitivity.costs(levels, known)
+    for block, of in tqdm(found, desc="sensitivity", total=len(blocks), unit="block"):
+        if block not in known:
+            progress.save_data(_DATA + block, of)
+        costs |= of
+    return costs
+
+
+def _curve(
+    sensitivity: Sensitivity,
+    trade_off: TradeOff,
+    costs: Mapping[str, Mapping[float, float]],
+) -> list[Point]:
+    if trade_off.structure.unstructured:
+        budgets = [Budget("sparsity", share) for share in _SPARSITIES]
+    else:
+        budgets = [Budget("dense_share", share) for share in _DENSE_SHARES]
+    choices = [trade_off.choose(budget, costs) for budget in budgets]
+    return _points(sensitivity, trade_off, costs, choices)
+
+
+def _points(
+    sensitivity: Sensitivity,
+    trade_off: TradeOff,
+    costs: Mapping[str, Mapping[float, float]],
+    choices: Sequence[Mapping[str, float]],
+) -> list[Point]:
+    losses = sensitivity.together(choices)
+    return [
+        Point(
+            sparsities,
+            trade_off.size(sparsities),
+            trade_off.dense_share(sparsities),
+            trade_off.sparsity(sparsities),
+            trade_off.total(costs, sparsities),
+            measured,
+        )
+        for sparsities, measured in zip(choices, losses, strict=True)
+    ]
+
+
+def _expectation(
+    curve: Sequence[Point], modifiers: Sequence[Modifier]
+) -> Callable[[float], float]:
+    """Return a function from the sum of costs to the rise of the perplexity.
+
+    The loss on the next token rises by about as much as the KL divergence; by how much
+    exactly is taken from the curve.
+    """
+    recovers = any(isinstance(m, MaskedRecoveryModifier) for m in modifiers)
+    left = _RECOVERED if recovers else 1.0
+    ratio = sum(p.measured.rise for p in curve) / sum(p.predicted for p in curve)
+
+    def expected(predicted: float) -> float:
+        return math.exp(left * ratio * predicted) - 1
+
+    return expected
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+    """Return what the recipe says about the plan, as YAML values."""
+    chosen = plan.chosen
+    return {
+        "budget": str(plan.budget),
+        "size": round(chosen.size, 4),
+        "dense_share": round(chosen.dense_share, 4),
+        "sparsity": round(chosen.sparsity, 4),
+        "expected_rise": round(plan.expected_rise, 4),
+        "curve": [
+            {
+                "size": round(p.size, 4),
+                "predicted": round(p.predicted, 5),
+                "measured": round(p.measured.kl, 5),
+            }
+            for p in plan.curve
+        ],
+    }

@@ -1,0 +1,249 @@
+"""Find what a recipe prunes, and write what a plan has chosen into it.
+
+A plan is an ordinary llm-compressor recipe: groups that stay dense are under ``ignore``
+of the modifiers that would prune them, and sparsities of other groups are in a mapping
+under ``sparsity``.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from compressed_tensors.utils import match_named_modules, match_targets
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from torch import nn
+
+from llmc_attnmask.attention.projections import find_projections
+from llmc_attnmask.checkpoint.io.atomic import new_file
+from llmc_attnmask.checkpoint.linears import served_groups
+from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.modifiers.alps_pruning import ALPSPruningModifier
+from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModifier
+from llmc_attnmask.modifiers.attention_targets import select_attention
+from llmc_attnmask.oneshot.recipe import RecipeError, load_recipe, read_recipe
+
+Groups = Mapping[str, Sequence[str]]  # name -> names of its Linears
+Sparsities = Mapping[str, float]  # group -> sparsity; 0 stays dense
+
+_PRUNERS = (
+    ALPSPruningModifier,
+    AttentionMatrixPruningModifier,
+    SparsityModifierBase,
+)
+_LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
+_EXPERT = re.compile(r"(\.experts\.)\d+\b")
+ARGS = "args"  # of a recipe, beside its stages; llm-compressor leaves them alone
+PLAN = "plan"  # what the plan was, in there
+
+
+class PlannedRecipe:
+    """A recipe as the template of a plan.
+
+    :param path: the YAML file
+    :raises RecipeError: if it prunes nothing, or with several mask structures
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.modifiers = load_recipe(path).modifiers
+        self.pruners: list[Any] = [m for m in self.modifiers if isinstance(m, _PRUNERS)]
+        structures = sorted({str(m.mask_structure) for m in self.pruners})
+        if not structures:
+            raise RecipeError(
+                f"recipe {path} does not prune; expected ALPSPruningModifier, "
+                "AttentionMatrixPruningModifier, SparseGPTModifier or "
+                "WandaPruningModifier"
+            )
+        if len(structures) > 1:
+            raise RecipeError(
+                f"recipe {path} prunes with the mask structures "
+                f"{' and '.join(structures)}; a plan has one"
+            )
+        self.structure = MaskStructure.parse(structures[0])
+        if self.structure.unstructured:
+            self._check_sparsities()
+
+    def _check_sparsities(self) -> None:
+        for modifier in self.pruners:
+            if isinstance(modifier, SparsityModifierBase):
+                raise RecipeError(
+                    f"{type(modifier).__name__} has one sparsity for all groups of a "
+                    "block, so unstructured sparsity cannot be planned with it; use "
+                    "ALPSPruningModifier, whose sparsity may be a mapping"
+                )
+
+    def groups(self, model: nn.Module) -> dict[str, list[str]]:
+        """Return what the recipe prunes, as servers keep it: group -> Linears.
+
+        :raises RecipeError: if it prunes nothing of the model
+        :raises ValueError: if the mask structure does not fit a Linear
+        """
+        pruned = dict.fromkeys(
+            name for m in self.pruners for name in _pruned_linears(m, model)
+        )
+        if not pruned:
+            raise RecipeError(
+                f"recipe {self.path} prunes no Linear of {type(model).__name__}"
+            )
+        for name in pruned:
+            try:
+                self.structure.groups(model.get_parameter(f"{name}.weight"))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        groups = served_groups(pruned)
+        # what the recipe's fields cannot say is refused before anything is measured
+        for modifier in self.pruners:
+            _fields(modifier, model, groups, dict.fromkeys(groups, 0.5))
+            if isinstance(modifier, AttentionMatrixPruningModifier):
+                _check_attention(modifier, model, groups)
+        return groups
+
+    def write(
+        self,
+        output: Path,
+        model: nn.Module,
+        groups: Groups,
+        sparsities: Sparsities,
+        summary: Mapping[str, Any],
+    ) -> None:
+        """Write the recipe with the sparsities of a plan.
+
+        :param summary: of the plan, YAML values, which goes into the recipe's ``args``
+        """
+        content = read_recipe(self.path)
+        kinds = {type(m).__name__ for m in self.pruners}
+        written = [
+            given
+            for stage, inside in content.items()
+            if stage != ARGS
+            for modifiers in inside.values()
+            for name, given in modifiers.items()
+            if name in kinds
+        ]
+        for modifier, given in zip(self.pruners, written, strict=True):
+            given.update(_fields(modifier, model, groups, sparsities))
+        content[ARGS] = {**content.get(ARGS, {}), PLAN: dict(summary)}
+        with new_file(output) as partial:
+            partial.write_text(
+                yaml.safe_dump(content, sort_keys=False, width=88), encoding="utf-8"
+            )
+
+
+def _pruned_linears(modifier: Any, model: nn.Module) -> list[str]:
+    """Return the names of the Linears that a modifier would prune, in model order."""
+    if isinstance(modifier, AttentionMatrixPruningModifier):
+        selected = select_attention(model, modifier.targets, modifier.ignore)
+        return [
+            name for each in _children(modifier, selected).values() for name in each
+        ]
+    inside = {
+        f"{name}.{child}".rstrip("."): linear
+        for name, target in match_named_modules(model, modifier.targets)
+        for child, linear in target.named_modules()
+        if isinstance(linear, nn.Linear)
+    }
+    return [
+        name
+        for name, linear in inside.items()
+        if not match_targets(name, linear, modifier.ignore)
+    ]
+
+
+def _children(
+    modifier: AttentionMatrixPruningModifier, selected: Mapping[str, nn.Module]
+) -> dict[str, list[str]]:
+    """Return the Linears of each attention module that a modifier prunes."""
+    return {
+        name: list(
+            dict.fromkeys(
+                f"{name}.{projection.child}"
+                for role, projection in find_projections(attention).items()
+                if role in modifier.projections
+            )
+        )
+        for name, attention in selected.items()
+    }
+
+
+def _check_attention(
+    modifier: AttentionMatrixPruningModifier, model: nn.Module, groups: Groups
+) -> None:
+    """Refuse projections of different groups, which one sparsity cannot tell apart."""
+    group_of = {name: group for group, names in groups.items() for name in names}
+    selected = select_attention(model, modifier.targets, modifier.ignore)
+    for attention, names in _children(modifier, selected).items():
+        if len(found := {group_of[name] for name in names}) > 1:
+            raise RecipeError(
+                f"AttentionMatrixPruningModifier prunes {modifier.projections} of "
+                f"{attention} alike, but servers keep them in {len(found)} matrices, "
+                "which a plan treats one by one; let it prune q and k, and "
+                "ALPSPruningModifier the others"
+            )
+
+
+def _fields(
+    modifier: Any, model: nn.Module, groups: Groups, sparsities: Sparsities
+) -> dict[str, Any]:
+    """Return the fields of a pruning modifier that say what was chosen."""
+    sparsity_of = {
+        n: sparsities[group] for group, names in groups.items() for n in names
+    }
+    by_layer = isinstance(modifier, AttentionMatrixPruningModifier)
+    if by_layer:
+        selected = select_attention(model, modifier.targets, modifier.ignore)
+        found = {
+            attention: sparsity_of[names[0]]
+            for attention, names in _children(modifier, selected).items()
+        }
+    else:
+        found = {name: sparsity_of[name] for name in _pruned_linears(modifier, model)}
+    fields: dict[str, Any] = {}
+    if dense := [name for name, sparsity in found.items() if not sparsity]:
+        fields["ignore"] = [*modifier.ignore, *patterns(dense)]
+    if not MaskStructure.parse(modifier.mask_structure).unstructured:
+        return fields
+    pruned = {name: sparsity for name, sparsity in found.items() if sparsity}
+    if by_layer:
+        return {**fields, "sparsity": list(pruned.values())}
+    return {
+        **fields,
+        "sparsity": {
+            pattern: sparsity
+            for sparsity in sorted(set(pruned.values()))
+            for pattern in patterns([n for n, s in pruned.items() if s == sparsity])
+        },
+    }
+
+
+def patterns(names: Sequence[str]) -> list[str]:
+    """Return patterns that match modules and nothing else, one for each kind of them.
+
+    They end in a word boundary and not in ``$``, because SparseGPTModifier adds a dot
+    to the names of its targets.
+    """
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        match = _LAYER.fullmatch(name)
+        prefix, layer, rest = match.groups() if match else (name, "", "")
+        numbers = layers.setdefault((prefix, _EXPERT.sub(r"\1*", rest)), [])
+        if layer not in numbers:
+            numbers.append(layer)
+    merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (prefix, rest), numbers in layers.items():
+        merged.setdefault((prefix, tuple(numbers)), []).append(rest)
+    return [
+        f"re:{_escaped(prefix)}{_either(numbers)}{_either(map(_escaped, rests))}\\b"
+        for (prefix, numbers), rests in merged.items()
+    ]
+
+
+def _escaped(name: str) -> str:
+    """Return a pattern of a name, in which a star stands for an expert's number."""
+    return re.escape(name).replace(r"\*", r"\d+")
+
+
+def _either(parts: Iterable[str]) -> str:
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else f"({'|'.join(parts)})"
