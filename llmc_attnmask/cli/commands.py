@@ -38,13 +38,17 @@ def prune(
     text_column: o.TextColumn = "text",
     num_samples: o.NumSamples = 128,
     max_length: o.MaxLength = None,
+    dense_share: o.DenseShare = None,
+    sparsity: o.Sparsity = None,
+    size: o.Size = None,
+    loss: o.Loss = None,
     seed: o.Seed = 0,
     storage: o.Storage = None,
     offload_activations: o.OffloadActivations = None,
     offload_model: o.OffloadModel = "cpu",
     resume: o.Resume = False,
 ) -> None:
-    """Apply a recipe to a model and write the checkpoint."""
+    """Apply a recipe to a model, planned first if a budget is given; write the result."""
     from llmc_attnmask.oneshot.prune import prune as run
 
     try:
@@ -56,6 +60,10 @@ def prune(
             text_column=text_column,
             num_samples=num_samples,
             max_length=max_length,
+            dense_share=dense_share,
+            sparsity=sparsity,
+            size=size,
+            loss=loss,
             seed=seed,
             storage=storage,
             offload_activations=offload_activations,

@@ -28,13 +28,14 @@ from llmc_attnmask.distributed import world_size
 from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
 from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
 from llmc_attnmask.oneshot.fingerprint import fingerprint
-from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
+from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, model_identity
 from llmc_attnmask.oneshot.recipe import find_recipe
 from llmc_attnmask.oneshot.sensitivity import Loss, Sensitivity
 from llmc_attnmask.oneshot.trade_off import Budget, TradeOff
 from llmc_attnmask.runlog.progress import Progress
 from llmc_attnmask.text.windows import window_length
 
+PLAN_SAMPLES = 32  # windows that groups are pruned on
 _HELD_OUT, _LONGEST = 8, 512  # windows that losses are measured on, and their tokens
 # shares of the weights, dense or pruned, of the points of the curve
 _DENSE_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
@@ -79,7 +80,7 @@ def plan(
     size: float | None = None,
     loss: float | None = None,
     text_column: str = "text",
-    num_samples: int = 32,
+    num_samples: int = PLAN_SAMPLES,
     max_length: int | None = None,
     seed: int = 0,
     offload_activations: Offload = "cpu",
@@ -113,7 +114,11 @@ def plan(
     """
     output = Path(output)
     folder = output.with_name(f".{output.name}.progress")
-    budget = _budget(dense_share=dense_share, sparsity=sparsity, size=size, loss=loss)
+    budget = budget_of(dense_share=dense_share, sparsity=sparsity, size=size, loss=loss)
+    if budget is None:
+        raise ValueError(
+            "a plan needs a budget: one of dense_share, sparsity, size and loss"
+        )
     _check_arguments(output, folder, resume, num_samples)
     planned = PlannedRecipe(find_recipe(recipe))
 
@@ -127,6 +132,7 @@ def plan(
     try:
         reuse_freed_memory()
         dense = load(model)
+        identity = model_identity(dense)
         linearize_moe(dense)
         groups = planned.groups(dense)
         trade_off = TradeOff(_entries(dense, groups), planned.structure)
@@ -160,22 +166,36 @@ def plan(
             sorted([*curve, chosen], key=lambda point: point.size),
             expected(chosen.predicted),
         )
-        planned.write(output, dense, groups, sparsities, _summary(made))
+        planned.write(
+            output, dense, groups, sparsities, {"model": identity, **_summary(made)}
+        )
+    except BaseException as error:
+        if progress.has_data:
+            error.add_note(
+                f"finished blocks are kept in {folder}: the same command with --resume "
+                "continues from there, with any budget"
+            )
+        raise
     finally:
         progress.close()
     shutil.rmtree(folder, ignore_errors=True)
     return made
 
 
-def _budget(**given: float | None) -> Budget:
+def budget_of(**given: float | None) -> Budget | None:
+    """Return the budget among the kinds that are given; None if there is none.
+
+    :raises ValueError: if there are several
+    """
     named = {kind: value for kind, value in given.items() if value is not None}
-    if len(named) != 1:
+    if len(named) > 1:
         raise ValueError(
-            f"a plan has one budget, and {' and '.join(named) or 'none'} is given; "
-            f"expected one of {', '.join(given)}"
+            f"{' and '.join(named)} are given; a plan has one budget, and the others "
+            "follow from it"
         )
-    ((kind, value),) = named.items()
-    return Budget(kind, value)  # type: ignore[arg-type]
+    for kind, value in named.items():
+        return Budget(kind, value)  # type: ignore[arg-type]
+    return None
 
 
 def _check_arguments(

@@ -5,6 +5,7 @@ of the modifiers that would prune them, and sparsities of other groups are in a 
 under ``sparsity``.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,39 @@ _PRUNERS = (
     AttentionMatrixPruningModifier,
     SparsityModifierBase,
 )
-_LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
+_LAYER = re.compile(r"(.*?\.)(\d+)((?:\..*)?)")  # its number, and what is around
 _EXPERT = re.compile(r"(\.experts\.)\d+\b")
 ARGS = "args"  # of a recipe, beside its stages; llm-compressor leaves them alone
 PLAN = "plan"  # what the plan was, in there
+
+
+def plan_of(recipe: Path) -> dict[str, Any] | None:
+    """Return what a recipe says about the plan that it was made by, if it was."""
+    found = (read_recipe(recipe).get(ARGS) or {}).get(PLAN)
+    return found if isinstance(found, dict) else None
+
+
+def check_plan(recipe: Path, model: nn.Module) -> None:
+    """Refuse a plan that was made for another model.
+
+    :param model: as it was loaded
+    :raises RecipeError: if its weights have other names or shapes
+    """
+    planned = (plan_of(recipe) or {}).get("model")
+    found = model_identity(model)
+    if planned not in (None, found):
+        raise RecipeError(
+            f"recipe {recipe} is a plan for another model ({planned}, and this one is "
+            f"{found}), so its layers do not mean the same; run `llmc-attnmask plan` "
+            "for this one"
+        )
+
+
+def model_identity(model: nn.Module) -> str:
+    """Return what identifies a model's weights by name and shape."""
+    shapes = sorted((name, tuple(p.shape)) for name, p in model.named_parameters())
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
+    return f"{type(model).__name__}, {len(shapes)} tensors, {digest}"
 
 
 class PlannedRecipe:
@@ -218,24 +248,26 @@ def _fields(
 
 
 def patterns(names: Sequence[str]) -> list[str]:
-    """Return patterns that match modules and nothing else, one for each kind of them.
+    """Return patterns that match these modules, and all experts beside an expert.
 
-    They end in a word boundary and not in ``$``, because SparseGPTModifier adds a dot
-    to the names of its targets.
+    Modules in the same layers that have the same parent share a pattern. It ends in a
+    word boundary and not in ``$``, because SparseGPTModifier adds a dot to the names of
+    its targets.
     """
-    layers: dict[tuple[str, str], list[str]] = {}
+    layers: dict[tuple[str, str, str], list[str]] = {}
     for name in names:
-        match = _LAYER.fullmatch(name)
-        prefix, layer, rest = match.groups() if match else (name, "", "")
-        numbers = layers.setdefault((prefix, _EXPERT.sub(r"\1*", rest)), [])
-        if layer not in numbers:
-            numbers.append(layer)
-    merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (prefix, rest), numbers in layers.items():
-        merged.setdefault((prefix, tuple(numbers)), []).append(rest)
+        parent, _, child = _EXPERT.sub(r"\1*", name).rpartition(".")
+        match = _LAYER.fullmatch(parent)
+        assert match is not None, parent  # groups are in the decoder's blocks
+        before, layer, after = match.groups()
+        layers.setdefault((before, after, child), []).append(layer)
+    children: dict[tuple[str, str, str], list[str]] = {}
+    for (before, after, child), numbers in layers.items():
+        place = (before, _either(dict.fromkeys(numbers)), after)
+        children.setdefault(place, []).append(child)
     return [
-        f"re:{_escaped(prefix)}{_either(numbers)}{_either(map(_escaped, rests))}\\b"
-        for (prefix, numbers), rests in merged.items()
+        f"re:{_escaped(before)}{numbers}{_escaped(after)}\\.{_either(some)}\\b"
+        for (before, numbers, after), some in children.items()
     ]
 
 

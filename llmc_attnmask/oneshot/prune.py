@@ -1,5 +1,6 @@
 """Run a recipe with ``oneshot``, after checking everything, and save the result."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,10 @@ from llmc_attnmask.modifiers.base import recipe_storage
 from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
 from llmc_attnmask.oneshot.fingerprint import fingerprint
 from llmc_attnmask.oneshot.loading import loaded
+from llmc_attnmask.oneshot.plan import PLAN_SAMPLES, budget_of, plan
+from llmc_attnmask.oneshot.planned_recipe import check_plan, plan_of
 from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
+from llmc_attnmask.oneshot.trade_off import Budget
 from llmc_attnmask.runlog.context import described
 from llmc_attnmask.runlog.journal import run_metadata
 from llmc_attnmask.runlog.progress import Progress
@@ -47,6 +51,10 @@ def prune(
     text_column: str = "text",
     num_samples: int = 128,
     max_length: int | None = None,
+    dense_share: float | None = None,
+    sparsity: float | None = None,
+    size: float | None = None,
+    loss: float | None = None,
     seed: int = 0,
     storage: Storage | None = None,
     offload_activations: Offload | None = None,
@@ -75,6 +83,11 @@ def prune(
     :param num_samples: calibration windows, at equal spacing over each dataset
     :param max_length: tokens per window; by default 2048 or, if less, the model's
         number of positions
+    :param dense_share: with this or another budget, the recipe is first planned, as by
+        ``plan``, on at most 32 windows
+    :param sparsity: budget, as for ``plan``
+    :param size: budget, as for ``plan``
+    :param loss: budget, as for ``plan``
     :param seed: of torch's generator, and of every modifier whose recipe sets none
     :param storage: of the 2:4 layers; by default what the recipe's modifiers ask for,
         or dense
@@ -95,6 +108,28 @@ def prune(
     _check_arguments(num_samples, seed, offload_model)
 
     recipe = find_recipe(recipe)
+    budget = budget_of(dense_share=dense_share, sparsity=sparsity, size=size, loss=loss)
+    planned = _plan_beside(output, recipe, budget) if budget else None
+    if planned is not None:
+        if not (resume and planned.exists()):
+            planned.unlink(missing_ok=True)
+            plan(
+                model,
+                recipe,
+                planned,
+                dataset,
+                dense_share=dense_share,
+                sparsity=sparsity,
+                size=size,
+                loss=loss,
+                text_column=text_column,
+                num_samples=min(num_samples, PLAN_SAMPLES),
+                max_length=max_length,
+                seed=seed,
+                offload_activations=offload_activations or "cpu",
+                resume=resume,
+            )
+        recipe = planned
     modifiers = load_recipe(recipe).modifiers
     storage = storage or recipe_storage(modifiers)
     _set_default(modifiers, "seed", seed)
@@ -110,10 +145,12 @@ def prune(
     progress = Progress(output / PROGRESS, known_by, modifiers)
 
     with _kept(progress), loaded(model, config, offload_model) as in_work:
+        check_plan(recipe, in_work)
         windows = data.windows(in_work, progress)
         torch.manual_seed(seed)
         run_metadata(in_work).update(
             modifiers=described(modifiers),
+            plan=plan_of(recipe),
             options={
                 "dataset": ", ".join(data.datasets),
                 "text_column": text_column,
@@ -125,7 +162,10 @@ def prune(
         )
         with resumable(progress):
             compress(in_work, tokenizer, modifiers, windows)
-        return save(in_work, tokenizer, output, storage)
+        save(in_work, tokenizer, output, storage)
+    if planned is not None and is_source():
+        planned.unlink()
+    return output
 
 
 def compress(
@@ -182,6 +222,13 @@ def _check_arguments(num_samples: int, seed: int, offload_model: Offload) -> Non
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed is {seed}; expected at least 0 and less than 2^63")
+
+
+def _plan_beside(output: Path, recipe: Path, budget: Budget) -> Path:
+    """Return where the plan of a recipe within a budget goes, until it is executed."""
+    known_by = recipe.read_bytes() + str(budget).encode()
+    digest = hashlib.sha256(known_by).hexdigest()[:8]
+    return output.absolute().with_name(f".{output.name}.plan-{digest}.yaml")
 
 
 def _set_default(modifiers: Iterable[Modifier], field: str, value: object) -> None:

@@ -20,6 +20,7 @@ from llmc_attnmask.calibration.samples import Offload, SampleTensors
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.recovery.block import Block
 from llmc_attnmask.recovery.blockwise import BlockwiseModel
+from llmc_attnmask.runlog.wording import listed
 from llmc_attnmask.solvers.alps import LinearProblem
 from llmc_attnmask.upstream.baselines import baselines
 
@@ -69,6 +70,13 @@ class Sensitivity:
         self._measured = BlockwiseModel(model, held_out, device, offload)
         self.blocks = self._measured.names
         self._groups = {name: _of(name, groups) for name in self.blocks}
+        inside = {group for of in self._groups.values() for group in of}
+        if outside := [group for group in groups if group not in inside]:
+            raise ValueError(
+                f"{listed(outside)} would be pruned outside the decoder blocks "
+                f"({self.blocks[0]} and so on), where losses are not measured; put "
+                "them under `ignore`"
+            )
         self._reference = self._measured.embedded
         for position in range(len(self.blocks)):
             self._reference = self._measured.block(position, self._reference).outputs()
