@@ -75,18 +75,18 @@ def served_groups(modules: Iterable[str]) -> dict[str, list[str]]:
     :return: name of a group -> its members, in the order of their first member; a
         group's name is its parent's and the last parts of its members' names
     """
-    found: dict[tuple[str, frozenset[str]], list[str]] = {}
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for module in modules:
         parent, _, child = module.rpartition(".")
-        fused = next((set(group) for group in _FUSED if child in group), {child})
-        parent = _EXPERT.sub(r"\1*", parent)
-        found.setdefault((parent, frozenset(fused)), []).append(module)
-    return {
-        f"{parent}.{'+'.join(dict.fromkeys(m.rpartition('.')[2] for m in members))}": (
-            members
-        )
-        for (parent, _), members in found.items()
-    }
+        fused = next((group for group in _FUSED if child in group), (child,))
+        place = (_EXPERT.sub(r"\1*", parent), fused)
+        found.setdefault(place, []).append(module)
+    groups = {}
+    for (parent, fused), members in found.items():
+        children = {module.rpartition(".")[2] for module in members}
+        name = f"{parent}.{'+'.join(child for child in fused if child in children)}"
+        groups[name] = members
+    return groups
 
 
 def _is_decoder_linear(module: str) -> bool:

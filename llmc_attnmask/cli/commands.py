@@ -48,7 +48,7 @@ def prune(
     offload_model: o.OffloadModel = "cpu",
     resume: o.Resume = False,
 ) -> None:
-    """Apply a recipe to a model, planned first if a budget is given; write the result."""
+    """Apply a recipe, planned first if a budget is given, and write the checkpoint."""
     from llmc_attnmask.oneshot.prune import prune as run
 
     try:

@@ -174,6 +174,55 @@ def curves(report: Report) -> Chart | None:
     )
 
 
+def trade_off(report: Report) -> Chart | None:
+    """Draw the loss over the size of what the plan could have chosen, and has chosen."""
+    plan = report.get("plan")  # absent in reports of earlier versions
+    if not plan:
+        return None
+    curve = plan["curve"]
+    chosen = min(curve, key=lambda point: abs(point["size"] - plan["size"]))
+    kinds = {
+        "measured": ("pruned together", "--ours", "circle", "solid"),
+        "predicted": ("added up, one by one", "--sparsegpt", "triangle-up-open", "dot"),
+    }
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": name,
+            "x": [point["size"] for point in curve],
+            "y": [point[kind] for point in curve],
+            "line": {"color": color, "dash": dash},
+            "marker": {
+                "color": color,
+                "symbol": symbol,
+                "size": [15 if point is chosen else 8 for point in curve],
+            },
+            "hovertemplate": "%{y:.4f}",
+        }
+        for kind, (name, color, symbol, dash) in kinds.items()
+    ]
+    return Chart(
+        id="trade-off",
+        title="Size against loss",
+        says="KL divergence to the dense model in nats per token, before recovery, over "
+        "the bytes of the weights, packed, relative to dense ones. The large mark is "
+        f"what was chosen: size {plan['size']:.3f}, loss {chosen['measured']:.4f}.",
+        data=data,
+        layout={
+            "xaxis": {"title": {"text": "size"}},
+            "yaxis": {"title": {"text": "loss"}, "tickformat": "~g"}
+            | _log([y for trace in data for y in trace["y"]]),
+            "hovermode": "x unified",
+        },
+        header=["size", *(name for name, *_ in kinds.values())],
+        rows=[
+            [f"{point['size']:.4f}", *(f"{point[kind]:.5f}" for kind in kinds)]
+            for point in curve
+        ],
+    )
+
+
 def recovery(report: Report) -> Chart | None:
     """Draw each block's error before and after recovery."""
     found = [

@@ -32,6 +32,7 @@ def of_model(model: PreTrainedModel) -> Report:
         "device": _device(),
         "versions": versions() | {"python": platform.python_version()},
         "options": dict(known.get("options", {})),
+        "plan": known.get("plan"),
         "modifiers": list(known.get("modifiers", [])),
         "warnings": list(known.get("warnings", [])),
         "layers": [
@@ -64,6 +65,7 @@ def reduced() -> Report:
         "device": None,
         "versions": {},
         "options": {},
+        "plan": None,
         "modifiers": [],
         "warnings": [],
         "layers": [],

@@ -35,6 +35,7 @@ def environment() -> Environment:
 def render(report: Report) -> str:
     """Render the page of a report, which is about as large as Plotly (5 MB)."""
     sections = {
+        "plan": [charts.trade_off(report)],
         "error": [charts.errors(report, kind) for kind in ("matrix", "output")],
         "learning": [charts.curves(report), charts.recovery(report)],
         "zeros": [maps.zeros_by_projection(report), maps.zeros_by_head(report)],

@@ -1,13 +1,13 @@
 """Prune the same weights with other methods, with which the report compares.
 
-Wanda and SparseGPT are llm-compressor's own code, with its default fields.
+Wanda and SparseGPT are llm-compressor's own code, with its default fields. It is
+imported by the functions, because importing it imports the modifiers, which import this
+module.
 """
 
 from collections.abc import Callable
 from functools import partial
 
-from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier, sgpt_sparsify
-from llmcompressor.modifiers.pruning.wanda import wanda_sparsify
 from loguru import logger
 from torch import Tensor, nn
 
@@ -39,6 +39,8 @@ def _magnitude(
 def _wanda(
     structure: MaskStructure, sparsity: float, weight: Tensor, hessian: Tensor
 ) -> Tensor:
+    from llmcompressor.modifiers.pruning.wanda import wanda_sparsify
+
     linear = _linear(weight)
     return wanda_sparsify.sparsify_weight(
         module=linear,
@@ -52,6 +54,11 @@ def _wanda(
 def _sparsegpt(
     structure: MaskStructure, sparsity: float, weight: Tensor, hessian: Tensor
 ) -> Tensor:
+    from llmcompressor.modifiers.pruning.sparsegpt import (
+        SparseGPTModifier,
+        sgpt_sparsify,
+    )
+
     linear = _linear(weight)
     fields = SparseGPTModifier.model_fields
     # its advice is for users of SparseGPTModifier

@@ -1,0 +1,149 @@
+import json
+
+import pytest
+import yaml
+
+from llmc_attnmask.checkpoint.inspect import inspect
+from llmc_attnmask.oneshot import plan as planning
+from llmc_attnmask.oneshot.plan import plan
+from llmc_attnmask.oneshot.prune import prune
+from llmc_attnmask.oneshot.recipe import RecipeError, load_recipe
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+
+QUICK = {"dataset": "builtin:pydoc", "num_samples": 8, "max_length": 64}
+ALPS = """
+prune_stage:
+  pruning_modifiers:
+    ALPSPruningModifier:
+      sparsity: 0.5
+      targets: ["re:.*(q|k|v|o|gate|up|down)_proj$"]
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    output = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    return plan(MODEL_DIR, "block_2of4", output, **QUICK, dense_share=0.25)
+
+
+def test_every_group_has_a_cost_and_the_budget_is_kept(made):
+    assert len(made.costs) == len(made.entries) == 16  # four of each of four layers
+    assert all(set(of) == {0.5} and of[0.5] > 0 for of in made.costs.values())
+    assert made.chosen.dense_share == pytest.approx(0.25, abs=0.02)
+    assert made.chosen.dense_share <= 0.25
+    assert len(made.curve) == 7 and made.chosen in made.curve
+    sizes = [point.size for point in made.curve]
+    assert sizes == sorted(sizes)
+
+
+def test_the_sum_of_costs_predicts_the_loss_of_all_groups_together(made):
+    for point in made.curve:
+        assert point.measured.kl == pytest.approx(point.predicted, rel=0.25)
+
+
+def test_the_chosen_groups_lose_less_than_the_first_and_last_layers(made):
+    dense = {group for group, s in made.chosen.sparsities.items() if not s}
+    naive = {g for g in made.costs if ".0." in g}  # a quarter of the weights
+    saved = sum(made.costs[group][0.5] for group in dense)
+    assert saved > sum(made.costs[group][0.5] for group in naive)
+
+
+def test_the_recipe_is_complete_and_says_what_was_planned(made):
+    assert load_recipe(made.recipe).modifiers
+    content = yaml.safe_load(made.recipe.read_text(encoding="utf-8"))
+    summary = content["args"]["plan"]
+    assert summary["budget"] == "dense_share 0.25"
+    assert summary["model"].startswith("LlamaForCausalLM, ")
+    assert len(summary["curve"]) == 7
+    assert not list(made.recipe.parent.glob(".*"))  # no progress is left
+
+
+def test_a_plan_that_was_interrupted_continues_and_gives_the_same_recipe(
+    made, tmp_path, monkeypatch
+):
+    output = tmp_path / "plan.yaml"
+    measured = []
+    original = planning.Progress.save_data
+
+    def save(self, name, data):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(name)
+        original(self, name, data)
+
+    monkeypatch.setattr(planning.Progress, "save_data", save)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        plan(MODEL_DIR, "block_2of4", output, **QUICK, dense_share=0.5)
+    assert "--resume continues from there" in stopped.value.__notes__[0]
+    with pytest.raises(FileExistsError, match="interrupted plan; run the same command"):
+        plan(MODEL_DIR, "block_2of4", output, **QUICK, dense_share=0.25)
+    monkeypatch.setattr(planning.Progress, "save_data", original)
+    # with any budget: costs do not depend on it
+    again = plan(
+        MODEL_DIR, "block_2of4", output, **QUICK, dense_share=0.25, resume=True
+    )
+    assert again.costs == made.costs
+    assert output.read_bytes() == made.recipe.read_bytes()
+
+
+def test_a_loss_is_kept_to_with_the_least_bytes(made, tmp_path):
+    budget = made.expected_rise
+    found = plan(
+        MODEL_DIR, "block_2of4", tmp_path / "plan.yaml", **QUICK, loss=budget * 1.001
+    )
+    assert found.expected_rise <= budget * 1.001
+    assert found.chosen.size <= made.chosen.size
+
+
+def test_unstructured_sparsity_is_planned_group_by_group(tmp_path):
+    template = tmp_path / "template.yaml"
+    template.write_text(ALPS, encoding="utf-8")
+    found = plan(MODEL_DIR, template, tmp_path / "plan.yaml", **QUICK, sparsity=0.6)
+    assert 0.6 <= found.chosen.sparsity <= 0.62
+    assert len(set(found.chosen.sparsities.values())) > 3
+    uniform = sum(
+        (of[0.5] * of[0.7]) ** 0.5 for of in found.costs.values()
+    )  # at 0.6, as the logarithm is linear
+    assert found.chosen.predicted < uniform
+
+
+def test_prune_with_a_budget_plans_and_prunes(made, tmp_path):
+    output = prune(
+        MODEL_DIR, "block_2of4", tmp_path / "out", **QUICK, dense_share=0.25
+    )
+    dense = {g for g, s in made.chosen.sparsities.items() if not s}
+    for layer in inspect(output):
+        if layer.name.endswith("down_proj"):
+            assert layer.two_of_four == (layer.name not in dense)
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert report["plan"]["budget"] == "dense_share 0.25"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "needs a budget: one of"),
+        ({"size": 0.7, "loss": 0.1}, "size and loss are given; a plan has one budget"),
+        ({"size": 0.3}, r"cannot be met.*between 0\.5625 and 1"),
+        ({"loss": 1e-9}, "leaves nothing to prune"),
+    ],
+)
+def test_budgets_that_make_no_plan_are_refused(budget, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plan(MODEL_DIR, "block_2of4", tmp_path / "plan.yaml", **QUICK, **budget)
+    assert not (tmp_path / "plan.yaml").exists()
+
+
+def test_an_output_that_exists_is_refused(made):
+    with pytest.raises(FileExistsError, match="name a new file or remove it"):
+        plan(MODEL_DIR, "block_2of4", made.recipe, **QUICK, dense_share=0.5)
+
+
+def test_prune_refuses_a_plan_for_another_model(made, tmp_path):
+    text = made.recipe.read_text(encoding="utf-8")
+    other = tmp_path / "other.yaml"
+    other.write_text(text.replace("LlamaForCausalLM", "Qwen3ForCausalLM"))
+    with pytest.raises(RecipeError, match="is a plan for another model"):
+        prune(MODEL_DIR, other, tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()

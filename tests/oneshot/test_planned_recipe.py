@@ -1,0 +1,210 @@
+import re
+
+import pytest
+import torch
+import yaml
+
+from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.oneshot.planned_recipe import (
+    PlannedRecipe,
+    check_plan,
+    model_identity,
+    patterns,
+    plan_of,
+)
+from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.recipe import RecipeError, find_recipe, load_recipe
+from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from tests.support.architectures import small_model
+
+ALL = '["re:.*(q|k|v|o|gate|up|down)_proj$"]'
+ALPS = f"""
+prune_stage:
+  pruning_modifiers:
+    ALPSPruningModifier: {{sparsity: 0.6, targets: {ALL}}}
+"""
+MIXED = """
+prune_stage:
+  attention_modifiers:
+    AttentionMatrixPruningModifier:
+      sparsity: 0.5
+      mask_structure: "{attention}"
+      update_weights: true
+      steps: 0
+  rest_modifiers:
+    ALPSPruningModifier:
+      sparsity: 0.5
+      mask_structure: "{structure}"
+      targets: ["re:.*(v|o|gate|up|down)_proj$"]
+"""
+
+
+@pytest.fixture
+def model():
+    return load(MODEL_DIR, dtype="auto")
+
+
+def written(tmp_path, text: str) -> PlannedRecipe:
+    path = tmp_path / "template.yaml"
+    path.write_text(text, encoding="utf-8")
+    return PlannedRecipe(path)
+
+
+def zeros(model) -> dict[str, float]:
+    """Share of zeros of every Linear, by its name without the model's prefix."""
+    return {
+        name.removeprefix("model.layers."): float((m.weight == 0).float().mean())
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "lm_head" not in name
+    }
+
+
+def executed(planned, model, sparsities, tmp_path, tokenizer, calibration) -> dict:
+    groups = planned.groups(model)
+    chosen = {group: sparsities(group) for group in groups}
+    planned.write(tmp_path / "plan.yaml", model, groups, chosen, {"budget": "a"})
+    modifiers = load_recipe(tmp_path / "plan.yaml").modifiers
+    compress(model, tokenizer, modifiers, calibration[:8, :64])
+    found = zeros(model)
+    for group, names in groups.items():
+        for name in names:
+            share = found[name.removeprefix("model.layers.")]
+            assert share == pytest.approx(chosen[group], abs=0.011), name
+    return yaml.safe_load((tmp_path / "plan.yaml").read_text(encoding="utf-8"))
+
+
+def test_groups_that_stay_dense_are_ignored_by_sparsegpt(
+    model, tmp_path, tokenizer, calibration
+):
+    planned = PlannedRecipe(find_recipe("block_2of4"))
+    dense = ("layers.0.self_attn.q", "layers.1.mlp.down", "layers.3.mlp.down")
+    content = executed(
+        planned,
+        model,
+        lambda group: 0.0 if any(name in group for name in dense) else 0.5,
+        tmp_path,
+        tokenizer,
+        calibration,
+    )
+    fields = content["prune_stage"]["pruning_modifiers"]["SparseGPTModifier"]
+    assert fields["ignore"] == [
+        r"re:model\.layers\.0\.self_attn\.(q_proj|k_proj|v_proj)\b",
+        r"re:model\.layers\.(1|3)\.mlp\.down_proj\b",
+    ]
+    assert content["args"]["plan"] == {"budget": "a"}
+
+
+def test_unstructured_groups_get_their_own_sparsities(
+    model, tmp_path, tokenizer, calibration
+):
+    def sparsity(group: str) -> float:
+        if "layers.0.mlp.gate" in group:
+            return 0.0
+        return 0.35 if "down" in group else 0.7
+
+    content = executed(
+        written(tmp_path, ALPS), model, sparsity, tmp_path, tokenizer, calibration
+    )
+    fields = content["prune_stage"]["pruning_modifiers"]["ALPSPruningModifier"]
+    assert set(fields["sparsity"].values()) == {0.35, 0.7}
+    first = r"re:model\.layers\.(0|1|2|3)\.mlp\.down_proj\b"
+    assert next(iter(fields["sparsity"])) == first
+
+
+@pytest.mark.parametrize("structure", ["2:4", "0:0"])
+def test_q_and_k_get_the_sparsity_of_their_group_from_the_attention_modifier(
+    structure, model, tmp_path, tokenizer, calibration
+):
+    def sparsity(group: str) -> float:
+        if "layers.1.self_attn.q" in group:
+            return 0.0
+        if structure == "2:4":
+            return 0.5
+        return 0.4 if "layers.2" in group else 0.6
+
+    text = MIXED.format(structure=structure, attention=structure)
+    executed(written(tmp_path, text), model, sparsity, tmp_path, tokenizer, calibration)
+
+
+def test_experts_of_a_layer_are_one_group():
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+
+    model = small_model("qwen3_moe")
+    linearize_moe(model)
+    planned = PlannedRecipe(find_recipe("block_2of4"))
+    groups = planned.groups(model)
+    (gate_up,) = [g for g in groups if "layers.0" in g and "gate_proj" in g]
+    assert gate_up == "model.layers.0.mlp.experts.*.gate_proj+up_proj"
+    assert len(groups[gate_up]) == 4
+    assert patterns(groups[gate_up]) == [
+        r"re:model\.layers\.0\.mlp\.experts\.\d+\.(up_proj|gate_proj)\b"
+    ]
+
+
+def test_patterns_match_the_modules_and_no_others(model):
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    some = [n for n in names if re.search(r"\.[13]\..*(q|down)_proj", n)]
+    matches = [p.removeprefix("re:") for p in patterns(some)]
+    assert [n for n in names if any(re.match(p, n) for p in matches)] == some
+
+
+def test_a_plan_for_another_model_is_refused(model, tmp_path):
+    planned = PlannedRecipe(find_recipe("block_2of4"))
+    groups = planned.groups(model)
+    summary = {"model": model_identity(model)}
+    path = tmp_path / "plan.yaml"
+    planned.write(path, model, groups, dict.fromkeys(groups, 0.5), summary)
+    check_plan(path, model)
+    assert plan_of(path) == summary
+    with pytest.raises(RecipeError, match=r"is a plan for another model \(LlamaFor"):
+        check_plan(path, small_model("qwen2"))
+
+
+def test_a_recipe_that_was_not_planned_is_for_any_model(model):
+    check_plan(find_recipe("block_2of4"), model)
+    assert plan_of(find_recipe("block_2of4")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "s_stage:\n  a_modifiers:\n    MaskedRecoveryModifier: {}",
+            "does not prune; expected ALPSPruningModifier",
+        ),
+        (
+            ALPS.replace("ALPSPruningModifier", "SparseGPTModifier"),
+            "has one sparsity for all groups.*use ALPSPruningModifier",
+        ),
+        (
+            MIXED.format(structure="2:4", attention="0:0"),
+            "mask structures 0:0 and 2:4",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_planned_is_refused(text, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        written(tmp_path, text)
+
+
+def test_projections_of_different_groups_in_one_modifier_are_refused(model, tmp_path):
+    text = """
+s_stage:
+  a_modifiers:
+    AttentionMatrixPruningModifier:
+      {sparsity: 0.5, mask_structure: "2:4", projections: [q, k, v, o]}
+"""
+    with pytest.raises(RecipeError, match="let it prune q and k"):
+        written(tmp_path, text).groups(model)
+
+
+def test_a_recipe_that_matches_nothing_of_the_model_is_refused(model, tmp_path):
+    text = ALPS.replace("q|k|v|o|gate|up|down", "c")
+    with pytest.raises(RecipeError, match="prunes no Linear of LlamaForCausalLM"):
+        written(tmp_path, text).groups(model)
+
+
+def test_inputs_that_the_mask_structure_does_not_divide_are_refused(model, tmp_path):
+    text = ALPS.replace("sparsity: 0.6", 'sparsity: 0.2, mask_structure: "1:5"')
+    with pytest.raises(ValueError, match=r"q_proj: .* not divisible by 5"):
+        written(tmp_path, text).groups(model)
