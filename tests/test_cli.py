@@ -138,6 +138,24 @@ def test_a_checkpoint_that_cannot_be_packed_prints_one_error_line(call, tmp_path
     assert code == 1 and "nothing in" in err
 
 
+def test_plan_prints_what_it_has_chosen_and_what_it_costs(call, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    data = ("--dataset", text, "--text-column", "body")
+    command = ("plan", MODEL_DIR, "--recipe", "block_2of4", *data, "--max-length", 64)
+    budget = ("--num-samples", 4, "--dense-share", 0.25, "--output", recipe)
+    code, out, err = call(*command, *budget)
+    assert code == 0, err
+    assert "model.layers.0.self_attn.o_proj" in out
+    assert "chosen" in out and "Expected perplexity" in out
+    assert f"saved {recipe}" in out.replace("\n", "")
+    assert "ignore:" in recipe.read_text()
+    other = (*budget[:-1], tmp_path / "other.yaml")
+    found = json.loads(call(*command, *other, "--json")[1])
+    assert found["chosen"]["dense_share"] <= 0.25
+    code, _, err = call(*command, "--size", 0.2, "--output", tmp_path / "none.yaml")
+    assert code == 1 and "error: size is 0.2, which cannot be met" in err
+
+
 @pytest.mark.parametrize("command", ["pack", "unpack"])
 def test_pack_and_unpack_have_help_and_check_their_usage(call, command):
     code, out, _ = call(command, "--help")
@@ -145,7 +163,7 @@ def test_pack_and_unpack_have_help_and_check_their_usage(call, command):
     assert call(command)[0] == 2
 
 
-@pytest.mark.parametrize("command", ["prune", "eval", "inspect"])
+@pytest.mark.parametrize("command", ["prune", "plan", "eval", "inspect"])
 def test_every_command_has_help(command):
     shown = run(command, "--help")
     assert shown.returncode == 0 and "Usage" in shown.stdout

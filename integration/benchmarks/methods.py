@@ -1,15 +1,20 @@
 """The methods that the benchmarks compare, and how one of them is run.
 
-A method is a name of ``METHODS``, or that of a recipe that the package ships. Every run
-has its own process, so that its peak memory is its own.
+A method is a name of ``METHODS``, or that of a recipe that the package ships, or such a
+name with a budget that it is planned for ("block_2of4, dense_share 0.25"). With "ends"
+as the budget, the first and last layers stay dense instead: the choice without a plan.
+Every run has its own process, so that its peak memory is its own.
 """
 
+import re
 import resource
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,14 +28,18 @@ from llmc_attnmask import (
     AttentionMatrixPruningModifier,
     MaskedRecoveryModifier,
 )
+from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.oneshot.methods import (
     Method,
     Scope,
     prune_by_magnitude,
     q_and_k_names,
 )
+from llmc_attnmask.oneshot.plan import plan_on
+from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, plan_of
 from llmc_attnmask.oneshot.prune import compress
-from llmc_attnmask.oneshot.recipe import load_recipe
+from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
+from llmc_attnmask.oneshot.trade_off import Budget
 
 REST = ["re:.*(v|o|gate|up|down)_proj$"]
 
@@ -41,6 +50,7 @@ METHODS = {  # name -> whether it has randomness
     "SparseGPT": False,
     "ALPS": False,
     "SparseGPT + recovery": True,
+    "ALPS + recovery": True,
     "ours light": True,
     "ours light, output_weight 0": True,
     "ours accuracy": True,
@@ -68,6 +78,7 @@ class Pruned:
     model: PreTrainedModel  # float32, eager attention, on the GPU if there is one
     seconds: float
     peak_gb: float  # resident memory of the process until pruning ended
+    plan: dict[str, Any] | None = None  # what a planned recipe says about itself
 
 
 def shape(label: str) -> tuple[str, float]:
@@ -84,11 +95,7 @@ def modifiers(case: Case, model: PreTrainedModel) -> list[Any]:
     :param model: of the same architecture as the case's; its weights are not read
     """
     if case.method not in METHODS:
-        recipe: list[Any] = load_recipe(case.method).modifiers
-        for modifier in recipe:
-            if hasattr(modifier, "seed"):
-                modifier.seed = case.seed
-        return recipe
+        return _seeded(recipe_of(case.method)[0], case.seed)
     fields: dict[str, Any] = {
         "sparsity": case.sparsity,
         "mask_structure": case.structure,
@@ -113,6 +120,10 @@ def modifiers(case: Case, model: PreTrainedModel) -> list[Any]:
             SparseGPTModifier(**fields, targets=linears),
             recovery,
         ],
+        "ALPS + recovery": [
+            ALPSPruningModifier(**fields, targets=linears),
+            recovery,
+        ],
         "ours light": [light, *stock],
         "ours light, output_weight 0": [paper, *stock],
         "ours accuracy": [accuracy, *rest],
@@ -121,12 +132,65 @@ def modifiers(case: Case, model: PreTrainedModel) -> list[Any]:
     return recipes[case.method]
 
 
+def _seeded(recipe: str | Path, seed: int) -> list[Any]:
+    found: list[Any] = load_recipe(recipe).modifiers
+    for modifier in found:
+        if hasattr(modifier, "seed"):
+            modifier.seed = seed
+    return found
+
+
+def recipe_of(method: str) -> tuple[str, str, float]:
+    """Split the name of a method: recipe, kind of budget or "", and its value."""
+    recipe, _, budget = method.partition(", ")
+    kind, _, value = budget.partition(" ")
+    return recipe, kind, float(value or 0)
+
+
+def planned(case: Case, output: Path) -> dict[str, Any]:
+    """Write a planned recipe; returns what it says about the plan."""
+    recipe, kind, value = recipe_of(case.method)
+    template = PlannedRecipe(find_recipe(recipe))
+    model = load(case.model)
+    if kind != "ends":
+        budget = Budget(kind, value)  # type: ignore[arg-type]
+        plan_on(model, template, output, case.calibration, budget)
+    else:
+        groups = template.groups(model)
+        sparsities = _dense_ends(model, groups, value)
+        template.write(output, model, groups, sparsities, {})
+    return plan_of(output) or {}
+
+
+def _dense_ends(
+    model: PreTrainedModel, groups: Mapping[str, Sequence[str]], share: float
+) -> dict[str, float]:
+    """Leave layers dense from both ends on, up to a share of the weights."""
+    sizes = {
+        group: sum(model.get_parameter(f"{name}.weight").numel() for name in names)
+        for group, names in groups.items()
+    }
+    layer = {group: int(re.findall(r"\.(\d+)\.", group)[0]) for group in groups}
+    last = max(layer.values())
+    room = share * sum(sizes.values())
+    sparsities = dict.fromkeys(groups, 0.5)
+    for group in sorted(groups, key=lambda g: min(layer[g], last - layer[g])):
+        if sizes[group] <= room:
+            sparsities[group] = 0.0
+            room -= sizes[group]
+    return sparsities
+
+
 def pruned(case: Case) -> Pruned:
     """Run a method in this process."""
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype="auto")
-    recipe = modifiers(case, model)
+    recipe, plan = modifiers(case, model), None
     start = time.perf_counter()
+    if case.method not in METHODS and recipe_of(case.method)[1]:
+        with tempfile.TemporaryDirectory() as folder:
+            plan = planned(case, output := Path(folder) / "plan.yaml")
+            recipe = _seeded(output, case.seed)
     if case.method == "magnitude":
         scope: Scope = "whole block" if case.scope == "block" else "q and k"
         method = Method("magnitude", scope, case.structure, case.sparsity)
@@ -138,7 +202,7 @@ def pruned(case: Case) -> Pruned:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.float().eval().to(torch.device(device))
     model.set_attn_implementation("eager")
-    return Pruned(model, seconds, peak)
+    return Pruned(model, seconds, peak, plan)
 
 
 AnyCase = TypeVar("AnyCase", bound=Case)

@@ -37,10 +37,12 @@ if not __package__:  # run as a file
 
 from integration.benchmarks import real_table
 from integration.benchmarks.methods import (
+    METHODS,
     Case,
     in_own_process,
     modifiers,
     pruned,
+    recipe_of,
     shape,
 )
 from integration.benchmarks.real_data import (
@@ -121,6 +123,7 @@ def measure(run: Run) -> dict[str, Any]:
             for name, windows in run.texts.items()
         },
         **{name: take(run, dense, found.model) for name, take in MEASURES.items()},
+        "plan": found.plan,
         "seconds": found.seconds,
         "peak_gb": found.peak_gb,
     }
@@ -179,6 +182,8 @@ class Benchmark:
             "recipe": described(recipe),
             "calibration": windows_digest(run.calibration) if recipe else None,
         }
+        if run.method not in METHODS and recipe_of(run.method)[1]:
+            known["budget"] = recipe_of(run.method)[1:]
         if run.method == "magnitude":
             known["recipe"] = [run.method, run.scope, run.structure, run.sparsity]
         content = json.dumps(known, sort_keys=True).encode()

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from integration.benchmarks.methods import METHODS
+from integration.benchmarks.methods import METHODS, recipe_of
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import recipes
 from llmc_attnmask.runlog.wording import duration
 
 Row = dict[str, Any]
-SPARSITIES = ("50 %", "60 %", "40 %", "30 %")
+SPARSITIES = ("50 %", "60 %", "70 %", "40 %")
+DENSE_SHARES = (0.25, 0.125, 0.5)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ def plans() -> list[Plan]:
         Plan("SparseGPT", "block", "2:4"),
         *sorted(floats, key=lambda plan: plan.method),  # the default one is first
         *(
+            Plan(f"block_2of4, {kind} {share:g}", "block", "2:4")
+            for share in DENSE_SHARES
+            for kind in ("dense_share", "ends")
+            if kind == "dense_share" or share == DENSE_SHARES[0]
+        ),
+        *(
             Plan(method, "q/k", "2:4")
             for method in (
                 *("magnitude", "Wanda", "SparseGPT"),
@@ -44,10 +51,19 @@ def plans() -> list[Plan]:
         *(
             Plan(method, scope, sparsity)
             for sparsity in SPARSITIES
-            for scope, ours in (("q/k", "ours accuracy"), ("block", "ours + recovery"))
-            for method in ("Wanda", "SparseGPT", ours)
+            for scope, method in (
+                *(("q/k", m) for m in ("Wanda", "SparseGPT", "ours accuracy")),
+                *(("block", m) for m in ("Wanda", "SparseGPT")),
+                # at 60 %, this is the shipped recipe
+                *[("block", "ALPS + recovery")][: sparsity != "60 %"],
+                ("block", f"block_unstructured_60, sparsity {_share(sparsity):g}"),
+            )
         ),
     ]
+
+
+def _share(sparsity: str) -> float:
+    return float(sparsity.removesuffix("%")) / 100
 
 
 def _planned(recipe: str) -> Plan:
@@ -63,7 +79,8 @@ def _planned(recipe: str) -> Plan:
 def quantizes(method: str) -> bool:
     if method in METHODS:
         return False
-    return any(hasattr(m, "config_groups") for m in load_recipe(method).modifiers)
+    recipe, *_ = recipe_of(method)
+    return any(hasattr(m, "config_groups") for m in load_recipe(recipe).modifiers)
 
 
 def expected(plans: list[Plan], rows: list[Row]) -> float | None:

@@ -11,7 +11,7 @@ _ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixture-of-experts mod
 _DTYPES = {"F32", "F16", "BF16", "I8", "F8_E4M3", "F8_E5M2"}
 
 # Modules that servers fuse into one matrix, which is sparse as a whole or not at all.
-_FUSED = (
+_FUSED: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),  # Mixtral's gate and up

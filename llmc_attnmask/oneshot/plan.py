@@ -6,16 +6,15 @@ what the groups become (``trade_off.py``) and writes that as an ordinary recipe
 gate and up, or down, of one layer; all experts of a layer count as one.
 """
 
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
-from llmcompressor.modifiers import Modifier
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -25,35 +24,19 @@ from llmc_attnmask.checkpoint.io.atomic import PROGRESS
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
 from llmc_attnmask.distributed import world_size
-from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
 from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
+from llmc_attnmask.oneshot.curve import Point, curve_of, expectation, points
 from llmc_attnmask.oneshot.fingerprint import fingerprint
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, model_identity
 from llmc_attnmask.oneshot.recipe import find_recipe
-from llmc_attnmask.oneshot.sensitivity import Loss, Sensitivity
-from llmc_attnmask.oneshot.trade_off import Budget, TradeOff
+from llmc_attnmask.oneshot.sensitivity import Sensitivity
+from llmc_attnmask.oneshot.trade_off import Budget, TradeOff, check_budget
 from llmc_attnmask.runlog.progress import Progress
 from llmc_attnmask.text.windows import window_length
 
 PLAN_SAMPLES = 32  # windows that groups are pruned on
 _HELD_OUT, _LONGEST = 8, 512  # windows that losses are measured on, and their tokens
-# shares of the weights, dense or pruned, of the points of the curve
-_DENSE_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
-_SPARSITIES = (0.7, 0.65, 0.6, 0.55, 0.5, 0.4)
-_RECOVERED = 0.45  # what MaskedRecoveryModifier leaves of the loss
 _DATA = "costs "  # begins the names of blocks' costs in the progress
-
-
-@dataclass(frozen=True)
-class Point:
-    """One choice: a point of the trade-off between size and loss."""
-
-    sparsities: Mapping[str, float] = field(repr=False)  # group -> sparsity; 0 is dense
-    size: float  # bytes of the weights, packed, over those of the dense ones
-    dense_share: float  # of the weights
-    sparsity: float  # of all weights
-    predicted: float  # sum of the groups' costs, KL divergence in nats per token
-    measured: Loss  # of all groups pruned together
 
 
 @dataclass(frozen=True)
@@ -121,6 +104,7 @@ def plan(
         )
     _check_arguments(output, folder, resume, num_samples)
     planned = PlannedRecipe(find_recipe(recipe))
+    check_budget(budget, planned.structure)
 
     tokenizer = read_tokenizer(model)
     config = read_config(model)
@@ -132,42 +116,9 @@ def plan(
     try:
         reuse_freed_memory()
         dense = load(model)
-        identity = model_identity(dense)
-        linearize_moe(dense)
-        groups = planned.groups(dense)
-        trade_off = TradeOff(_entries(dense, groups), planned.structure)
-        trade_off.check(budget)
         windows = data.windows(dense, progress)
-        held_out = torch.linspace(0, count - 1, _HELD_OUT).round().long()
-        others = torch.ones(count, dtype=torch.bool).index_fill(0, held_out, False)
-        sensitivity = Sensitivity(
-            dense,
-            windows[others],
-            windows[held_out, :_LONGEST],
-            groups,
-            planned.structure,
-            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            offload_activations,
-        )
-        costs = _costs(sensitivity, trade_off.measured, progress)
-        curve = _curve(sensitivity, trade_off, costs)
-        expected = _expectation(curve, planned.modifiers)
-        if budget.kind == "loss":
-            sparsities = trade_off.smallest(budget.value, costs, expected)
-        else:
-            sparsities = trade_off.choose(budget, costs)
-        (chosen,) = _points(sensitivity, trade_off, costs, [sparsities])
-        made = Plan(
-            output,
-            budget,
-            trade_off.entries,
-            costs,
-            chosen,
-            sorted([*curve, chosen], key=lambda point: point.size),
-            expected(chosen.predicted),
-        )
-        planned.write(
-            output, dense, groups, sparsities, {"model": identity, **_summary(made)}
+        made = plan_on(
+            dense, planned, output, windows, budget, offload_activations, progress
         )
     except BaseException as error:
         if progress.has_data:
@@ -179,6 +130,59 @@ def plan(
     finally:
         progress.close()
     shutil.rmtree(folder, ignore_errors=True)
+    return made
+
+
+def plan_on(
+    model: PreTrainedModel,
+    planned: PlannedRecipe,
+    output: Path,
+    windows: Tensor,
+    budget: Budget,
+    offload: Offload = "cpu",
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan a recipe for a model in memory, which is left changed, on given windows.
+
+    :param windows: int64 [windows, length]; 8 at equal spacing measure losses, and the
+        groups are pruned on the others
+    :param progress: keeps what is measured, block by block
+    """
+    identity = model_identity(model)
+    linearize_moe(model)
+    groups = planned.groups(model)
+    trade_off = TradeOff(_entries(model, groups), planned.structure)
+    count = len(windows)
+    held_out = torch.linspace(0, count - 1, _HELD_OUT).round().long()
+    others = torch.ones(count, dtype=torch.bool).index_fill(0, held_out, False)
+    sensitivity = Sensitivity(
+        model,
+        windows[others],
+        windows[held_out, :_LONGEST],
+        groups,
+        planned.structure,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        offload,
+    )
+    costs = _costs(sensitivity, trade_off.measured, progress)
+    curve = curve_of(sensitivity, trade_off, costs)
+    expected = expectation(curve, planned.recovers)
+    if budget.kind == "loss":
+        sparsities = trade_off.smallest(budget.value, costs, expected)
+    else:
+        sparsities = trade_off.choose(budget, costs)
+    (chosen,) = points(sensitivity, trade_off, costs, [sparsities])
+    made = Plan(
+        output,
+        budget,
+        trade_off.entries,
+        costs,
+        chosen,
+        sorted([*curve, chosen], key=lambda point: point.size),
+        expected(chosen.predicted),
+    )
+    summary = {"model": identity, **_summary(made)}
+    planned.write(output, model, groups, sparsities, summary)
     return made
 
 
@@ -229,11 +233,11 @@ def _entries(
 
 
 def _costs(
-    sensitivity: Sensitivity, levels: Sequence[float], progress: Progress
+    sensitivity: Sensitivity, levels: Sequence[float], progress: Progress | None
 ) -> dict[str, dict[float, float]]:
     """Measure every group, block by block; blocks of an earlier run are read."""
     blocks = sensitivity.blocks
-    kept = {block: progress.read_data(_DATA + block) for block in blocks}
+    kept = {b: progress.read_data(_DATA + b) if progress else None for b in blocks}
     known = {
         block: {
             group: {float(s): kl for s, kl in of.items()} for group, of in c.items()
@@ -244,61 +248,10 @@ def _costs(
     costs: dict[str, dict[float, float]] = {}
     found = sensitivity.costs(levels, known)
     for block, of in tqdm(found, desc="sensitivity", total=len(blocks), unit="block"):
-        if block not in known:
+        if progress is not None and block not in known:
             progress.save_data(_DATA + block, of)
         costs |= of
     return costs
-
-
-def _curve(
-    sensitivity: Sensitivity,
-    trade_off: TradeOff,
-    costs: Mapping[str, Mapping[float, float]],
-) -> list[Point]:
-    if trade_off.structure.unstructured:
-        budgets = [Budget("sparsity", share) for share in _SPARSITIES]
-    else:
-        budgets = [Budget("dense_share", share) for share in _DENSE_SHARES]
-    choices = [trade_off.choose(budget, costs) for budget in budgets]
-    return _points(sensitivity, trade_off, costs, choices)
-
-
-def _points(
-    sensitivity: Sensitivity,
-    trade_off: TradeOff,
-    costs: Mapping[str, Mapping[float, float]],
-    choices: Sequence[Mapping[str, float]],
-) -> list[Point]:
-    losses = sensitivity.together(choices)
-    return [
-        Point(
-            sparsities,
-            trade_off.size(sparsities),
-            trade_off.dense_share(sparsities),
-            trade_off.sparsity(sparsities),
-            trade_off.total(costs, sparsities),
-            measured,
-        )
-        for sparsities, measured in zip(choices, losses, strict=True)
-    ]
-
-
-def _expectation(
-    curve: Sequence[Point], modifiers: Sequence[Modifier]
-) -> Callable[[float], float]:
-    """Return a function from the sum of costs to the rise of the perplexity.
-
-    The loss on the next token rises by about as much as the KL divergence; by how much
-    exactly is taken from the curve.
-    """
-    recovers = any(isinstance(m, MaskedRecoveryModifier) for m in modifiers)
-    left = _RECOVERED if recovers else 1.0
-    ratio = sum(p.measured.rise for p in curve) / sum(p.predicted for p in curve)
-
-    def expected(predicted: float) -> float:
-        return math.exp(left * ratio * predicted) - 1
-
-    return expected
 
 
 def _summary(plan: Plan) -> dict[str, Any]:

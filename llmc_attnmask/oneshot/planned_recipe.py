@@ -23,6 +23,7 @@ from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.alps_pruning import ALPSPruningModifier
 from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModifier
 from llmc_attnmask.modifiers.attention_targets import select_attention
+from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
 from llmc_attnmask.oneshot.recipe import RecipeError, load_recipe, read_recipe
 
 Groups = Mapping[str, Sequence[str]]  # name -> names of its Linears
@@ -79,6 +80,9 @@ class PlannedRecipe:
         self.path = path
         self.modifiers = load_recipe(path).modifiers
         self.pruners: list[Any] = [m for m in self.modifiers if isinstance(m, _PRUNERS)]
+        self.recovers = any(
+            isinstance(m, MaskedRecoveryModifier) for m in self.modifiers
+        )
         structures = sorted({str(m.mask_structure) for m in self.pruners})
         if not structures:
             raise RecipeError(

@@ -47,6 +47,43 @@ class Budget:
         return 1 - self.value if self.kind == "sparsity" else self.value
 
 
+def check_budget(budget: Budget, structure: MaskStructure) -> None:
+    """Refuse a budget that no choice keeps to.
+
+    :raises ValueError: saying which budgets can be met
+    """
+    if budget.kind == "loss":
+        if not 0 < budget.value < math.inf:
+            raise ValueError(
+                f"loss is {budget.value:g}; expected the rise of the perplexity that "
+                "is allowed, more than 0, such as 0.05 for 5 %"
+            )
+        return
+    if budget.kind == "dense_share" and structure.unstructured:
+        raise ValueError(
+            "dense_share is for N:M sparsity, where a group is sparse or dense, and "
+            "this recipe is unstructured; give sparsity, size or loss"
+        )
+    sparsities = _sparsities(structure)
+    low, high = {
+        "dense_share": (0.0, 1.0),
+        "sparsity": (0.0, max(sparsities)),
+        "size": (min(map(packed_size, sparsities)), 1.0),
+    }[budget.kind]
+    if not low <= budget.value <= high:
+        raise ValueError(
+            f"{budget.kind} is {budget.value:g}, which cannot be met; with "
+            f'mask_structure "{structure}" it is between {low:g} and {high:g}'
+        )
+
+
+def _sparsities(structure: MaskStructure) -> tuple[float, ...]:
+    """Return the sparsities that a group may have, besides 0."""
+    if structure.unstructured:
+        return _UNSTRUCTURED
+    return (structure.pruned / structure.group,)
+
+
 class TradeOff:
     """The groups of a model, and what they may become.
 
@@ -57,40 +94,9 @@ class TradeOff:
     def __init__(self, entries: Mapping[str, int], structure: MaskStructure):
         self.entries, self.structure = dict(entries), structure
         self._total = sum(entries.values())
-        one = () if structure.unstructured else (structure.pruned / structure.group,)
-        self.measured: tuple[float, ...] = one or _MEASURED
+        self.sparsities = _sparsities(structure)
+        self.measured = _MEASURED if structure.unstructured else self.sparsities
         """Sparsities at which costs are needed."""
-        self.sparsities: tuple[float, ...] = one or _UNSTRUCTURED
-        """Sparsities that a group may have, besides 0."""
-
-    def check(self, budget: Budget) -> None:
-        """Refuse a budget that no choice keeps to, before anything is measured.
-
-        :raises ValueError: saying which budgets can be met
-        """
-        if budget.kind == "loss":
-            if not 0 < budget.value < math.inf:
-                raise ValueError(
-                    f"loss is {budget.value:g}; expected the rise of the perplexity "
-                    "that is allowed, more than 0, such as 0.05 for 5 %"
-                )
-            return
-        if budget.kind == "dense_share" and self.structure.unstructured:
-            raise ValueError(
-                "dense_share is for N:M sparsity, where a group is sparse or dense, "
-                "and this recipe is unstructured; give sparsity, size or loss"
-            )
-        most = max(self.sparsities)
-        low, high = {
-            "dense_share": (0.0, 1.0),
-            "sparsity": (0.0, most),
-            "size": (min(map(packed_size, self.sparsities)), 1.0),
-        }[budget.kind]
-        if not low <= budget.value <= high:
-            raise ValueError(
-                f"{budget.kind} is {budget.value:g}, which cannot be met; with "
-                f'mask_structure "{self.structure}" it is between {low:g} and {high:g}'
-            )
 
     def choose(self, budget: Budget, costs: Costs) -> dict[str, float]:
         """Return the sparsities of least cost within a budget of weights or bytes."""

@@ -175,7 +175,7 @@ def curves(report: Report) -> Chart | None:
 
 
 def trade_off(report: Report) -> Chart | None:
-    """Draw the loss over the size of what the plan could have chosen, and has chosen."""
+    """Draw the loss over the size of what a plan could choose, and has chosen."""
     plan = report.get("plan")  # absent in reports of earlier versions
     if not plan:
         return None
@@ -205,8 +205,9 @@ def trade_off(report: Report) -> Chart | None:
     return Chart(
         id="trade-off",
         title="Size against loss",
-        says="KL divergence to the dense model in nats per token, before recovery, over "
-        "the bytes of the weights, packed, relative to dense ones. The large mark is "
+        says="KL divergence to the dense model in nats per token, before recovery, "
+        "over the bytes of the weights, packed, relative to dense ones. The large mark "
+        "is "
         f"what was chosen: size {plan['size']:.3f}, loss {chosen['measured']:.4f}.",
         data=data,
         layout={

@@ -108,9 +108,7 @@ def test_unstructured_sparsity_is_planned_group_by_group(tmp_path):
 
 
 def test_prune_with_a_budget_plans_and_prunes(made, tmp_path):
-    output = prune(
-        MODEL_DIR, "block_2of4", tmp_path / "out", **QUICK, dense_share=0.25
-    )
+    output = prune(MODEL_DIR, "block_2of4", tmp_path / "out", **QUICK, dense_share=0.25)
     dense = {g for g, s in made.chosen.sparsities.items() if not s}
     for layer in inspect(output):
         if layer.name.endswith("down_proj"):

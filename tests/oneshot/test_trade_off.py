@@ -3,7 +3,7 @@ import math
 import pytest
 
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.oneshot.trade_off import Budget, TradeOff, packed_size
+from llmc_attnmask.oneshot.trade_off import Budget, TradeOff, check_budget, packed_size
 
 ENTRIES = {"a": 100, "b": 100, "c": 200}
 
@@ -87,9 +87,8 @@ def test_a_loss_that_leaves_nothing_to_prune_is_refused_with_the_least():
 def test_a_budget_that_cannot_be_met_is_refused_with_what_can(
     structure, budget, message
 ):
-    trade_off = TradeOff(ENTRIES, MaskStructure.parse(structure))
     with pytest.raises(ValueError, match=message):
-        trade_off.check(budget)
+        check_budget(budget, MaskStructure.parse(structure))
 
 
 def test_a_packed_weight_takes_its_value_and_a_bit():

@@ -1,0 +1,88 @@
+"""Draw the trade-off curve of a plan: the size of some choices, and their loss.
+
+Each loss is predicted, as the sum of the groups' costs, and measured, with all groups
+pruned together.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmc_attnmask.oneshot.sensitivity import Loss, Sensitivity
+from llmc_attnmask.oneshot.trade_off import Budget, Costs, Sparsities, TradeOff
+
+# shares of the weights, dense or pruned, of the points of the curve
+_DENSE_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
+_SPARSITIES = (0.7, 0.65, 0.6, 0.55, 0.5, 0.4)
+_RECOVERED = 0.4  # what MaskedRecoveryModifier leaves of the loss
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice: a point of the trade-off between size and loss."""
+
+    sparsities: Mapping[str, float] = field(repr=False)  # group -> sparsity; 0 is dense
+    size: float  # bytes of the weights, packed, over those of the dense ones
+    dense_share: float  # of the weights
+    sparsity: float  # of all weights
+    predicted: float  # sum of the groups' costs, KL divergence in nats per token
+    measured: Loss  # of all groups pruned together
+
+
+def curve_of(
+    sensitivity: Sensitivity,
+    trade_off: TradeOff,
+    costs: Costs,
+) -> list[Point]:
+    """Return the best choices at six sizes; all are measured in one pass."""
+    if trade_off.structure.unstructured:
+        budgets = [Budget("sparsity", share) for share in _SPARSITIES]
+    else:
+        budgets = [Budget("dense_share", share) for share in _DENSE_SHARES]
+    choices = [trade_off.choose(budget, costs) for budget in budgets]
+    return points(sensitivity, trade_off, costs, choices)
+
+
+def points(
+    sensitivity: Sensitivity,
+    trade_off: TradeOff,
+    costs: Costs,
+    choices: Sequence[Sparsities],
+) -> list[Point]:
+    """Return the points of some choices; all are measured in one pass."""
+    losses = sensitivity.together(choices)
+    return [
+        Point(
+            sparsities,
+            trade_off.size(sparsities),
+            trade_off.dense_share(sparsities),
+            trade_off.sparsity(sparsities),
+            trade_off.total(costs, sparsities),
+            measured,
+        )
+        for sparsities, measured in zip(choices, losses, strict=True)
+    ]
+
+
+def expectation(curve: Sequence[Point], recovers: bool) -> Callable[[float], float]:
+    """Return a function from the sum of costs to the rise of the perplexity.
+
+    Together, groups cost about the sum of their costs, and the loss on the next token
+    rises by about the KL divergence; the curve says what exactly. The latter is one
+    number for the whole curve, because a small rise is lost in the text's own noise.
+
+    :param recovers: whether MaskedRecoveryModifier comes after the pruning
+    """
+    left = _RECOVERED if recovers else 1.0
+    by_loss = sorted(curve, key=lambda point: point.predicted)
+    sums = [point.predicted for point in by_loss]
+    together = [point.measured.kl / point.predicted for point in by_loss]
+    rise = sum(p.measured.rise for p in curve) / sum(p.measured.kl for p in curve)
+
+    def expected(predicted: float) -> float:
+        kl = np.interp(predicted, sums, together) * predicted
+        return math.exp(left * rise * kl) - 1
+
+    return expected
