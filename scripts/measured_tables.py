@@ -31,13 +31,13 @@ _TABLE = re.compile(
 _METHODS = {
     "ours light": "ours, light mode",
     "ours light, output_weight 0": "the same, `output_weight: 0`",
-    "ours accuracy": "**ours, `update_weights: true`**",
+    "ours accuracy": "**ours**",
     "ours + recovery": "**ours with recovery**",
 }
 # recipe -> scope and method of its rows, where they do not have its name
 _ROWS = {
-    "attention_2of4": ("q/k", "2:4", "ours light"),
-    "attention_2of4_updated": ("q/k", "2:4", "ours accuracy"),
+    "attention_2of4_light": ("q/k", "2:4", "ours light"),
+    "attention_2of4": ("q/k", "2:4", "ours accuracy"),
 }
 _LOSS_TEXT = "wikipedia"
 _LOSS_CALIBRATION = {

@@ -102,11 +102,12 @@ def modifiers(case: Case, model: PreTrainedModel) -> list[Any]:
     }
     whole = case.scope == "block"
     linears = ["re:.*_proj$"] if whole else q_and_k_names(model)
-    light = AttentionMatrixPruningModifier(**fields, seed=case.seed)
-    paper = AttentionMatrixPruningModifier(**fields, output_weight=0, seed=case.seed)
-    accuracy = AttentionMatrixPruningModifier(
-        **fields, update_weights=True, seed=case.seed
+    masks_only = {**fields, "update_weights": False}
+    light = AttentionMatrixPruningModifier(**masks_only, seed=case.seed)
+    paper = AttentionMatrixPruningModifier(
+        **masks_only, output_weight=0, seed=case.seed
     )
+    accuracy = AttentionMatrixPruningModifier(**fields, seed=case.seed)
     recovery = MaskedRecoveryModifier(seed=case.seed)
     rest = [ALPSPruningModifier(**fields, targets=REST)] if whole else []
     stock = [SparseGPTModifier(**fields, targets=REST)] if whole else []

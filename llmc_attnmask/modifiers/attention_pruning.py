@@ -71,9 +71,9 @@ class AttentionMatrixPruningModifier(StoredModifier):
     :param projections: which projections to prune, of q, k, v and o. Defaults to q and
         k. v and o are pruned by the error of the attention output, given the pruned
         attention matrix
-    :param update_weights: false, light mode: survivors keep their original bits; true,
-        accuracy mode: masks and survivors are solved for to second order, then the
-        survivors are refined by gradient steps
+    :param update_weights: true, accuracy mode: masks and survivors are solved for to
+        second order, then the survivors are refined by gradient steps; false, light
+        mode: masks only, every survivor keeps its bits. Defaults to true
     :param output_weight: share of the error that is measured by its effect on the
         attention output, ||(A - A~) V W_o||, in [0, 1]; 0 is the paper's objective
     :param targets: attention modules to prune, by name, "re:" pattern or class.
@@ -82,12 +82,12 @@ class AttentionMatrixPruningModifier(StoredModifier):
     :param l2_penalty: the paper's lambda, on the mean square of the relaxed mask; light
         mode only
     :param steps: optimization steps per attention module; 0 keeps what they start from:
-        Wanda's mask, or the second-order solution if survivors are updated. Defaults to
-        200, or to 50 if survivors are updated
+        the second-order solution, or Wanda's mask in light mode. Defaults to 50, or to
+        200 in light mode
     :param learning_rate: of Adam, for the mask's scores, whose mean starts at 1; light
         mode only
     :param batch_size: calibration samples per step, of any length. Padding is treated
-        as text. Defaults to 8, or to 4 if survivors are updated
+        as text. Defaults to 4, or to 8 in light mode
     :param seed: sets the order of the calibration samples; the same seed on the same
         machine gives the same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
@@ -101,7 +101,7 @@ class AttentionMatrixPruningModifier(StoredModifier):
     sparsity: float | list[float]
     mask_structure: MaskStructureField = "0:0"
     projections: list[Role] = Field(default=["q", "k"])
-    update_weights: bool = False
+    update_weights: bool = True
     output_weight: float = Field(default=OUTPUT_WEIGHT, ge=0, le=1)
     targets: Names | None = None
     ignore: Names = Field(default_factory=list)

@@ -197,7 +197,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         nargs="*",
-        default=["attention_2of4_updated"],
+        default=["attention_2of4"],
         help="recipes that prune q and k: files, or names of shipped ones",
     )
     parser.add_argument(

@@ -44,7 +44,9 @@ def weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 PRUNERS = {
-    "ours": lambda: AttentionMatrixPruningModifier(steps=4, **TWO_OF_FOUR),
+    "ours": lambda: AttentionMatrixPruningModifier(
+        update_weights=False, steps=4, **TWO_OF_FOUR
+    ),
     "alps": lambda: ALPSPruningModifier(**TWO_OF_FOUR),
     "sparsegpt": lambda: SparseGPTModifier(**TWO_OF_FOUR, **LINEARS),
     "wanda": lambda: WandaPruningModifier(**TWO_OF_FOUR, **LINEARS),

@@ -19,8 +19,7 @@ CHAT = (
 
 def test_the_table_has_every_method_and_ours_win(calibration, evaluation, tmp_path):
     recipes = [
-        RECIPES / f"{name}.yaml"
-        for name in ("attention_2of4", "attention_2of4_updated")
+        RECIPES / f"{name}.yaml" for name in ("attention_2of4", "attention_2of4_light")
     ]
     comparison = Comparison(
         MODEL_DIR, calibration, evaluation[:64], keep=tmp_path / "kept"
@@ -30,7 +29,7 @@ def test_the_table_has_every_method_and_ours_win(calibration, evaluation, tmp_pa
         method.name: comparison.measure(method)
         for method in [DENSE, *methods("q and k", recipes, baselines)]
     }
-    ours = ["ours, 2of4", "ours, 2of4_updated"]
+    ours = ["ours, 2of4", "ours, 2of4_light"]
     assert list(rows) == ["dense", *baselines, *ours]
     assert rows["dense"].attention_error == 0 and rows["dense"].zeros < 0.01
     for method in (*baselines, *ours):
@@ -40,7 +39,7 @@ def test_the_table_has_every_method_and_ours_win(calibration, evaluation, tmp_pa
         least = min(rows[method].attention_error for method in others)
         assert rows[mine].attention_error < 0.6 * least
         assert rows[mine].perplexity < min(rows[m].perplexity for m in others)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "attention_2of4_updated")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "attention_2of4")
 
 
 RECIPE = """
@@ -102,7 +101,7 @@ def test_baselines_need_one_sparsity(tmp_path, sparsities):
 
 
 def test_the_time_left_is_known_once_a_method_has_been_calibrated():
-    todo = methods("q and k", [find_recipe("attention_2of4_updated")], list(BASELINES))
+    todo = methods("q and k", [find_recipe("attention_2of4")], list(BASELINES))
     dense = Row(DENSE, 0.0, 20.0, 0.0, seconds=0.0)
     assert time_left([dense], 10.0, todo) == ""
     wanda = Row(Method("Wanda", "q and k"), 0.1, 30.0, 0.5, seconds=60.0)

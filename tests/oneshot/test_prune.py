@@ -22,7 +22,7 @@ QUICK = {"num_samples": 8, "max_length": 64}
     ("recipe", "pruned", "structured"),
     [
         ("attention_2of4", "qk", True),
-        ("attention_2of4_updated", "qk", True),
+        ("attention_2of4_light", "qk", True),
         ("attention_unstructured_50", "qk", False),
         ("block_2of4", "qkvogud", True),
         ("block_2of4_recovered", "qkvogud", True),

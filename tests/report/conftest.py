@@ -12,7 +12,11 @@ RECIPE = """
 prune_stage:
   prune_modifiers:
     AttentionMatrixPruningModifier:
-      {sparsity: 0.5, mask_structure: "2:4", projections: [q, k, v, o], steps: 4}
+      sparsity: 0.5
+      mask_structure: "2:4"
+      projections: [q, k, v, o]
+      update_weights: false
+      steps: 4
     SparseGPTModifier:
       {sparsity: 0.5, mask_structure: "2:4", targets: ["re:.*(gate|up|down)_proj$"]}
     MaskedRecoveryModifier: {steps: 2, targets: ["model.layers.0", "model.layers.1"]}

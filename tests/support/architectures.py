@@ -198,6 +198,7 @@ def measure(family: str) -> Outcome:
         modifier = AttentionMatrixPruningModifier(
             sparsity=0.5,
             mask_structure="2:4",
+            update_weights=False,
             output_weight=0,
             steps=60,
             ignore=["re:.*visual.*"],

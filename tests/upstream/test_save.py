@@ -20,7 +20,10 @@ PRUNE = """
 prune_stage:
   attention_modifiers:
     AttentionMatrixPruningModifier:
-      {{sparsity: 0.5, mask_structure: "2:4", steps: 0{storage}}}
+      sparsity: 0.5
+      mask_structure: "2:4"
+      update_weights: false
+      steps: 0{storage}
 """
 REST = """
   rest_modifiers:
@@ -39,7 +42,7 @@ quant_stage:
 def written(
     folder: Path, scheme: str | None = None, storage: str = "", rest=True
 ) -> Path:
-    storage = f", storage: {storage}" if storage else ""
+    storage = f"\n      storage: {storage}" if storage else ""
     text = PRUNE.format(storage=storage) + (REST if rest else "")
     text += QUANTIZE.format(scheme=scheme) if scheme else ""
     path = folder / "recipe.yaml"
