@@ -35,7 +35,7 @@ from llmc_attnmask.runlog.progress import Progress
 from llmc_attnmask.text.windows import window_length
 
 PLAN_SAMPLES = 32  # windows that groups are pruned on
-_HELD_OUT, _LONGEST = 8, 512  # windows that losses are measured on, and their tokens
+_HELD_OUT, _LONGEST = 8, 256  # windows that losses are measured on, and their tokens
 _DATA = "costs "  # begins the names of blocks' costs in the progress
 
 
@@ -86,7 +86,7 @@ def plan(
     :param text_column: key of the text in the rows of the datasets
     :param num_samples: windows that groups are pruned on
     :param max_length: tokens per window; by default 2048 or, if less, the model's
-        number of positions. Losses are measured on at most 512 tokens of a window
+        number of positions. Losses are measured on at most 256 tokens of a window
     :param seed: of the model's own answers
     :param offload_activations: where activations are kept
     :param resume: continue an interrupted plan with the same arguments

@@ -107,9 +107,9 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def logits(self, window: int, hidden: Tensor) -> Tensor:
-        """Return the logits of a window, float32 [L, vocabulary].
+        """Return the logits of some tokens of a window, float32 [tokens, vocabulary].
 
-        :param hidden: after the last block, [1, L, D]
+        :param hidden: after the last block, [1, tokens, D]
         """
         hidden = hidden.to(self.device).float()
         skip = [lambda own, *_, **__: self._returned(own)] * (len(self._blocks) - 1)
