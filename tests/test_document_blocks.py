@@ -47,6 +47,7 @@ SECTIONS = [
 ]
 SMALL = {  # appended, as the last value of an option counts
     "prune": ["--num-samples", "4", "--max-length", "64"],
+    "plan": ["--num-samples", "4", "--max-length", "32"],
     "eval": ["--max-length", "64"],
 }
 FEW_STEPS = {"AttentionMatrixPruningModifier": 2, "MaskedRecoveryModifier": 2}

@@ -26,6 +26,7 @@ INTERNAL = {
     "... weights are not supported; expected",
     "... has no function ...",
     "cannot load ...",
+    "at least ... bytes are needed; ... are given",
 }
 
 

@@ -84,7 +84,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for method in args.methods:
                 if method == "dense" and dense is not None:
                     continue
-                seeds = args.seeds if METHODS[method] else args.seeds[:1]
+                seeds = args.seeds if METHODS.get(method, True) else args.seeds[:1]
                 results = [
                     in_own_process(
                         measure,
