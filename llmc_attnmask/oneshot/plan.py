@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 from llmc_attnmask.calibration.memory import reuse_freed_memory
 from llmc_attnmask.calibration.samples import Offload
 from llmc_attnmask.checkpoint.io.atomic import PROGRESS
-from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
 from llmc_attnmask.distributed import world_size
 from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
 from llmc_attnmask.oneshot.curve import Point, curve_of, expectation, points
 from llmc_attnmask.oneshot.fingerprint import fingerprint
+from llmc_attnmask.oneshot.loading import loaded
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, model_identity
 from llmc_attnmask.oneshot.recipe import find_recipe
 from llmc_attnmask.oneshot.sensitivity import Sensitivity
@@ -115,11 +115,11 @@ def plan(
     progress = Progress(folder / PROGRESS, known_by, planned.modifiers)
     try:
         reuse_freed_memory()
-        dense = load(model)
-        windows = data.windows(dense, progress)
-        made = plan_on(
-            dense, planned, output, windows, budget, offload_activations, progress
-        )
+        with loaded(model, config, "cpu") as dense:
+            windows = data.windows(dense, progress)
+            made = plan_on(
+                dense, planned, output, windows, budget, offload_activations, progress
+            )
     except BaseException as error:
         if progress.has_data:
             error.add_note(

@@ -107,15 +107,23 @@ def prune(
     check_new(output, resume)
     _check_arguments(num_samples, seed, offload_model)
 
-    recipe = find_recipe(recipe)
     budget = budget_of(dense_share=dense_share, sparsity=sparsity, size=size, loss=loss)
-    planned = _plan_beside(output, recipe, budget) if budget else None
-    if planned is not None:
+    recipe = template = find_recipe(recipe)
+    storage = storage or recipe_storage(load_recipe(template).modifiers)
+    tokenizer = read_tokenizer(model)
+    config = read_config(model)
+    length = window_length(config, max_length)
+    data = CalibrationData(dataset, tokenizer, text_column, num_samples, length, seed)
+
+    planned = None
+    if budget is not None:
+        recipe = planned = _plan_beside(output, recipe, budget)
         if not (resume and planned.exists()):
+            planned.parent.mkdir(parents=True, exist_ok=True)
             planned.unlink(missing_ok=True)
             plan(
                 model,
-                recipe,
+                template,
                 planned,
                 dataset,
                 dense_share=dense_share,
@@ -129,22 +137,14 @@ def prune(
                 offload_activations=offload_activations or "cpu",
                 resume=resume,
             )
-        recipe = planned
     modifiers = load_recipe(recipe).modifiers
-    storage = storage or recipe_storage(modifiers)
     _set_default(modifiers, "seed", seed)
     if offload_activations:
         _set_default(modifiers, "offload_activations", offload_activations)
-
-    tokenizer = read_tokenizer(model)
-    config = read_config(model)
-    length = window_length(config, max_length)
-    data = CalibrationData(dataset, tokenizer, text_column, num_samples, length, seed)
-
     known_by = fingerprint(model, config, recipe, data.identity, seed)
     progress = Progress(output / PROGRESS, known_by, modifiers)
 
-    with _kept(progress), loaded(model, config, offload_model) as in_work:
+    with _kept(progress, planned), loaded(model, config, offload_model) as in_work:
         check_plan(recipe, in_work)
         windows = data.windows(in_work, progress)
         torch.manual_seed(seed)
@@ -238,16 +238,20 @@ def _set_default(modifiers: Iterable[Modifier], field: str, value: object) -> No
 
 
 @contextmanager
-def _kept(progress: Progress) -> Iterator[None]:
+def _kept(progress: Progress, planned: Path | None) -> Iterator[None]:
     """Add a note to an error if finished work is kept; close the progress.
 
-    After bad input, dialogs without a finished layer are not kept.
+    After bad input, dialogs and a plan without a finished layer are not kept.
+
+    :param planned: the plan that is executed, if it was made for this run
     """
     try:
         yield
     except BaseException as error:
         if not progress.layers and isinstance(error, ValueError):
             progress.discard()
+            if planned is not None and is_source():
+                planned.unlink(missing_ok=True)
         elif progress.layers or progress.has_data:
             done = f"{progress.layers} finished layers"
             error.add_note(
