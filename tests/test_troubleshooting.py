@@ -26,7 +26,7 @@ INTERNAL = {
     "... weights are not supported; expected",
     "... has no function ...",
     "cannot load ...",
-    "at least ... bytes are needed; ... are given",
+    "at least ... is needed; ... is given",
 }
 
 

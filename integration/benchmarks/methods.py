@@ -35,7 +35,7 @@ from llmc_attnmask.oneshot.methods import (
     prune_by_magnitude,
     q_and_k_names,
 )
-from llmc_attnmask.oneshot.plan import plan_on
+from llmc_attnmask.oneshot.plan import entries_of, plan_on
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, plan_of
 from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
@@ -167,10 +167,7 @@ def _dense_ends(
     model: PreTrainedModel, groups: Mapping[str, Sequence[str]], share: float
 ) -> dict[str, float]:
     """Leave layers dense from both ends on, up to a share of the weights."""
-    sizes = {
-        group: sum(model.get_parameter(f"{name}.weight").numel() for name in names)
-        for group, names in groups.items()
-    }
+    sizes = entries_of(model, groups)
     layer = {group: int(re.findall(r"\.(\d+)\.", group)[0]) for group in groups}
     last = max(layer.values())
     room = share * sum(sizes.values())

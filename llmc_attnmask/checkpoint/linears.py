@@ -6,7 +6,7 @@ from collections.abc import Iterable, Set
 from llmc_attnmask.checkpoint.io.files import Checkpoint, StoredTensor
 
 _IN_DECODER = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
-_EXPERT = re.compile(r"(\.experts\.)\d+\b")
+EXPERT = re.compile(r"(\.experts\.)\d+\b")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixture-of-experts models
 _DTYPES = {"F32", "F16", "BF16", "I8", "F8_E4M3", "F8_E5M2"}
 
@@ -79,7 +79,7 @@ def served_groups(modules: Iterable[str]) -> dict[str, list[str]]:
     for module in modules:
         parent, _, child = module.rpartition(".")
         fused = next((group for group in _FUSED if child in group), (child,))
-        place = (_EXPERT.sub(r"\1*", parent), fused)
+        place = (EXPERT.sub(r"\1*", parent), fused)
         found.setdefault(place, []).append(module)
     groups = {}
     for (parent, fused), members in found.items():

@@ -117,7 +117,7 @@ def curve(plan: "Plan") -> Table:
             f"{point.dense_share:.1%}",
             f"{point.sparsity:.1%}",
             f"{point.predicted:.4f}",
-            f"{point.measured.kl:.4f}",
+            f"{point.measured:.4f}",
         )
     return table
 

@@ -96,7 +96,7 @@ def plan(
         says what can. ``RecipeError`` and ``DatasetError`` are such errors
     """
     output = Path(output)
-    folder = output.with_name(f".{output.name}.progress")
+    folder = output.parent / f".{output.name}.progress"
     budget = budget_of(dense_share=dense_share, sparsity=sparsity, size=size, loss=loss)
     if budget is None:
         raise ValueError(
@@ -121,11 +121,13 @@ def plan(
                 dense, planned, output, windows, budget, offload_activations, progress
             )
     except BaseException as error:
-        if progress.has_data:
+        if any((folder / PROGRESS).glob(f"*{_DATA}*")):
             error.add_note(
                 f"finished blocks are kept in {folder}: the same command with --resume "
                 "continues from there, with any budget"
             )
+        elif isinstance(error, ValueError) and not resume:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         progress.close()
@@ -151,7 +153,7 @@ def plan_on(
     identity = model_identity(model)
     linearize_moe(model)
     groups = planned.groups(model)
-    trade_off = TradeOff(_entries(model, groups), planned.structure)
+    trade_off = TradeOff(entries_of(model, groups), planned.structure)
     count = len(windows)
     held_out = torch.linspace(0, count - 1, _HELD_OUT).round().long()
     others = torch.ones(count, dtype=torch.bool).index_fill(0, held_out, False)
@@ -209,8 +211,11 @@ def _check_arguments(
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
     if world_size() > 1:
         raise ValueError(
-            f"a plan is made by one process, not by {world_size()}; leave out torchrun"
+            f"a plan is made by one process, not by {world_size()}; run `llmc-attnmask "
+            "plan` without torchrun, and prune with the recipe that it writes"
         )
+    if not output.name:
+        raise ValueError(f"output {output} is not a file; name the recipe to create")
     if output.exists():
         raise FileExistsError(f"output {output} exists; name a new file or remove it")
     if not output.absolute().parent.is_dir():
@@ -222,7 +227,7 @@ def _check_arguments(
         )
 
 
-def _entries(
+def entries_of(
     model: PreTrainedModel, groups: Mapping[str, Sequence[str]]
 ) -> dict[str, int]:
     """Return the number of weights of each group."""
@@ -267,7 +272,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
             {
                 "size": round(p.size, 4),
                 "predicted": round(p.predicted, 5),
-                "measured": round(p.measured.kl, 5),
+                "measured": round(p.measured, 5),
             }
             for p in plan.curve
         ],

@@ -18,16 +18,17 @@ from torch import nn
 
 from llmc_attnmask.attention.projections import find_projections
 from llmc_attnmask.checkpoint.io.atomic import new_file
-from llmc_attnmask.checkpoint.linears import served_groups
+from llmc_attnmask.checkpoint.linears import EXPERT, served_groups
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.alps_pruning import ALPSPruningModifier
 from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModifier
 from llmc_attnmask.modifiers.attention_targets import select_attention
 from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
 from llmc_attnmask.oneshot.recipe import RecipeError, load_recipe, read_recipe
-
-Groups = Mapping[str, Sequence[str]]  # name -> names of its Linears
-Sparsities = Mapping[str, float]  # group -> sparsity; 0 stays dense
+from llmc_attnmask.oneshot.sensitivity import Groups
+from llmc_attnmask.oneshot.trade_off import Sparsities
+from llmc_attnmask.recovery.blockwise import block_names
+from llmc_attnmask.runlog.wording import listed
 
 _PRUNERS = (
     ALPSPruningModifier,
@@ -35,9 +36,8 @@ _PRUNERS = (
     SparsityModifierBase,
 )
 _LAYER = re.compile(r"(.*?\.)(\d+)((?:\..*)?)")  # its number, and what is around
-_EXPERT = re.compile(r"(\.experts\.)\d+\b")
 ARGS = "args"  # of a recipe, beside its stages; llm-compressor leaves them alone
-PLAN = "plan"  # what the plan was, in there
+PLAN = "llmc_attnmask_plan"  # what the plan was, in there
 
 
 def plan_of(recipe: Path) -> dict[str, Any] | None:
@@ -121,15 +121,25 @@ class PlannedRecipe:
             raise RecipeError(
                 f"recipe {self.path} prunes no Linear of {type(model).__name__}"
             )
+        blocks = tuple(f"{name}." for name in block_names(model))
+        if outside := [name for name in pruned if not name.startswith(blocks)]:
+            raise RecipeError(
+                f"recipe {self.path} prunes {listed(outside)}, outside the decoder "
+                f"blocks ({blocks[0]} and so on), where losses are not measured; put "
+                "them under `ignore`"
+            )
         for name in pruned:
+            if not isinstance(model.get_submodule(name), nn.Linear):
+                raise RecipeError(
+                    f"{name} is a {type(model.get_submodule(name)).__name__}; a plan "
+                    "treats Linear layers only"
+                )
             try:
                 self.structure.groups(model.get_parameter(f"{name}.weight"))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         groups = served_groups(pruned)
-        # what the recipe's fields cannot say is refused before anything is measured
         for modifier in self.pruners:
-            _fields(modifier, model, groups, dict.fromkeys(groups, 0.5))
             if isinstance(modifier, AttentionMatrixPruningModifier):
                 _check_attention(modifier, model, groups)
         return groups
@@ -147,22 +157,31 @@ class PlannedRecipe:
         :param summary: of the plan, YAML values, which goes into the recipe's ``args``
         """
         content = read_recipe(self.path)
+        args = content.pop(ARGS, None) or {}
         kinds = {type(m).__name__ for m in self.pruners}
-        written = [
-            given
-            for stage, inside in content.items()
-            if stage != ARGS
-            for modifiers in inside.values()
-            for name, given in modifiers.items()
-            if name in kinds
-        ]
-        for modifier, given in zip(self.pruners, written, strict=True):
-            given.update(_fields(modifier, model, groups, sparsities))
-        content[ARGS] = {**content.get(ARGS, {}), PLAN: dict(summary)}
+        waiting = iter(self.pruners)
+        for inside in content.values():
+            for modifiers in inside.values():
+                for name in [name for name in modifiers if name in kinds]:
+                    fields = _fields(next(waiting), model, groups, sparsities)
+                    if fields is None:
+                        del modifiers[name]
+                    else:
+                        modifiers[name].update(fields)
+        content = _without_empty(content) | {ARGS: {**args, PLAN: dict(summary)}}
         with new_file(output) as partial:
             partial.write_text(
                 yaml.safe_dump(content, sort_keys=False, width=88), encoding="utf-8"
             )
+
+
+def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
+    """Drop groups and stages of a recipe that name no modifier."""
+    stages = {
+        stage: {group: modifiers for group, modifiers in inside.items() if modifiers}
+        for stage, inside in content.items()
+    }
+    return {stage: inside for stage, inside in stages.items() if inside}
 
 
 def _pruned_linears(modifier: Any, model: nn.Module) -> list[str]:
@@ -172,17 +191,25 @@ def _pruned_linears(modifier: Any, model: nn.Module) -> list[str]:
         return [
             name for each in _children(modifier, selected).values() for name in each
         ]
-    inside = {
-        f"{name}.{child}".rstrip("."): linear
-        for name, target in match_named_modules(model, modifier.targets)
-        for child, linear in target.named_modules()
-        if isinstance(linear, nn.Linear)
-    }
-    return [
-        name
-        for name, linear in inside.items()
-        if not match_targets(name, linear, modifier.ignore)
-    ]
+    targets = match_named_modules(model, modifier.targets)
+    if isinstance(modifier, ALPSPruningModifier):
+        return [
+            name
+            for name, linear in targets
+            if isinstance(linear, nn.Linear)
+            and not match_targets(name, linear, modifier.ignore)
+        ]
+    # stock modifiers prune what is inside their targets, and match `ignore` with names
+    # that end in a dot if the target is the Linear itself
+    return list(
+        dict.fromkeys(
+            f"{name}.{child}".rstrip(".")
+            for name, target in targets
+            for child, linear in target.named_modules()
+            if isinstance(linear, nn.Linear)
+            and not match_targets(f"{name}.{child}", linear, modifier.ignore)
+        )
+    )
 
 
 def _children(
@@ -212,15 +239,25 @@ def _check_attention(
             raise RecipeError(
                 f"AttentionMatrixPruningModifier prunes {modifier.projections} of "
                 f"{attention} alike, but servers keep them in {len(found)} matrices, "
-                "which a plan treats one by one; let it prune q and k, and "
-                "ALPSPruningModifier the others"
+                "which a plan treats one by one; let it prune what is in one of them, "
+                "q and k of most models, and ALPSPruningModifier the others"
             )
+        for role, projection in find_projections(selected[attention]).items():
+            if role in modifier.projections and not projection.whole:
+                raise RecipeError(
+                    f"{attention}.{projection.child} has other rows beside those of "
+                    f"{role}, and a plan treats whole matrices; let "
+                    "ALPSPruningModifier prune it"
+                )
 
 
 def _fields(
     modifier: Any, model: nn.Module, groups: Groups, sparsities: Sparsities
-) -> dict[str, Any]:
-    """Return the fields of a pruning modifier that say what was chosen."""
+) -> dict[str, Any] | None:
+    """Return the fields of a pruning modifier that say what was chosen.
+
+    :return: None if it has nothing left to prune
+    """
     sparsity_of = {
         n: sparsities[group] for group, names in groups.items() for n in names
     }
@@ -233,12 +270,16 @@ def _fields(
         }
     else:
         found = {name: sparsity_of[name] for name in _pruned_linears(modifier, model)}
+    pruned = {name: sparsity for name, sparsity in found.items() if sparsity}
+    if not pruned:
+        return None
     fields: dict[str, Any] = {}
-    if dense := [name for name, sparsity in found.items() if not sparsity]:
+    if dense := [name for name in found if name not in pruned]:
         fields["ignore"] = [*modifier.ignore, *patterns(dense)]
+    if by_layer and isinstance(modifier.sparsity, list):
+        fields["sparsity"] = list(pruned.values())
     if not MaskStructure.parse(modifier.mask_structure).unstructured:
         return fields
-    pruned = {name: sparsity for name, sparsity in found.items() if sparsity}
     if by_layer:
         return {**fields, "sparsity": list(pruned.values())}
     return {
@@ -260,7 +301,7 @@ def patterns(names: Sequence[str]) -> list[str]:
     """
     layers: dict[tuple[str, str, str], list[str]] = {}
     for name in names:
-        parent, _, child = _EXPERT.sub(r"\1*", name).rpartition(".")
+        parent, _, child = EXPERT.sub(r"\1*", name).rpartition(".")
         match = _LAYER.fullmatch(parent)
         assert match is not None, parent  # groups are in the decoder's blocks
         before, layer, after = match.groups()
@@ -268,7 +309,7 @@ def patterns(names: Sequence[str]) -> list[str]:
     children: dict[tuple[str, str, str], list[str]] = {}
     for (before, after, child), numbers in layers.items():
         place = (before, _either(dict.fromkeys(numbers)), after)
-        children.setdefault(place, []).append(child)
+        children.setdefault(place, []).append(re.escape(child))
     return [
         f"re:{_escaped(before)}{numbers}{_escaped(after)}\\.{_either(some)}\\b"
         for (before, numbers, after), some in children.items()

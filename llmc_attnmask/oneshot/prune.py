@@ -1,6 +1,7 @@
 """Run a recipe with ``oneshot``, after checking everything, and save the result."""
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
 from llmc_attnmask.oneshot.trade_off import Budget
 from llmc_attnmask.runlog.context import described
 from llmc_attnmask.runlog.journal import run_metadata
-from llmc_attnmask.runlog.progress import Progress
+from llmc_attnmask.runlog.progress import Progress, ProgressError
 from llmc_attnmask.text.windows import window_length
 from llmc_attnmask.upstream.pipeline import resumable
 from llmc_attnmask.upstream.save import save_as
@@ -106,8 +107,12 @@ def prune(
     output = Path(output)
     check_new(output, resume)
     _check_arguments(num_samples, seed, offload_model)
-
     budget = budget_of(dense_share=dense_share, sparsity=sparsity, size=size, loss=loss)
+    if budget is not None and offload_model != "cpu":
+        raise ValueError(
+            f"offload_model is {offload_model!r}, but a plan keeps the model in "
+            'memory; leave it at "cpu", or prune with a plan from a larger machine'
+        )
     recipe = template = find_recipe(recipe)
     storage = storage or recipe_storage(load_recipe(template).modifiers)
     tokenizer = read_tokenizer(model)
@@ -115,36 +120,40 @@ def prune(
     length = window_length(config, max_length)
     data = CalibrationData(dataset, tokenizer, text_column, num_samples, length, seed)
 
+    folder = output / PROGRESS
     planned = None
     if budget is not None:
-        recipe = planned = _plan_beside(output, recipe, budget)
-        if not (resume and planned.exists()):
-            planned.parent.mkdir(parents=True, exist_ok=True)
-            planned.unlink(missing_ok=True)
-            plan(
-                model,
-                template,
-                planned,
-                dataset,
-                dense_share=dense_share,
-                sparsity=sparsity,
-                size=size,
-                loss=loss,
-                text_column=text_column,
-                num_samples=min(num_samples, PLAN_SAMPLES),
-                max_length=max_length,
-                seed=seed,
-                offload_activations=offload_activations or "cpu",
-                resume=resume,
-            )
+        known_by = fingerprint(model, config, template, data.identity, seed)
+        recipe = planned = _plan_in(folder, known_by, budget)
+        if not planned.exists():
+            with _emptied(folder):
+                plan(
+                    model,
+                    template,
+                    planned,
+                    dataset,
+                    dense_share=dense_share,
+                    sparsity=sparsity,
+                    size=size,
+                    loss=loss,
+                    text_column=text_column,
+                    num_samples=min(num_samples, PLAN_SAMPLES),
+                    max_length=max_length,
+                    seed=seed,
+                    offload_activations=offload_activations or "cpu",
+                    resume=resume,
+                )
     modifiers = load_recipe(recipe).modifiers
     _set_default(modifiers, "seed", seed)
     if offload_activations:
         _set_default(modifiers, "offload_activations", offload_activations)
     known_by = fingerprint(model, config, recipe, data.identity, seed)
-    progress = Progress(output / PROGRESS, known_by, modifiers)
+    progress = Progress(folder, known_by, modifiers)
 
-    with _kept(progress, planned), loaded(model, config, offload_model) as in_work:
+    with (
+        _kept(progress, planned, resume),
+        loaded(model, config, offload_model) as in_work,
+    ):
         check_plan(recipe, in_work)
         windows = data.windows(in_work, progress)
         torch.manual_seed(seed)
@@ -162,10 +171,7 @@ def prune(
         )
         with resumable(progress):
             compress(in_work, tokenizer, modifiers, windows)
-        save(in_work, tokenizer, output, storage)
-    if planned is not None and is_source():
-        planned.unlink()
-    return output
+        return save(in_work, tokenizer, output, storage)
 
 
 def compress(
@@ -224,11 +230,38 @@ def _check_arguments(num_samples: int, seed: int, offload_model: Offload) -> Non
         raise ValueError(f"seed is {seed}; expected at least 0 and less than 2^63")
 
 
-def _plan_beside(output: Path, recipe: Path, budget: Budget) -> Path:
-    """Return where the plan of a recipe within a budget goes, until it is executed."""
-    known_by = recipe.read_bytes() + str(budget).encode()
-    digest = hashlib.sha256(known_by).hexdigest()[:8]
-    return output.absolute().with_name(f".{output.name}.plan-{digest}.yaml")
+def _plan_in(folder: Path, known_by: dict[str, str], budget: Budget) -> Path:
+    """Return where the plan of a run is kept within its progress.
+
+    :raises ProgressError: if there is one of another run or for another budget
+    """
+    digest = hashlib.sha256(repr(sorted(known_by.items())).encode()).hexdigest()[:8]
+    planned = folder / f"plan-{digest}.yaml"
+    for found in folder.glob("plan-*.yaml"):
+        what = (plan_of(found) or {}).get("budget")
+        if found != planned or what != str(budget):
+            raise ProgressError(
+                f"{folder} holds a plan of another run, for {what}; repeat that run's "
+                "command to resume it, or remove the folder to start over"
+            )
+    return planned
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[None]:
+    """Create a folder; after an error, remove it and its parent if they are empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        _remove_empty(folder)
+        _remove_empty(folder.parent)
+        raise
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _set_default(modifiers: Iterable[Modifier], field: str, value: object) -> None:
@@ -238,26 +271,27 @@ def _set_default(modifiers: Iterable[Modifier], field: str, value: object) -> No
 
 
 @contextmanager
-def _kept(progress: Progress, planned: Path | None) -> Iterator[None]:
+def _kept(progress: Progress, planned: Path | None, resume: bool) -> Iterator[None]:
     """Add a note to an error if finished work is kept; close the progress.
 
-    After bad input, dialogs and a plan without a finished layer are not kept.
+    After bad input, what this run has kept is removed, unless a layer is finished.
 
-    :param planned: the plan that is executed, if it was made for this run
+    :param planned: the plan that is executed, if the run has made one
     """
     try:
         yield
     except BaseException as error:
         if not progress.layers and isinstance(error, ValueError):
             progress.discard()
-            if planned is not None and is_source():
-                planned.unlink(missing_ok=True)
-        elif progress.layers or progress.has_data:
-            done = f"{progress.layers} finished layers"
+            if planned is not None and not resume:
+                shutil.rmtree(progress.folder, ignore_errors=True)
+                _remove_empty(progress.folder.parent)
+        elif progress.layers or progress.has_data or planned is not None:
+            kept = "the sampled dialogs" if progress.has_data else "the plan"
             error.add_note(
-                f"{done if progress.layers else 'the sampled dialogs'} are kept in "
-                f"{progress.folder}: the same command with --resume continues from "
-                "there"
+                f"{f'{progress.layers} finished layers' if progress.layers else kept} "
+                f"are kept in {progress.folder}: the same command with --resume "
+                "continues from there"
             )
         raise
     finally:

@@ -99,7 +99,10 @@ class TradeOff:
         """Sparsities at which costs are needed."""
 
     def choose(self, budget: Budget, costs: Costs) -> dict[str, float]:
-        """Return the sparsities of least cost within a budget of weights or bytes."""
+        """Return the sparsities of least cost within a budget of weights or bytes.
+
+        :raises ValueError: if nothing would be pruned
+        """
         options = {
             group: [
                 Option(s, count * budget.weight(s), self.cost(costs[group], s))
@@ -107,26 +110,32 @@ class TradeOff:
             ]
             for group, count in self.entries.items()
         }
-        chosen = allocate(options, budget.limit * self._total)
-        return {group: option.sparsity for group, option in chosen.items()}
+        found = allocate(options, budget.limit * self._total)
+        chosen = {group: option.sparsity for group, option in found.items()}
+        if not any(chosen.values()):
+            raise ValueError(f"{budget} leaves nothing to prune; prune more")
+        return chosen
 
     def smallest(
         self, most: float, costs: Costs, loss: Callable[[float], float]
     ) -> dict[str, float]:
         """Return the sparsities of least size whose loss is at most ``most``.
 
-        :param loss: turns the sum of the groups' costs into the loss
+        :param loss: turns the sum of the groups' costs into the loss, and rises with it
         :raises ValueError: if nothing can be pruned
         """
-        low, high = min(map(packed_size, self.sparsities)), 1.0
-        for _ in range(30):  # the size is found to nine digits
-            middle = (low + high) / 2
-            chosen = self.choose(Budget("size", middle), costs)
-            if loss(self.total(costs, chosen)) <= most:
-                high = middle
-            else:
-                low = middle
-        chosen = self.choose(Budget("size", high), costs)
+        # the same problem, with what a group costs and what it takes interchanged
+        options = {
+            group: [
+                Option(s, self.cost(costs[group], s), count * packed_size(s))
+                for s in (0.0, *self.sparsities)
+            ]
+            for group, count in self.entries.items()
+        }
+        largest = sum(max(o.weight for o in each) for each in options.values())
+        limit = _bisected(0.0, largest, lambda total: loss(total) <= most)
+        found = allocate(options, limit)
+        chosen = {group: option.sparsity for group, option in found.items()}
         if not any(chosen.values()):
             least = min(self.cost(c, min(self.sparsities)) for c in costs.values())
             raise ValueError(
@@ -164,6 +173,16 @@ class TradeOff:
 
     def _mean(self, chosen: Sparsities, of: Callable[[float], float]) -> float:
         return sum(self.entries[g] * of(s) for g, s in chosen.items()) / self._total
+
+
+def _bisected(low: float, high: float, holds: Callable[[float], bool]) -> float:
+    """Return the largest number at which something holds that holds up to there."""
+    if holds(high):
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def packed_size(sparsity: float) -> float:

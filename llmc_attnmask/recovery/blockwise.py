@@ -47,11 +47,7 @@ class BlockwiseModel:
     ):
         self.model, self.windows = model, windows
         self.device, self.offload = device, offload
-        container = _container(model)
-        self.names = [
-            f"{container}.{name}"
-            for name, _ in model.get_submodule(container).named_children()
-        ]
+        self.names = block_names(model)
         self._blocks = [model.get_submodule(name) for name in self.names]
         _move_others(model, set(self._blocks), device)
         self.embedded = SampleTensors(offload)
@@ -114,7 +110,9 @@ class BlockwiseModel:
         hidden = hidden.to(self.device).float()
         skip = [lambda own, *_, **__: self._returned(own)] * (len(self._blocks) - 1)
         last = lambda *_, **__: self._returned(hidden)  # noqa: E731
-        output = self._run(self.windows[window], [*skip, last])
+        # as many words as hidden states, because some models reshape by their number
+        ids = self.windows[window, : hidden.shape[1]]
+        output = self._run(ids, [*skip, last])
         return output.logits[0].float()
 
     def _run(self, window: Tensor, stand_ins: Sequence[Forward]) -> Any:
@@ -159,16 +157,21 @@ def _named(forward: Forward) -> Forward:
     return call
 
 
-def _container(model: nn.Module) -> str:
-    """Return the name of the list that holds the decoder's blocks."""
+def block_names(model: nn.Module) -> list[str]:
+    """Return the names of the decoder's blocks, in their order.
+
+    :raises ValueError: if the model has no blocks, or several lists of them
+    """
     found = list(dict.fromkeys(n.rpartition(".")[0] for n in decoder_blocks(model)))
     if len(found) != 1:
         kind = type(model).__name__
         what = f"several lists of blocks: {', '.join(found)}" if found else "no blocks"
         raise ValueError(
-            f"{kind} has {what}; expected one list of decoder blocks with attention"
+            f"{kind} has {what}; expected a model with one list of decoder blocks with "
+            "attention"
         )
-    return found[0]
+    blocks = model.get_submodule(found[0])
+    return [f"{found[0]}.{name}" for name, _ in blocks.named_children()]
 
 
 def _move_others(

@@ -38,7 +38,7 @@ def test_every_group_has_a_cost_and_the_budget_is_kept(made):
 
 def test_the_sum_of_costs_predicts_the_loss_of_all_groups_together(made):
     for point in made.curve:
-        assert point.measured.kl == pytest.approx(point.predicted, rel=0.25)
+        assert point.measured == pytest.approx(point.predicted, rel=0.25)
 
 
 def test_the_chosen_groups_lose_less_than_the_first_and_last_layers(made):
@@ -51,7 +51,7 @@ def test_the_chosen_groups_lose_less_than_the_first_and_last_layers(made):
 def test_the_recipe_is_complete_and_says_what_was_planned(made):
     assert load_recipe(made.recipe).modifiers
     content = yaml.safe_load(made.recipe.read_text(encoding="utf-8"))
-    summary = content["args"]["plan"]
+    summary = content["args"]["llmc_attnmask_plan"]
     assert summary["budget"] == "dense_share 0.25"
     assert summary["model"].startswith("LlamaForCausalLM, ")
     assert len(summary["curve"]) == 7
@@ -86,13 +86,12 @@ def test_a_plan_that_was_interrupted_continues_and_gives_the_same_recipe(
     assert output.read_bytes() == made.recipe.read_bytes()
 
 
-def test_a_loss_is_kept_to_with_the_least_bytes(made, tmp_path):
+def test_a_loss_is_kept_to_with_few_bytes(made, tmp_path):
     budget = made.expected_rise
-    found = plan(
-        MODEL_DIR, "block_2of4", tmp_path / "plan.yaml", **QUICK, loss=budget * 1.001
-    )
-    assert found.expected_rise <= budget * 1.001
-    assert found.chosen.size <= made.chosen.size
+    found = plan(MODEL_DIR, "block_2of4", tmp_path / "plan.yaml", **QUICK, loss=budget)
+    assert found.expected_rise <= budget * 1.0001
+    group = max(made.entries.values()) / sum(made.entries.values())
+    assert found.chosen.size <= made.chosen.size + 0.4375 * group  # one group's bytes
 
 
 def test_unstructured_sparsity_is_planned_group_by_group(tmp_path):

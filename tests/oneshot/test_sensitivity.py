@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -32,7 +30,7 @@ def sensitivity(calibration) -> Sensitivity:
 
 
 @torch.no_grad()
-def direct(calibration, names) -> tuple[float, float]:
+def direct(calibration, names) -> float:
     """Loss, on every other token, of a model with some Linears pruned.
 
     They are pruned on what they read in the dense model.
@@ -55,10 +53,8 @@ def direct(calibration, names) -> tuple[float, float]:
         sparsegpt = baselines(STRUCTURE, 0.5)["SparseGPT"]
         weight.copy_(sparsegpt(weight.clone(), hessians[name]))
     held_out = calibration[12:16]
-    p, q = (m(held_out).logits.log_softmax(-1)[:, :-1:2] for m in (model(), pruned))
-    kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    following = held_out[:, 1::2, None]
-    return kl, (p - q).gather(-1, following).mean().item()
+    p, q = (m(held_out).logits.log_softmax(-1)[:, ::2] for m in (model(), pruned))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 def test_a_group_costs_the_divergence_of_the_model_with_it_alone_pruned(
@@ -70,7 +66,7 @@ def test_a_group_costs_the_divergence_of_the_model_with_it_alone_pruned(
     found = costs["model.layers.1"]
     assert list(found) == [QKV, DOWN]
     for group in (QKV, DOWN):
-        expected, _ = direct(calibration, GROUPS[group])
+        expected = direct(calibration, GROUPS[group])
         # products in bfloat16 round differently in each run
         assert found[group][0.5] == pytest.approx(expected, rel=0.03, abs=1e-4)
 
@@ -81,10 +77,8 @@ def test_groups_pruned_together_cost_what_the_whole_model_loses(
     choices = [dict.fromkeys(GROUPS, 0.5), dict.fromkeys(GROUPS, 0.0)]
     everything, nothing = sensitivity.together(choices)
     names = [name for members in GROUPS.values() for name in members]
-    kl, rise = direct(calibration, names)
-    assert everything.kl == pytest.approx(kl, rel=0.03)
-    assert everything.rise == pytest.approx(rise, rel=0.1)
-    assert math.isclose(nothing.kl, 0.0, abs_tol=1e-6)
+    assert everything == pytest.approx(direct(calibration, names), rel=0.03)
+    assert nothing == pytest.approx(0.0, abs=1e-6)
 
 
 def test_more_sparsity_costs_more(calibration):
@@ -106,10 +100,3 @@ def test_blocks_that_are_known_are_not_measured_again(sensitivity):
     costs = dict(sensitivity.costs([0.5], known))
     assert costs["model.layers.1"] == known["model.layers.1"]
     assert 0 < costs["model.layers.3"][list(GROUPS)[2]][0.5] < 1
-
-
-def test_groups_outside_the_blocks_are_refused(calibration):
-    groups = {"lm_head": ["lm_head"]}
-    windows = (calibration[:2], calibration[2:4])
-    with pytest.raises(ValueError, match="lm_head would be pruned outside the decoder"):
-        Sensitivity(model(), *windows, groups, STRUCTURE, torch.device("cpu"))

@@ -61,6 +61,9 @@ def test_the_smallest_size_within_a_loss_is_found():
     trade_off, costs = two_of_four()
     chosen = trade_off.smallest(0.35, costs, lambda predicted: predicted)
     assert chosen == {"a": 0.0, "b": 0.5, "c": 0.5}
+    # a dear group does not keep a cheap one from being pruned
+    cheap = trade_off.smallest(0.11, costs, lambda predicted: predicted)
+    assert cheap == {"a": 0.0, "b": 0.5, "c": 0.0}
     everything = trade_off.smallest(10.0, costs, lambda predicted: predicted)
     assert set(everything.values()) == {0.5}
 
