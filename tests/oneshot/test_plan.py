@@ -1,14 +1,18 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.oneshot import plan as planning
-from llmc_attnmask.oneshot.plan import plan
+from llmc_attnmask.oneshot.plan import plan, plan_on
+from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.recipe import RecipeError, load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
+from llmc_attnmask.oneshot.trade_off import Budget
+from tests.support.architectures import FAMILIES, small_model
 
 QUICK = {"dataset": "builtin:pydoc", "num_samples": 8, "max_length": 64}
 ALPS = """
@@ -117,9 +121,60 @@ def test_prune_with_a_budget_plans_and_prunes(made, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+CAUSAL = [n for n, f in FAMILIES.items() if f.head == "AutoModelForCausalLM"]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_every_architecture_is_planned_or_refused(family, tmp_path):
+    template = tmp_path / "template.yaml"
+    template.write_text(ALPS.replace("(q|k|v|o|gate|up|down)_proj$", r"\\.\\d+\\..*"))
+    model = small_model(family)
+    arguments = (tmp_path / "plan.yaml", torch.randint(5, 2000, (12, 16)))
+    planned = PlannedRecipe(template)
+    if family == "gpt2":  # its layers are Conv1D
+        with pytest.raises(RecipeError, match="prunes no Linear of GPT"):
+            plan_on(model, planned, *arguments, Budget("sparsity", 0.6))
+        return
+    made = plan_on(model, planned, *arguments, Budget("sparsity", 0.6))
+    assert made.chosen.sparsity >= 0.6
+    assert all(cost >= 0 for of in made.costs.values() for cost in of.values())
+    assert load_recipe(made.recipe).modifiers
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"num_samples": 9}, {"size": 0.7}])
+def test_a_plan_is_resumed_only_by_the_same_command(other, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "a" / "out"
+    command = {**QUICK, "dense_share": 0.25}
+    monkeypatch.setattr("llmc_attnmask.oneshot.prune.compress", stopped)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        prune(MODEL_DIR, "block_2of4", output, **command)
+    assert "the plan are kept in" in interrupt.value.__notes__[0]
+    if "size" in other:
+        command.pop("dense_share")
+    with pytest.raises(
+        ValueError, match="holds a plan of another run, for dense_share"
+    ):
+        prune(MODEL_DIR, "block_2of4", output, **command | other, resume=True)
+    assert list(output.glob(".progress/plan-*.yaml"))
+
+
+def test_bad_input_leaves_nothing_behind(tmp_path):
+    output = tmp_path / "a" / "out"
+    text = tmp_path / "short.txt"
+    text.write_text("Too short. " * 20)
+    for bad in ({"dataset": str(text)}, {"dense_share": 1.5}):
+        with pytest.raises(ValueError):
+            prune(MODEL_DIR, "block_2of4", output, **QUICK | {"dense_share": 0.5} | bad)
+        assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
+        ({"dense_share": 1.0}, "dense_share 1 leaves nothing to prune"),
         ({}, "needs a budget: one of"),
         ({"size": 0.7, "loss": 0.1}, "size and loss are given; a plan has one budget"),
         ({"size": 0.3}, r"cannot be met.*between 0\.5625 and 1"),

@@ -126,6 +126,70 @@ def test_q_and_k_get_the_sparsity_of_their_group_from_the_attention_modifier(
     executed(written(tmp_path, text), model, sparsity, tmp_path, tokenizer, calibration)
 
 
+def test_a_modifier_with_nothing_left_to_prune_is_left_out(
+    model, tmp_path, tokenizer, calibration
+):
+    text = MIXED.format(structure="2:4", attention="2:4")
+    content = executed(
+        written(tmp_path, text),
+        model,
+        lambda group: 0.5 if "mlp" in group else 0.0,
+        tmp_path,
+        tokenizer,
+        calibration,
+    )
+    assert list(content["prune_stage"]) == ["rest_modifiers"]
+
+
+def test_a_list_of_sparsities_follows_the_layers_that_stay(
+    model, tmp_path, tokenizer, calibration
+):
+    text = """
+s_stage:
+  a_modifiers:
+    AttentionMatrixPruningModifier:
+      {sparsity: [0.5, 0.5, 0.5, 0.5], mask_structure: "2:4", steps: 0}
+"""
+    executed(
+        written(tmp_path, text),
+        model,
+        lambda group: 0.0 if "layers.1" in group else 0.5,
+        tmp_path,
+        tokenizer,
+        calibration,
+    )
+
+
+def test_groups_are_what_the_modifier_prunes_and_nothing_else(model, tmp_path):
+    alps = ALPS.replace(ALL, '["re:.*mlp$", "re:.*q_proj$"]')
+    groups = written(tmp_path, alps).groups(model)
+    assert [*groups] == [f"model.layers.{n}.self_attn.q_proj" for n in range(4)]
+    stock = """
+s_stage:
+  a_modifiers:
+    SparseGPTModifier:
+      {sparsity: 0.5, mask_structure: "2:4", targets: [LlamaMLP], ignore: ["re:.*down"]}
+"""
+    groups = written(tmp_path, stock).groups(model)
+    assert [*groups] == [f"model.layers.{n}.mlp.gate_proj+up_proj" for n in range(4)]
+    # as upstream, which does not ignore the output layer under its own name
+    stock = stock.replace("[LlamaMLP]", "[Linear]").replace("re:.*down", "lm_head")
+    with pytest.raises(RecipeError, match="prunes lm_head, outside the decoder blocks"):
+        written(tmp_path, stock).groups(model)
+
+
+def test_a_part_of_a_matrix_is_refused(tmp_path):
+    text = """
+s_stage:
+  a_modifiers:
+    AttentionMatrixPruningModifier: {sparsity: 0.5, mask_structure: "2:4"}
+"""
+    with pytest.raises(RecipeError, match="qkv_proj has other rows beside those of q"):
+        written(tmp_path, text).groups(small_model("phi3"))
+    with pytest.raises(RecipeError, match="c_attn is a Conv1D"):
+        written(tmp_path, text).groups(small_model("gpt2"))
+
+
 def test_experts_of_a_layer_are_one_group():
     from llmcompressor.modeling.moe.linearize import linearize_moe
 
