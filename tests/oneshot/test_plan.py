@@ -164,7 +164,7 @@ def test_a_plan_is_resumed_only_by_the_same_command(other, tmp_path, monkeypatch
 def test_bad_input_leaves_nothing_behind(tmp_path):
     output = tmp_path / "a" / "out"
     text = tmp_path / "short.txt"
-    text.write_text("Too short. " * 20)
+    text.write_text("Too short.")
     for bad in ({"dataset": str(text)}, {"dense_share": 1.5}):
         with pytest.raises(ValueError):
             prune(MODEL_DIR, "block_2of4", output, **QUICK | {"dense_share": 0.5} | bad)
