@@ -74,7 +74,10 @@ def loss_of(recipe: str) -> str:
 
 
 def _real_label(method: str) -> str:
-    return f"`{method}`" if method in recipes() else _METHODS.get(method, method)
+    recipe, separator, budget = method.partition(", ")  # that it was planned for
+    if recipe in recipes():
+        return f"`{recipe}`{separator}{budget.replace('_', ' ')}"
+    return _METHODS.get(method, method)
 
 
 def real(file: Path) -> str:

@@ -17,7 +17,7 @@ class SolverSettings(DescentSettings):
     learning_rate: float
     l2_penalty: float
     output_weight: float
-    update_weights: bool = False  # accuracy mode
+    update_weights: bool  # accuracy mode, or else light mode
 
     def mask(self, scores: Tensor) -> Tensor:
         """Return the mask of the highest scores, bool [rows, columns]."""

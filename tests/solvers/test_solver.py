@@ -27,6 +27,7 @@ SETTINGS = SolverSettings(
     batch_size=4,
     l2_penalty=0.0,
     output_weight=0.0,
+    update_weights=False,
     seed=0,
 )
 
