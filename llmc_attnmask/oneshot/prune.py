@@ -249,19 +249,16 @@ def _plan_in(folder: Path, known_by: dict[str, str], budget: Budget) -> Path:
 
 @contextmanager
 def _emptied(folder: Path) -> Iterator[None]:
-    """Create a folder; after an error, remove it and its parent if they are empty."""
+    """Create a folder and its parent; after an error, remove what is new and empty."""
+    new = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        _remove_empty(folder)
-        _remove_empty(folder.parent)
+        for path in new:
+            if not any(path.iterdir()):
+                path.rmdir()
         raise
-
-
-def _remove_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _set_default(modifiers: Iterable[Modifier], field: str, value: object) -> None:
@@ -285,7 +282,6 @@ def _kept(progress: Progress, planned: Path | None, resume: bool) -> Iterator[No
             progress.discard()
             if planned is not None and not resume:
                 shutil.rmtree(progress.folder, ignore_errors=True)
-                _remove_empty(progress.folder.parent)
         elif progress.layers or progress.has_data or planned is not None:
             kept = "the sampled dialogs" if progress.has_data else "the plan"
             error.add_note(
