@@ -34,18 +34,13 @@ class Point:
     measured: float  # of all groups pruned together
 
 
-def curve_of(
-    sensitivity: Sensitivity,
-    trade_off: TradeOff,
-    costs: Costs,
-) -> list[Point]:
-    """Return the best choices at six sizes; all are measured in one pass."""
+def choices_of(trade_off: TradeOff, costs: Costs) -> list[Sparsities]:
+    """Return the best choices at the sizes of the curve."""
     if trade_off.structure.unstructured:
         budgets = [Budget("sparsity", share) for share in _SPARSITIES]
     else:
         budgets = [Budget("dense_share", share) for share in _DENSE_SHARES]
-    choices = [trade_off.choose(budget, costs) for budget in budgets]
-    return points(sensitivity, trade_off, costs, choices)
+    return [trade_off.choose(budget, costs) for budget in budgets]
 
 
 def points(

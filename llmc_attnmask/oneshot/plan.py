@@ -9,6 +9,7 @@ gate and up, or down, of one layer; all experts of a layer count as one.
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from llmc_attnmask.checkpoint.io.atomic import PROGRESS
 from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
 from llmc_attnmask.distributed import world_size
 from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
-from llmc_attnmask.oneshot.curve import Point, curve_of, expectation, points
+from llmc_attnmask.oneshot.curve import Point, choices_of, expectation, points
 from llmc_attnmask.oneshot.fingerprint import fingerprint
 from llmc_attnmask.oneshot.loading import loaded
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, model_identity
@@ -167,13 +168,15 @@ def plan_on(
         offload,
     )
     costs = _costs(sensitivity, trade_off.measured, progress)
-    curve = curve_of(sensitivity, trade_off, costs)
-    expected = expectation(curve, planned.recovers)
-    if budget.kind == "loss":
-        sparsities = trade_off.smallest(budget.value, costs, expected)
+    measured = partial(points, sensitivity, trade_off, costs)
+    choices = choices_of(trade_off, costs)
+    if budget.kind == "loss":  # what to choose is known only from the curve
+        curve = measured(choices)
+        expected = expectation(curve, planned.recovers)
+        (chosen,) = measured([trade_off.smallest(budget.value, costs, expected)])
     else:
-        sparsities = trade_off.choose(budget, costs)
-    (chosen,) = points(sensitivity, trade_off, costs, [sparsities])
+        *curve, chosen = measured([*choices, trade_off.choose(budget, costs)])
+        expected = expectation(curve, planned.recovers)
     made = Plan(
         output,
         budget,
@@ -184,7 +187,7 @@ def plan_on(
         expected(chosen.predicted),
     )
     summary = {"model": identity, **_summary(made)}
-    planned.write(output, model, groups, sparsities, summary)
+    planned.write(output, model, groups, chosen.sparsities, summary)
     return made
 
 

@@ -276,20 +276,16 @@ def _fields(
     fields: dict[str, Any] = {}
     if dense := [name for name in found if name not in pruned]:
         fields["ignore"] = [*modifier.ignore, *patterns(dense)]
-    if by_layer and isinstance(modifier.sparsity, list):
+    unstructured = MaskStructure.parse(modifier.mask_structure).unstructured
+    if by_layer and (unstructured or isinstance(modifier.sparsity, list)):
         fields["sparsity"] = list(pruned.values())
-    if not MaskStructure.parse(modifier.mask_structure).unstructured:
-        return fields
-    if by_layer:
-        return {**fields, "sparsity": list(pruned.values())}
-    return {
-        **fields,
-        "sparsity": {
+    elif unstructured:
+        fields["sparsity"] = {
             pattern: sparsity
             for sparsity in sorted(set(pruned.values()))
             for pattern in patterns([n for n, s in pruned.items() if s == sparsity])
-        },
-    }
+        }
+    return fields
 
 
 def patterns(names: Sequence[str]) -> list[str]:

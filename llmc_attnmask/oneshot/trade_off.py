@@ -103,13 +103,7 @@ class TradeOff:
 
         :raises ValueError: if nothing would be pruned
         """
-        options = {
-            group: [
-                Option(s, count * budget.weight(s), self.cost(costs[group], s))
-                for s in (0.0, *self.sparsities)
-            ]
-            for group, count in self.entries.items()
-        }
+        options = self._options(costs, budget.weight)
         found = allocate(options, budget.limit * self._total)
         chosen = {group: option.sparsity for group, option in found.items()}
         if not any(chosen.values()):
@@ -126,11 +120,8 @@ class TradeOff:
         """
         # the same problem, with what a group costs and what it takes interchanged
         options = {
-            group: [
-                Option(s, self.cost(costs[group], s), count * packed_size(s))
-                for s in (0.0, *self.sparsities)
-            ]
-            for group, count in self.entries.items()
+            group: [Option(o.sparsity, weight=o.cost, cost=o.weight) for o in each]
+            for group, each in self._options(costs, packed_size).items()
         }
         largest = sum(max(o.weight for o in each) for each in options.values())
         limit = _bisected(0.0, largest, lambda total: loss(total) <= most)
@@ -143,6 +134,21 @@ class TradeOff:
                 f"costs least already costs {loss(least):.2g}"
             )
         return chosen
+
+    def _options(
+        self, costs: Costs, weight: Callable[[float], float]
+    ) -> dict[str, list[Option]]:
+        """Return what each group may become.
+
+        :param weight: what a weight of a group takes of the budget, by sparsity
+        """
+        return {
+            group: [
+                Option(s, count * weight(s), self.cost(costs[group], s))
+                for s in (0.0, *self.sparsities)
+            ]
+            for group, count in self.entries.items()
+        }
 
     def cost(self, measured: Mapping[float, float], sparsity: float) -> float:
         """Return a group's cost at any sparsity, in nats per token."""
