@@ -6,13 +6,15 @@ as the budget, the first and last layers stay dense instead: the choice without 
 Every run has its own process, so that its peak memory is its own.
 """
 
+import hashlib
+import json
 import re
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +25,9 @@ from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from integration.benchmarks.real_data import windows_digest
 from llmc_attnmask import (
+    ActivationSmoothingModifier,
     ALPSPruningModifier,
     AttentionMatrixPruningModifier,
     MaskedRecoveryModifier,
@@ -37,9 +41,10 @@ from llmc_attnmask.oneshot.methods import (
 )
 from llmc_attnmask.oneshot.plan import entries_of, plan_on
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, plan_of
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.prune import compress, save
 from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
 from llmc_attnmask.oneshot.trade_off import Budget
+from llmc_attnmask.runlog.context import described
 
 REST = ["re:.*(v|o|gate|up|down)_proj$"]
 
@@ -69,6 +74,8 @@ class Case:
     sparsity: float
     seed: int
     calibration: Tensor  # int64 [windows, length]
+    # where models stay before they are quantized, for rows that differ only in that
+    kept: Path | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -193,14 +200,59 @@ def pruned(case: Case) -> Pruned:
         scope: Scope = "whole block" if case.scope == "block" else "q and k"
         method = Method("magnitude", scope, case.structure, case.sparsity)
         prune_by_magnitude(model, method)
+    elif case.kept and recipe:
+        return _kept(case, recipe, plan, time.perf_counter() - start)
     elif recipe:
         compress(model, tokenizer, recipe, case.calibration)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return _found(model, time.perf_counter() - start, _peak_gb(), plan)
+
+
+def _found(
+    model: PreTrainedModel, seconds: float, peak: float, plan: dict[str, Any] | None
+) -> Pruned:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.float().eval().to(torch.device(device))
     model.set_attn_implementation("eager")
     return Pruned(model, seconds, peak, plan)
+
+
+def _kept(
+    case: Case, recipe: list[Any], plan: dict[str, Any] | None, seconds: float
+) -> Pruned:
+    """Prune, or take what an earlier row has pruned in the same way; then quantize.
+
+    :param seconds: that the plan took; those of the earlier row are added
+    """
+    assert case.kept
+    pruning = next(
+        (i for i, m in enumerate(recipe) if hasattr(m, "config_groups")), len(recipe)
+    )
+    if pruning and isinstance(recipe[pruning - 1], ActivationSmoothingModifier):
+        pruning -= 1
+    identity: list[Any] = [case.model, windows_digest(case.calibration)]
+    identity += described(recipe[:pruning])
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    folder = case.kept / digest[:16]
+    tokenizer = AutoTokenizer.from_pretrained(case.model)
+    cost = folder / "cost.json"
+    if not cost.exists():
+        model = load(case.model, dtype="auto")
+        start = time.perf_counter()
+        compress(model, tokenizer, recipe[:pruning], case.calibration)
+        spent = {"seconds": time.perf_counter() - start, "peak_gb": _peak_gb()}
+        save(model, tokenizer, folder)
+        cost.write_text(json.dumps(spent))
+    spent = json.loads(cost.read_text())
+    model = load(folder, dtype="auto")
+    start = time.perf_counter()
+    if recipe[pruning:]:
+        compress(model, tokenizer, recipe[pruning:], case.calibration)
+    seconds += spent["seconds"] + time.perf_counter() - start
+    return _found(model, seconds, max(spent["peak_gb"], _peak_gb()), plan)
+
+
+def _peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 AnyCase = TypeVar("AnyCase", bound=Case)

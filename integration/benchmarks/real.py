@@ -167,6 +167,7 @@ class Benchmark:
             seed,
             self.calibration,
             self.texts,
+            kept=self.args.keep,
         )
         return plan, run
 
@@ -304,6 +305,13 @@ def _parsed() -> argparse.Namespace:
         "--only", default="", metavar="REGEX", help="of rows' names, see --list"
     )
     parser.add_argument("--out", type=Path, default=Path("out/real.jsonl"))
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FOLDER",
+        help="for models before they are quantized: rows that differ only in that "
+        "take the same one",
+    )
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="print a file's table and stop"
