@@ -36,7 +36,7 @@ from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
 from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "block_2of4.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "block_2of4_quick.yaml"
 INT4_GROUP_64 = {
     "num_bits": 4,
     "type": "int",

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "block_2of4_recovered.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "block_2of4.yaml"
 
 
 def seconds(command: list[str], environment: dict[str, str]) -> float:

@@ -130,6 +130,7 @@ def options(tmp_path, **changed) -> argparse.Namespace:
         "num_samples": 2,
         "seeds": [0, 1],
         "out": tmp_path / "real.jsonl",
+        "keep": None,
     }
     return argparse.Namespace(**known | changed)
 

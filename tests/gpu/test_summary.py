@@ -73,7 +73,7 @@ ROWS = [
     | {"kernel": "sparse"},
     engine("on", "tokens", tokens=[[1]], first_tokens_equal=1.0),
     {
-        **{"step": "prune", **GPU, "recipe": "block_2of4_recovered", "layers": 1},
+        **{"step": "prune", **GPU, "recipe": "block_2of4", "layers": 1},
         **{"samples": 128, "length": 2048, "width": 4096, "tokens": 262144},
         **{"seconds": 30.0, "seconds_per_layer": 30.0, "peak_gb": 20.0},
     },

@@ -1,4 +1,4 @@
-"""Measure the default recipe's time and memory at Llama-3.1-8B's layer shapes.
+"""Measure the quick recipe's time and memory at Llama-3.1-8B's layer shapes.
 
 Random weights and tokens suffice for both. Layers are pruned one after another, so that
 32 of them take 32 times as long as one. The recipe's log lines are recorded as they
@@ -19,7 +19,7 @@ from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
-RECIPE = Path(__file__).parents[3] / "recipes" / "block_2of4.yaml"
+RECIPE = Path(__file__).parents[3] / "recipes" / "block_2of4_quick.yaml"
 LOGGED = 200  # lines at most
 
 
