@@ -6,8 +6,7 @@ under ``sparsity``.
 """
 
 import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,18 @@ from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from torch import nn
 
-from llmc_attnmask.attention.projections import find_projections
 from llmc_attnmask.checkpoint.io.atomic import new_file
-from llmc_attnmask.checkpoint.linears import EXPERT, served_groups
+from llmc_attnmask.checkpoint.linears import served_groups
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.alps_pruning import ALPSPruningModifier
 from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModifier
-from llmc_attnmask.modifiers.attention_targets import select_attention
 from llmc_attnmask.modifiers.masked_recovery import MaskedRecoveryModifier
+from llmc_attnmask.oneshot.patterns import by_pattern, patterns
+from llmc_attnmask.oneshot.planned_attention import (
+    attention_linears,
+    check_attention,
+    left_to_alps,
+)
 from llmc_attnmask.oneshot.recipe import RecipeError, load_recipe, read_recipe
 from llmc_attnmask.oneshot.sensitivity import Groups
 from llmc_attnmask.oneshot.trade_off import Sparsities
@@ -35,8 +38,10 @@ _PRUNERS = (
     AttentionMatrixPruningModifier,
     SparsityModifierBase,
 )
-_LAYER = re.compile(r"(.*?\.)(\d+)((?:\..*)?)")  # its number, and what is around
 ARGS = "args"  # of a recipe, beside its stages; llm-compressor leaves them alone
+# the group of the modifier that prunes what is left to ALPS; before all others, because
+# recovery comes after pruning
+_INSTEAD = "instead_modifiers"
 PLAN = "llmc_attnmask_plan"  # what the plan was, in there
 
 
@@ -141,8 +146,21 @@ class PlannedRecipe:
         groups = served_groups(pruned)
         for modifier in self.pruners:
             if isinstance(modifier, AttentionMatrixPruningModifier):
-                _check_attention(modifier, model, groups)
+                left = self._left_to_alps(model, modifier)
+                check_attention(modifier, model, groups, left)
         return groups
+
+    def _left_to_alps(self, model: nn.Module, modifier: Any) -> dict[str, list[str]]:
+        """Return what a modifier cannot prune as a plan needs it; see there."""
+        if not isinstance(modifier, AttentionMatrixPruningModifier):
+            return {}
+        others = {
+            name
+            for each in self.pruners
+            if each is not modifier
+            for name in _pruned_linears(each, model)
+        }
+        return left_to_alps(modifier, model, others)
 
     def write(
         self,
@@ -160,19 +178,46 @@ class PlannedRecipe:
         args = content.pop(ARGS, None) or {}
         kinds = {type(m).__name__ for m in self.pruners}
         waiting = iter(self.pruners)
-        for inside in content.values():
+        sparsity_of = {
+            name: sparsities[group] for group, names in groups.items() for name in names
+        }
+        for stage, inside in content.items():
             for modifiers in inside.values():
                 for name in [name for name in modifiers if name in kinds]:
-                    fields = _fields(next(waiting), model, groups, sparsities)
+                    modifier = next(waiting)
+                    left = self._left_to_alps(model, modifier)
+                    fields = _fields(modifier, model, sparsity_of, left)
                     if fields is None:
                         del modifiers[name]
                     else:
                         modifiers[name].update(fields)
+                    if instead := self._alps(left, sparsity_of):
+                        content[stage] = {_INSTEAD: instead, **inside}
         content = _without_empty(content) | {ARGS: {**args, PLAN: dict(summary)}}
         with new_file(output) as partial:
             partial.write_text(
                 yaml.safe_dump(content, sort_keys=False, width=88), encoding="utf-8"
             )
+
+    def _alps(
+        self, left: Mapping[str, Sequence[str]], sparsity_of: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Return the modifier that prunes what is left to ALPS; none if nothing is."""
+        found = {name: sparsity_of[name] for each in left.values() for name in each}
+        pruned = {name: sparsity for name, sparsity in found.items() if sparsity}
+        if not pruned:
+            return {}
+        sparsities = by_pattern(pruned)
+        structure = self.structure
+        return {
+            "ALPSPruningModifier": {
+                "sparsity": sparsities
+                if structure.unstructured
+                else structure.pruned / structure.group,
+                "mask_structure": str(structure),
+                "targets": [*sparsities],
+            }
+        }
 
 
 def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
@@ -187,9 +232,10 @@ def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
 def _pruned_linears(modifier: Any, model: nn.Module) -> list[str]:
     """Return the names of the Linears that a modifier would prune, in model order."""
     if isinstance(modifier, AttentionMatrixPruningModifier):
-        selected = select_attention(model, modifier.targets, modifier.ignore)
         return [
-            name for each in _children(modifier, selected).values() for name in each
+            name
+            for each in attention_linears(modifier, model).values()
+            for name in each
         ]
     targets = match_named_modules(model, modifier.targets)
     if isinstance(modifier, ALPSPruningModifier):
@@ -212,61 +258,22 @@ def _pruned_linears(modifier: Any, model: nn.Module) -> list[str]:
     )
 
 
-def _children(
-    modifier: AttentionMatrixPruningModifier, selected: Mapping[str, nn.Module]
-) -> dict[str, list[str]]:
-    """Return the Linears of each attention module that a modifier prunes."""
-    return {
-        name: list(
-            dict.fromkeys(
-                f"{name}.{projection.child}"
-                for role, projection in find_projections(attention).items()
-                if role in modifier.projections
-            )
-        )
-        for name, attention in selected.items()
-    }
-
-
-def _check_attention(
-    modifier: AttentionMatrixPruningModifier, model: nn.Module, groups: Groups
-) -> None:
-    """Refuse projections of different groups, which one sparsity cannot tell apart."""
-    group_of = {name: group for group, names in groups.items() for name in names}
-    selected = select_attention(model, modifier.targets, modifier.ignore)
-    for attention, names in _children(modifier, selected).items():
-        if len(found := {group_of[name] for name in names}) > 1:
-            raise RecipeError(
-                f"AttentionMatrixPruningModifier prunes {modifier.projections} of "
-                f"{attention} alike, but servers keep them in {len(found)} matrices, "
-                "which a plan treats one by one; let it prune what is in one of them, "
-                "q and k of most models, and ALPSPruningModifier the others"
-            )
-        for role, projection in find_projections(selected[attention]).items():
-            if role in modifier.projections and not projection.whole:
-                raise RecipeError(
-                    f"{attention}.{projection.child} has other rows beside those of "
-                    f"{role}, and a plan treats whole matrices; let "
-                    "ALPSPruningModifier prune it"
-                )
-
-
 def _fields(
-    modifier: Any, model: nn.Module, groups: Groups, sparsities: Sparsities
+    modifier: Any,
+    model: nn.Module,
+    sparsity_of: Mapping[str, float],
+    left: Mapping[str, Sequence[str]],
 ) -> dict[str, Any] | None:
     """Return the fields of a pruning modifier that say what was chosen.
 
+    :param left: attention modules that it does not prune, whatever was chosen
     :return: None if it has nothing left to prune
     """
-    sparsity_of = {
-        n: sparsities[group] for group, names in groups.items() for n in names
-    }
     by_layer = isinstance(modifier, AttentionMatrixPruningModifier)
     if by_layer:
-        selected = select_attention(model, modifier.targets, modifier.ignore)
         found = {
-            attention: sparsity_of[names[0]]
-            for attention, names in _children(modifier, selected).items()
+            attention: 0.0 if attention in left else sparsity_of[names[0]]
+            for attention, names in attention_linears(modifier, model).items()
         }
     else:
         found = {name: sparsity_of[name] for name in _pruned_linears(modifier, model)}
@@ -280,43 +287,5 @@ def _fields(
     if by_layer and (unstructured or isinstance(modifier.sparsity, list)):
         fields["sparsity"] = list(pruned.values())
     elif unstructured:
-        fields["sparsity"] = {
-            pattern: sparsity
-            for sparsity in sorted(set(pruned.values()))
-            for pattern in patterns([n for n, s in pruned.items() if s == sparsity])
-        }
+        fields["sparsity"] = by_pattern(pruned)
     return fields
-
-
-def patterns(names: Sequence[str]) -> list[str]:
-    """Return patterns that match these modules, and all experts beside an expert.
-
-    Modules in the same layers that have the same parent share a pattern. It ends in a
-    word boundary and not in ``$``, because SparseGPTModifier adds a dot to the names of
-    its targets.
-    """
-    layers: dict[tuple[str, str, str], list[str]] = {}
-    for name in names:
-        parent, _, child = EXPERT.sub(r"\1*", name).rpartition(".")
-        match = _LAYER.fullmatch(parent)
-        assert match is not None, parent  # groups are in the decoder's blocks
-        before, layer, after = match.groups()
-        layers.setdefault((before, after, child), []).append(layer)
-    children: dict[tuple[str, str, str], list[str]] = {}
-    for (before, after, child), numbers in layers.items():
-        place = (before, _either(dict.fromkeys(numbers)), after)
-        children.setdefault(place, []).append(re.escape(child))
-    return [
-        f"re:{_escaped(before)}{numbers}{_escaped(after)}\\.{_either(some)}\\b"
-        for (before, numbers, after), some in children.items()
-    ]
-
-
-def _escaped(name: str) -> str:
-    """Return a pattern of a name, in which a star stands for an expert's number."""
-    return re.escape(name).replace(r"\*", r"\d+")
-
-
-def _either(parts: Iterable[str]) -> str:
-    parts = list(parts)
-    return parts[0] if len(parts) == 1 else f"({'|'.join(parts)})"

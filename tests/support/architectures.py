@@ -112,12 +112,24 @@ FAMILIES = {
     "qwen2_5_vl": Family("text tower of a vision model", head=_TEXT_AND_IMAGE),
     "qwen3_vl": Family("text tower of a vision model", head=_TEXT_AND_IMAGE),
 }
+REFUSED = {  # by the attention modifier
+    "qwen3_next": Family(
+        "a gate within q_proj",
+        {
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "layer_types": ["full_attention", "full_attention"],
+        },
+    ),
+}
 
 
 def small_model(family: str) -> PreTrainedModel:
     """Make two eager float32 layers with uneven attention and some large features."""
     torch.manual_seed(0)
-    known = FAMILIES[family]
+    known = (FAMILIES | REFUSED)[family]
     fields = SMALL | known.fields
     if known.head == _TEXT_AND_IMAGE:
         text = fields | {"rope_parameters": _ROTARY_3D}
