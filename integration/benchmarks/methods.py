@@ -45,6 +45,7 @@ from llmc_attnmask.oneshot.prune import compress, save
 from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
 from llmc_attnmask.oneshot.trade_off import Budget
 from llmc_attnmask.runlog.context import described
+from llmc_attnmask.runlog.progress import Progress
 
 REST = ["re:.*(v|o|gate|up|down)_proj$"]
 
@@ -74,7 +75,7 @@ class Case:
     sparsity: float
     seed: int
     calibration: Tensor  # int64 [windows, length]
-    # where models stay before they are quantized, for rows that differ only in that
+    # where models before quantization, and costs of plans, stay for other rows
     kept: Path | None = field(default=None, kw_only=True)
 
 
@@ -155,19 +156,37 @@ def recipe_of(method: str) -> tuple[str, str, float]:
     return recipe, kind, float(value or 0)
 
 
-def planned(case: Case, output: Path) -> dict[str, Any]:
-    """Write a planned recipe; returns what it says about the plan."""
+def planned(case: Case, output: Path) -> tuple[dict[str, Any], float]:
+    """Write a planned recipe.
+
+    :return: what it says about the plan, and the seconds that it took; if the costs are
+        those that an earlier row has measured, what they took then
+    """
     recipe, kind, value = recipe_of(case.method)
     template = PlannedRecipe(find_recipe(recipe))
     model = load(case.model)
-    if kind != "ends":
-        budget = Budget(kind, value)  # type: ignore[arg-type]
-        plan_on(model, template, output, case.calibration, budget)
-    else:
+    start = time.perf_counter()
+    if kind == "ends":
         groups = template.groups(model)
         sparsities = _dense_ends(model, groups, value)
         template.write(output, model, groups, sparsities, {})
-    return plan_of(output) or {}
+        return plan_of(output) or {}, time.perf_counter() - start
+    costs = None
+    if case.kept:
+        groups = template.groups(model)
+        identity = [windows_digest(case.calibration), str(template.structure), groups]
+        folder = case.kept / f"costs-{_digest(case, identity)}"
+        costs = Progress(folder, {}, [])
+    budget = Budget(kind, value)  # type: ignore[arg-type]
+    plan_on(model, template, output, case.calibration, budget, progress=costs)
+    seconds = time.perf_counter() - start
+    if costs is not None:
+        costs.close()
+        spent = costs.folder / "seconds"
+        if not spent.exists():
+            spent.write_text(str(seconds))
+        seconds = float(spent.read_text())
+    return plan_of(output) or {}, seconds
 
 
 def _dense_ends(
@@ -190,21 +209,22 @@ def pruned(case: Case) -> Pruned:
     """Run a method in this process."""
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype="auto")
-    recipe, plan = modifiers(case, model), None
-    start = time.perf_counter()
+    recipe, plan, planning = modifiers(case, model), None, 0.0
     if case.method not in METHODS and recipe_of(case.method)[1]:
         with tempfile.TemporaryDirectory() as folder:
-            plan = planned(case, output := Path(folder) / "plan.yaml")
+            plan, planning = planned(case, output := Path(folder) / "plan.yaml")
             recipe = _seeded(output, case.seed)
+    start = time.perf_counter()
     if case.method == "magnitude":
         scope: Scope = "whole block" if case.scope == "block" else "q and k"
         method = Method("magnitude", scope, case.structure, case.sparsity)
         prune_by_magnitude(model, method)
     elif case.kept and recipe:
-        return _kept(case, recipe, plan, time.perf_counter() - start)
+        return _kept(case, recipe, plan, planning)
     elif recipe:
         compress(model, tokenizer, recipe, case.calibration)
-    return _found(model, time.perf_counter() - start, _peak_gb(), plan)
+    seconds = planning + time.perf_counter() - start
+    return _found(model, seconds, _peak_gb(), plan)
 
 
 def _found(
@@ -229,10 +249,8 @@ def _kept(
     )
     if pruning and isinstance(recipe[pruning - 1], ActivationSmoothingModifier):
         pruning -= 1
-    identity: list[Any] = [case.model, windows_digest(case.calibration)]
-    identity += described(recipe[:pruning])
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = case.kept / digest[:16]
+    identity = [windows_digest(case.calibration), described(recipe[:pruning])]
+    folder = case.kept / _digest(case, identity)
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     cost = folder / "cost.json"
     if not cost.exists():
@@ -249,6 +267,11 @@ def _kept(
         compress(model, tokenizer, recipe[pruning:], case.calibration)
     seconds += spent["seconds"] + time.perf_counter() - start
     return _found(model, seconds, max(spent["peak_gb"], _peak_gb()), plan)
+
+
+def _digest(case: Case, identity: Any) -> str:
+    content = json.dumps([case.model, identity], sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _peak_gb() -> float:

@@ -309,8 +309,8 @@ def _parsed() -> argparse.Namespace:
         "--keep",
         type=Path,
         metavar="FOLDER",
-        help="for models before they are quantized: rows that differ only in that "
-        "take the same one",
+        help="for models before they are quantized, and for plans' costs: rows with "
+        "the same ones share them",
     )
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument(

@@ -11,6 +11,7 @@ from llmc_attnmask.runlog.wording import duration
 Row = dict[str, Any]
 SPARSITIES = ("50 %", "60 %", "70 %", "40 %")
 DENSE_SHARES = (0.25, 0.125, 0.5)
+LOSS = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ def plans() -> list[Plan]:
             for kind in ("dense_share", "ends")
             if kind == "dense_share" or share == DENSE_SHARES[0]
         ),
+        Plan(f"block_2of4, loss {LOSS}", "block", "2:4"),
+        Plan(f"block_unstructured_60, loss {LOSS}", "block", "60 %"),
         *(
             Plan(method, "q/k", "2:4")
             for method in (
