@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,15 +34,17 @@ from llmc_attnmask import (
     MaskedRecoveryModifier,
 )
 from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.methods import (
     Method,
     Scope,
     prune_by_magnitude,
     q_and_k_names,
 )
-from llmc_attnmask.oneshot.plan import entries_of, plan_on
+from llmc_attnmask.oneshot.pilot import pilot_key, pilot_sparsity, run_pilot
+from llmc_attnmask.oneshot.plan import entries_of, plan_on, split
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, plan_of
-from llmc_attnmask.oneshot.prune import compress, save
+from llmc_attnmask.oneshot.prune import save
 from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
 from llmc_attnmask.oneshot.trade_off import Budget
 from llmc_attnmask.runlog.context import described
@@ -178,7 +181,14 @@ def planned(case: Case, output: Path) -> tuple[dict[str, Any], float]:
         folder = case.kept / f"costs-{_digest(case, identity)}"
         costs = Progress(folder, {}, [])
     budget = Budget(kind, value)  # type: ignore[arg-type]
-    plan_on(model, template, output, case.calibration, budget, progress=costs)
+    level = pilot_sparsity(template.structure, budget)
+    pilot = None
+    if costs is None or costs.read_data(pilot_key(template, level)) is None:
+        tokenizer = AutoTokenizer.from_pretrained(case.model)
+        others, _ = split(case.calibration)
+        copy = load(case.model, dtype="auto")
+        pilot = run_pilot(copy, tokenizer, template, others, level)
+    plan_on(model, template, output, case.calibration, budget, pilot, progress=costs)
     seconds = time.perf_counter() - start
     if costs is not None:
         costs.close()
@@ -214,6 +224,9 @@ def pruned(case: Case) -> Pruned:
         with tempfile.TemporaryDirectory() as folder:
             plan, planning = planned(case, output := Path(folder) / "plan.yaml")
             recipe = _seeded(output, case.seed)
+            if case.kept:
+                name = re.sub(r"[^\w.]+", "_", case.method)
+                shutil.copy(output, case.kept / f"plan-{name}.yaml")
     start = time.perf_counter()
     if case.method == "magnitude":
         scope: Scope = "whole block" if case.scope == "block" else "q and k"

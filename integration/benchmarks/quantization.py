@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmc_attnmask import MaskedGPTQModifier
 from llmc_attnmask.evaluation.perplexity import load_model, perplexity
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
 from llmc_attnmask.text.windows import calibration_windows, evaluation_windows

@@ -28,7 +28,8 @@ from transformers import (
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.config import packed_config
 from llmc_attnmask.checkpoint.convert import to_dense, to_packed
-from llmc_attnmask.oneshot.prune import compress, save
+from llmc_attnmask.oneshot.compress import compress
+from llmc_attnmask.oneshot.prune import save
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
 from llmc_attnmask.text.windows import calibration_windows

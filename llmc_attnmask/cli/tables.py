@@ -101,14 +101,22 @@ def groups(plan: "Plan") -> Table:
 
 def curve(plan: "Plan") -> Table:
     """Make a table of the points of a plan's trade-off, the chosen one marked."""
-    rise = f"{plan.expected_rise:+.1%}"
     table = Table(
         title="Size against loss",
         caption="size: of the weights, packed, over dense. Loss: KL divergence in nats "
-        "per token, pruned by SparseGPT: added up, and of all groups together. "
-        f"Expected perplexity after the recipe: {rise}",
+        "per token, pruned by SparseGPT: added up, and of all groups together. On "
+        f"a few blocks, the recipe has left {plan.left:.0%} of it, from which the "
+        "perplexity after the recipe is expected.",
     )
-    for column in ("", "size", "dense", "pruned", "loss, added up", "together"):
+    for column in (
+        "",
+        "size",
+        "dense",
+        "pruned",
+        "loss, added up",
+        "together",
+        "perplexity",
+    ):
         table.add_column(column, justify="right")
     for point in plan.curve:
         table.add_row(
@@ -118,6 +126,7 @@ def curve(plan: "Plan") -> Table:
             f"{point.sparsity:.1%}",
             f"{point.predicted:.4f}",
             f"{point.measured:.4f}",
+            f"{point.expected:+.1%}",
         )
     return table
 

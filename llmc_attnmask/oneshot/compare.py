@@ -26,6 +26,7 @@ from llmc_attnmask.checkpoint.source import read_tokenizer
 from llmc_attnmask.evaluation.attention_error import DenseAttention
 from llmc_attnmask.evaluation.perplexity import load_model, perplexity
 from llmc_attnmask.oneshot.chat import answer
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.methods import (
     BASELINES,
     Method,
@@ -33,7 +34,7 @@ from llmc_attnmask.oneshot.methods import (
     prune_by_magnitude,
     weights,
 )
-from llmc_attnmask.oneshot.prune import compress, save
+from llmc_attnmask.oneshot.prune import save
 from llmc_attnmask.oneshot.recipe import find_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.runlog.wording import duration

@@ -16,9 +16,9 @@ from llmc_attnmask.oneshot.trade_off import Budget, Costs, Sparsities, TradeOff
 # shares of the weights, dense or pruned, of the points of the curve
 _DENSE_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
 _SPARSITIES = (0.7, 0.65, 0.6, 0.55, 0.5, 0.4)
-# what MaskedRecoveryModifier leaves of the loss: 0.37 with all of SmolLM2-135M at 2:4,
-# 0.40 with a quarter of it dense
-_RECOVERED = 0.4
+# The log loss of a trained model rises by less than the divergence, but a rise that is
+# measured on few tokens is not trusted to be much less.
+_LEAST_RISE = 0.25
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Point:
     # KL divergence to the dense model, in nats per token
     predicted: float  # the sum of the groups' costs
     measured: float  # of all groups pruned together
+    rise: float  # of the log loss, with all groups pruned together
+    # rise of the perplexity that is expected once the recipe has run, 0.05 for 5 %
+    expected: float = math.nan
 
 
 def choices_of(trade_off: TradeOff, costs: Costs) -> list[Sparsities]:
@@ -58,21 +61,25 @@ def points(
             trade_off.dense_share(sparsities),
             trade_off.sparsity(sparsities),
             trade_off.total(costs, sparsities),
-            measured,
+            loss.kl,
+            loss.rise,
         )
-        for sparsities, measured in zip(choices, losses, strict=True)
+        for sparsities, loss in zip(choices, losses, strict=True)
     ]
 
 
-def expectation(curve: Sequence[Point], recovers: bool) -> Callable[[float], float]:
+def expectation(curve: Sequence[Point], left: float) -> Callable[[float], float]:
     """Return a function from the sum of costs to the rise of the perplexity.
 
     Together, groups cost about the sum of their costs; by how much they differ is
-    taken from the curve. The loss on the next token rises by about the KL divergence.
+    taken from the curve. How much the log loss rises with the divergence is taken from
+    the point that loses most, where noise matters least.
 
-    :param recovers: whether MaskedRecoveryModifier comes after the pruning
+    :param left: share of SparseGPT's loss that the recipe leaves
     """
-    left = _RECOVERED if recovers else 1.0
+    most = max(curve, key=lambda point: point.measured)
+    if most.measured > 0:
+        left *= min(max(most.rise / most.measured, _LEAST_RISE), 1.0)
     by_loss = sorted((p.predicted, p.measured) for p in curve if p.predicted > 0)
     sums = [predicted for predicted, _ in by_loss] or [1.0]
     ratios = [measured / predicted for predicted, measured in by_loss] or [1.0]

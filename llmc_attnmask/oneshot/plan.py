@@ -8,7 +8,7 @@ gate and up, or down, of one layer; all experts of a layer count as one.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
 from llmc_attnmask.oneshot.curve import Point, choices_of, expectation, points
 from llmc_attnmask.oneshot.fingerprint import fingerprint
 from llmc_attnmask.oneshot.loading import loaded
+from llmc_attnmask.oneshot.pilot import Pilot, pilot_key, pilot_sparsity, run_pilot
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, model_identity
 from llmc_attnmask.oneshot.recipe import find_recipe
 from llmc_attnmask.oneshot.sensitivity import Sensitivity
@@ -50,7 +51,7 @@ class Plan:
     costs: dict[str, dict[float, float]]  # group -> sparsity -> nats per token
     chosen: Point
     curve: list[Point]
-    expected_rise: float  # of the perplexity, once the recipe has run; 0.05 for 5 %
+    left: float  # of SparseGPT's loss by the recipe, on a few blocks
 
 
 def plan(
@@ -88,7 +89,7 @@ def plan(
     :param num_samples: windows that groups are pruned on
     :param max_length: tokens per window; by default 2048 or, if less, the model's
         number of positions. Losses are measured on at most 256 tokens of a window
-    :param seed: of the model's own answers
+    :param seed: of the model's own answers and of the pilot run
     :param offload_activations: where activations are kept
     :param resume: continue an interrupted plan with the same arguments
     :return: the measurements and the choice
@@ -116,10 +117,25 @@ def plan(
     progress = Progress(folder / PROGRESS, known_by, planned.modifiers)
     try:
         reuse_freed_memory()
+        with loaded(model, config, "cpu") as first:
+            windows = data.windows(first, progress)
+            level = pilot_sparsity(planned.structure, budget)
+            pilot = None
+            if progress.read_data(pilot_key(planned, level)) is None:
+                others, _ = split(windows)
+                torch.manual_seed(seed)
+                pilot = run_pilot(first, tokenizer, planned, others, level)
+        del first  # it has changed, and the next one needs its memory
         with loaded(model, config, "cpu") as dense:
-            windows = data.windows(dense, progress)
             made = plan_on(
-                dense, planned, output, windows, budget, offload_activations, progress
+                dense,
+                planned,
+                output,
+                windows,
+                budget,
+                pilot,
+                offload_activations,
+                progress,
             )
     except BaseException as error:
         if any((folder / PROGRESS).glob(f"*{_DATA}*")):
@@ -142,6 +158,7 @@ def plan_on(
     output: Path,
     windows: Tensor,
     budget: Budget,
+    pilot: Pilot | None = None,
     offload: Offload = "cpu",
     progress: Progress | None = None,
 ) -> Plan:
@@ -149,46 +166,69 @@ def plan_on(
 
     :param windows: int64 [windows, length]; 8 at equal spacing measure losses, and the
         groups are pruned on the others
+    :param pilot: run on the latter; without it, the recipe is expected to leave what
+        the progress says, or else what SparseGPT does
     :param progress: keeps what is measured, block by block
     """
     identity = model_identity(model)
     linearize_moe(model)
     groups = planned.groups(model)
     trade_off = TradeOff(entries_of(model, groups), planned.structure)
-    count = len(windows)
-    held_out = torch.linspace(0, count - 1, _HELD_OUT).round().long()
-    others = torch.ones(count, dtype=torch.bool).index_fill(0, held_out, False)
     sensitivity = Sensitivity(
         model,
-        windows[others],
-        windows[held_out, :_LONGEST],
+        *split(windows),
         groups,
         planned.structure,
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         offload,
     )
     costs = _costs(sensitivity, trade_off.measured, progress)
+    key = pilot_key(planned, pilot_sparsity(planned.structure, budget))
+    left = _left(sensitivity, pilot, key, progress)
     measured = partial(points, sensitivity, trade_off, costs)
     choices = choices_of(trade_off, costs)
     if budget.kind == "loss":  # what to choose is known only from the curve
         curve = measured(choices)
-        expected = expectation(curve, planned.recovers)
+        expected = expectation(curve, left)
         (chosen,) = measured([trade_off.smallest(budget.value, costs, expected)])
     else:
         *curve, chosen = measured([*choices, trade_off.choose(budget, costs)])
-        expected = expectation(curve, planned.recovers)
-    made = Plan(
-        output,
-        budget,
-        trade_off.entries,
-        costs,
-        chosen,
-        sorted([*curve, chosen], key=lambda point: point.size),
-        expected(chosen.predicted),
+        expected = expectation(curve, left)
+    *curve, chosen = (
+        replace(point, expected=expected(point.predicted)) for point in (*curve, chosen)
     )
+    by_size = sorted([*curve, chosen], key=lambda point: point.size)
+    made = Plan(output, budget, trade_off.entries, costs, chosen, by_size, left)
     summary = {"model": identity, **_summary(made)}
     planned.write(output, model, groups, chosen.sparsities, summary)
     return made
+
+
+def split(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the windows that groups are pruned on, and those that measure losses."""
+    count = len(windows)
+    held_out = torch.linspace(0, count - 1, _HELD_OUT).round().long()
+    others = torch.ones(count, dtype=torch.bool).index_fill(0, held_out, False)
+    return windows[others], windows[held_out, :_LONGEST]
+
+
+def _left(
+    sensitivity: Sensitivity,
+    pilot: Pilot | None,
+    key: str,
+    progress: Progress | None,
+) -> float:
+    """Return the share of SparseGPT's loss that a pilot has left."""
+    if progress is not None and (known := progress.read_data(key)) is not None:
+        return float(known)
+    if pilot is None:
+        return 1.0
+    (sparsegpt,) = sensitivity.together([pilot.sparsities])
+    loss = sensitivity.of_weights(pilot.weights)
+    left = loss.kl / sparsegpt.kl if sparsegpt.kl > 0 else 1.0
+    if progress is not None:
+        progress.save_data(key, left)
+    return left
 
 
 def budget_of(**given: float | None) -> Budget | None:
@@ -270,12 +310,14 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "size": round(chosen.size, 4),
         "dense_share": round(chosen.dense_share, 4),
         "sparsity": round(chosen.sparsity, 4),
-        "expected_rise": round(plan.expected_rise, 4),
+        "left": round(plan.left, 4),
+        "expected_rise": round(chosen.expected, 4),
         "curve": [
             {
                 "size": round(p.size, 4),
                 "predicted": round(p.predicted, 5),
                 "measured": round(p.measured, 5),
+                "expected_rise": round(p.expected, 4),
             }
             for p in plan.curve
         ],

@@ -85,9 +85,12 @@ class PlannedRecipe:
         self.path = path
         self.modifiers = load_recipe(path).modifiers
         self.pruners: list[Any] = [m for m in self.modifiers if isinstance(m, _PRUNERS)]
-        self.recovers = any(
-            isinstance(m, MaskedRecoveryModifier) for m in self.modifiers
-        )
+        self.pruning: list[Any] = [
+            m
+            for m in self.modifiers
+            if isinstance(m, (*_PRUNERS, MaskedRecoveryModifier))
+        ]
+        """What prunes or refines what is left, without what quantizes."""
         structures = sorted({str(m.mask_structure) for m in self.pruners})
         if not structures:
             raise RecipeError(

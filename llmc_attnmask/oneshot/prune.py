@@ -7,14 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
-from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmc_attnmask.calibration.memory import reuse_freed_memory
-from llmc_attnmask.calibration.micro_batches import share
 from llmc_attnmask.calibration.samples import Offload
 from llmc_attnmask.checkpoint.config import Storage
 from llmc_attnmask.checkpoint.io.atomic import PROGRESS, check_new, new_folder
@@ -23,11 +18,11 @@ from llmc_attnmask.distributed import (
     barrier,
     is_source,
     process_group,
-    rank,
     world_size,
 )
 from llmc_attnmask.modifiers.base import recipe_storage
 from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.fingerprint import fingerprint
 from llmc_attnmask.oneshot.loading import loaded
 from llmc_attnmask.oneshot.plan import PLAN_SAMPLES, budget_of, plan
@@ -172,29 +167,6 @@ def prune(
         with resumable(progress):
             compress(in_work, tokenizer, modifiers, windows)
         return save(in_work, tokenizer, output, storage)
-
-
-def compress(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    modifiers: list,
-    windows: Tensor,
-) -> None:
-    """Run modifiers on a model in memory, calibrated on the windows in their order.
-
-    :param windows: int64 [windows, length]; the same on every rank, each of which
-        takes its share
-    :raises ValueError: if there are fewer windows than ranks
-    """
-    reuse_freed_memory()
-    own = windows[share(len(windows), windows.shape[1], rank(), world_size())]
-    samples = [
-        {"input_ids": window, "attention_mask": torch.ones_like(window)}
-        for window in own
-    ]
-    # a loader, because llm-compressor would sort the samples of a dataset by length
-    loader: DataLoader = DataLoader(samples, batch_size=1)  # type: ignore[arg-type]
-    oneshot(model=model, tokenizer=tokenizer, dataset=loader, recipe=modifiers)
 
 
 def save(

@@ -8,6 +8,7 @@ a pruned model back, measures little: its other groups have adapted.)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,8 +32,15 @@ Problems = dict[str, tuple[Tensor, Tensor]]  # the same -> dense weight, and X^T
 # words would otherwise take most of the time
 _EVERY = 2
 
-
 BlockCosts = dict[str, dict[float, float]]  # group -> sparsity -> nats per token
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a model has lost, in nats per token."""
+
+    kl: float  # divergence from the dense model's probabilities to its own
+    rise: float  # of the log loss on the text
 
 
 class Sensitivity:
@@ -90,11 +98,11 @@ class Sensitivity:
                 for (g, level), loss in zip(
                     variants, self._losses(position + 1, streams), strict=True
                 ):
-                    costs[g][level] = loss
+                    costs[g][level] = loss.kl
                 yield name, costs
             states = _outputs(dense, states)
 
-    def together(self, choices: Sequence[Sparsities]) -> list[float]:
+    def together(self, choices: Sequence[Sparsities]) -> list[Loss]:
         """Return what each choice costs, with all of its groups pruned together."""
         streams: list[SampleTensors] = [self._measured.embedded] * len(choices)
         for position, problems in self._pass():
@@ -111,6 +119,23 @@ class Sensitivity:
                         weights |= solved[group, level]
                 streams[i] = _outputs(block, streams[i], weights)
         return self._losses(len(self.blocks), streams)
+
+    def of_weights(self, weights: Mapping[str, Tensor]) -> Loss:
+        """Return what the model loses with other weights of some Linears.
+
+        :param weights: name of a Linear -> [rows, columns]
+        """
+        states = self._measured.embedded
+        for position, name in enumerate(self.blocks):
+            prefix = f"{name}."
+            own = {
+                linear.removeprefix(prefix): weight
+                for linear, weight in weights.items()
+                if linear.startswith(prefix)
+            }
+            states = _outputs(self._measured.block(position, states), states, own)
+        (loss,) = self._losses(len(self.blocks), [states])
+        return loss
 
     def _pass(self) -> Iterator[tuple[int, Problems]]:
         """Run the dense model; yield each block's position and problems."""
@@ -151,7 +176,7 @@ class Sensitivity:
                 found[name] = prune["Wanda"](*problems[name])
         return found
 
-    def _losses(self, first: int, streams: list[SampleTensors]) -> list[float]:
+    def _losses(self, first: int, streams: list[SampleTensors]) -> list[Loss]:
         """Return the losses of hidden states before a block, the others being dense."""
         for position in range(first, len(self.blocks)):
             block = self._measured.block(position, streams[0])
@@ -159,22 +184,26 @@ class Sensitivity:
         return self._divergences(streams)
 
     @torch.no_grad()
-    def _divergences(self, streams: Sequence[SampleTensors]) -> list[float]:
+    def _divergences(self, streams: Sequence[SampleTensors]) -> list[Loss]:
         """Return the mean loss of hidden states after the last block."""
-        losses = [0.0] * len(streams)
+        count = len(self.held_out)
+        divergences, rises = [0.0] * len(streams), [0.0] * len(streams)
 
         def predicted(window: int, states: Sequence[Tensor]) -> Tensor:
             logits = self._measured.logits(window, states[window][:, ::_EVERY])
             return logits.log_softmax(-1)
 
-        for window in range(len(self.held_out)):
+        for window in range(count):
             dense = predicted(window, self._reference)
+            words = self.held_out[window, 1::_EVERY, None].to(dense.device)
             for i, states in enumerate(streams):
                 difference = dense - predicted(window, states)
                 # a divergence is positive, but its rounding error need not be
                 kl = (dense.exp() * difference).sum(-1).mean().clamp_min(0.0)
-                losses[i] += kl.item() / len(self.held_out)
-        return losses
+                divergences[i] += kl.item() / count
+                rise = difference[: len(words)].gather(-1, words).mean()
+                rises[i] += rise.item() / count
+        return list(map(Loss, divergences, rises))
 
 
 def _of(block: str, groups: Groups) -> dict[str, list[str]]:
@@ -203,7 +232,8 @@ def _outputs(
     linears: Any = block.linears()
     own = {name: linears[name].weight.data for name in weights or {}}
     for name, weight in (weights or {}).items():
-        linears[name].weight.data = weight
+        own_weight = linears[name].weight
+        own_weight.data = weight.to(own_weight)
     block.hidden = states
     try:
         return block.outputs()

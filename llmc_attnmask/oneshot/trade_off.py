@@ -16,7 +16,7 @@ Costs = Mapping[str, Mapping[float, float]]  # group -> sparsity -> nats per tok
 # logarithm is linear in the sparsity.
 _MEASURED = (0.5, 0.7)
 _UNSTRUCTURED = tuple(x / 20 for x in range(6, 17))  # 0.3 to 0.8
-_BITMASK = 1 / 16  # bytes of a weight's bit over those of a weight in 16 bits
+BITMASK = 1 / 16  # bytes of a weight's bit over those of a weight in 16 bits
 _TINY = 1e-9  # nats; the logarithm of a cost must be finite
 
 
@@ -64,7 +64,7 @@ def check_budget(budget: Budget, structure: MaskStructure) -> None:
             "dense_share is for N:M sparsity, where a group is sparse or dense, and "
             "this recipe is unstructured; give sparsity, size or loss"
         )
-    sparsities = _sparsities(structure)
+    sparsities = sparsities_of(structure)
     low, high = {
         "dense_share": (0.0, 1.0),
         "sparsity": (0.0, max(sparsities)),
@@ -77,7 +77,7 @@ def check_budget(budget: Budget, structure: MaskStructure) -> None:
         )
 
 
-def _sparsities(structure: MaskStructure) -> tuple[float, ...]:
+def sparsities_of(structure: MaskStructure) -> tuple[float, ...]:
     """Return the sparsities that a group may have, besides 0."""
     if structure.unstructured:
         return _UNSTRUCTURED
@@ -94,7 +94,7 @@ class TradeOff:
     def __init__(self, entries: Mapping[str, int], structure: MaskStructure):
         self.entries, self.structure = dict(entries), structure
         self._total = sum(entries.values())
-        self.sparsities = _sparsities(structure)
+        self.sparsities = sparsities_of(structure)
         self.measured = _MEASURED if structure.unstructured else self.sparsities
         """Sparsities at which costs are needed."""
 
@@ -196,4 +196,4 @@ def packed_size(sparsity: float) -> float:
 
     Dense weights are not packed. At 2:4 it is 0.5625.
     """
-    return 1 - sparsity + _BITMASK if sparsity else 1.0
+    return 1 - sparsity + BITMASK if sparsity else 1.0

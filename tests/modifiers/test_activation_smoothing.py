@@ -14,7 +14,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from llmc_attnmask import ActivationSmoothingModifier, MaskedGPTQModifier
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.activation_smoothing import _divide
-from llmc_attnmask.oneshot.prune import compress, save
+from llmc_attnmask.oneshot.compress import compress
+from llmc_attnmask.oneshot.prune import save
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.architectures import FAMILIES, small_model
 

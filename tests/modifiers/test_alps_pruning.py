@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from llmc_attnmask import ALPSPruningModifier
 from llmc_attnmask.evaluation.perplexity import perplexity
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 IGNORE = ["re:.*lm_head"]

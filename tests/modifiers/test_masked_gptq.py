@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc_attnmask import MaskedGPTQModifier
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 IGNORE = ["re:.*lm_head"]

@@ -18,7 +18,7 @@ from llmc_attnmask import (
     MaskedRecoveryModifier,
 )
 from llmc_attnmask.evaluation.perplexity import perplexity
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 TWO_OF_FOUR = {"sparsity": 0.5, "mask_structure": "2:4"}

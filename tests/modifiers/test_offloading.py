@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmc_attnmask import AttentionMatrixPruningModifier
 from llmc_attnmask.checkpoint.convert import to_packed
-from llmc_attnmask.oneshot.prune import _set_default, compress, prune
+from llmc_attnmask.oneshot.compress import compress
+from llmc_attnmask.oneshot.prune import _set_default, prune
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.checkpoints import prune_2of4

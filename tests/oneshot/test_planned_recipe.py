@@ -4,13 +4,13 @@ import yaml
 from llmcompressor.modeling.moe.linearize import linearize_moe
 
 from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.planned_recipe import (
     PlannedRecipe,
     check_plan,
     model_identity,
     plan_of,
 )
-from llmc_attnmask.oneshot.prune import compress
 from llmc_attnmask.oneshot.recipe import RecipeError, find_recipe, load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.architectures import small_model

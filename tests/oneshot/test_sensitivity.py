@@ -4,7 +4,7 @@ import torch
 from llmc_attnmask.checkpoint.linears import served_groups
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.oneshot.sensitivity import Sensitivity
+from llmc_attnmask.oneshot.sensitivity import Loss, Sensitivity
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.upstream.baselines import baselines
 
@@ -30,8 +30,8 @@ def sensitivity(calibration) -> Sensitivity:
 
 
 @torch.no_grad()
-def direct(calibration, names) -> float:
-    """Loss, on every other token, of a model with some Linears pruned.
+def direct(calibration, names) -> Loss:
+    """Losses, on every other token, of a model with some Linears pruned.
 
     They are pruned on what they read in the dense model.
     """
@@ -53,8 +53,15 @@ def direct(calibration, names) -> float:
         sparsegpt = baselines(STRUCTURE, 0.5)["SparseGPT"]
         weight.copy_(sparsegpt(weight.clone(), hessians[name]))
     held_out = calibration[12:16]
+    return loss(pruned, held_out)
+
+
+@torch.no_grad()
+def loss(pruned, held_out) -> Loss:
     p, q = (m(held_out).logits.log_softmax(-1)[:, ::2] for m in (model(), pruned))
-    return (p.exp() * (p - q)).sum(-1).mean().item()
+    words = held_out[:, 1::2, None]
+    rise = (p - q)[:, : words.shape[1]].gather(-1, words)
+    return Loss((p.exp() * (p - q)).sum(-1).mean().item(), rise.mean().item())
 
 
 def test_a_group_costs_the_divergence_of_the_model_with_it_alone_pruned(
@@ -68,7 +75,7 @@ def test_a_group_costs_the_divergence_of_the_model_with_it_alone_pruned(
     for group in (QKV, DOWN):
         expected = direct(calibration, GROUPS[group])
         # products in bfloat16 round differently in each run
-        assert found[group][0.5] == pytest.approx(expected, rel=0.03, abs=1e-4)
+        assert found[group][0.5] == pytest.approx(expected.kl, rel=0.03, abs=1e-4)
 
 
 def test_groups_pruned_together_cost_what_the_whole_model_loses(
@@ -77,8 +84,21 @@ def test_groups_pruned_together_cost_what_the_whole_model_loses(
     choices = [dict.fromkeys(GROUPS, 0.5), dict.fromkeys(GROUPS, 0.0)]
     everything, nothing = sensitivity.together(choices)
     names = [name for members in GROUPS.values() for name in members]
-    assert everything == pytest.approx(direct(calibration, names), rel=0.03)
-    assert nothing == pytest.approx(0.0, abs=1e-6)
+    expected = direct(calibration, names)
+    assert everything.kl == pytest.approx(expected.kl, rel=0.03)
+    assert everything.rise == pytest.approx(expected.rise, rel=0.1, abs=1e-3)
+    assert nothing.kl == pytest.approx(0.0, abs=1e-6)
+
+
+def test_other_weights_lose_what_a_model_with_them_does(sensitivity, calibration):
+    pruned, weights = model(), {}
+    for name in [name for members in GROUPS.values() for name in members]:
+        weight = pruned.get_parameter(f"{name}.weight").data
+        weight[:, ::2] = 0
+        weights[name] = weight.clone()
+    found, expected = sensitivity.of_weights(weights), loss(pruned, calibration[12:16])
+    assert found.kl == pytest.approx(expected.kl, rel=0.03)
+    assert found.rise == pytest.approx(expected.rise, rel=0.03)
 
 
 def test_more_sparsity_costs_more(calibration):

@@ -12,7 +12,7 @@ from llmc_attnmask import (
     AttentionMatrixPruningModifier,
     MaskedRecoveryModifier,
 )
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.runlog import context
 from llmc_attnmask.runlog.context import RunContext, described

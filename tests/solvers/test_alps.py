@@ -5,7 +5,7 @@ from torch import nn
 from llmc_attnmask import ALPSPruningModifier
 from llmc_attnmask.evaluation.perplexity import load_model
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.runlog.journal import entries
 from llmc_attnmask.solvers.alps import LinearProblem, prune_linears

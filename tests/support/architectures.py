@@ -20,7 +20,8 @@ from llmc_attnmask.attention.projections import attention_modules, find_projecti
 from llmc_attnmask.evaluation.attention_error import attention_errors, attention_inputs
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers import AttentionMatrixPruningModifier
-from llmc_attnmask.oneshot.prune import compress, save
+from llmc_attnmask.oneshot.compress import compress
+from llmc_attnmask.oneshot.prune import save
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.attention import probabilities
 

@@ -21,7 +21,7 @@ from llmc_attnmask import (
     MaskedGPTQModifier,
 )
 from llmc_attnmask.masks.record import get_mask
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.upstream.mask_guard import MaskBrokenError
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llmc_attnmask import AttentionMatrixPruningModifier
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.architectures import small_model, text_attention
 

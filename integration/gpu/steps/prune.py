@@ -15,7 +15,7 @@ from loguru import logger
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from integration.gpu.context import Context
-from llmc_attnmask.oneshot.prune import compress
+from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
