@@ -76,8 +76,10 @@ MODEL ?= llmc_attnmask/builtin/model
 CALIB ?= builtin:pydoc
 EVAL ?= builtin:pydoc
 SEEDS ?= 0 1 2
-bench-quality: $(INSTALLED)  ## every method, scope and structure: OUT/quality.md and .json
+bench-quality: $(INSTALLED)  ## every method: OUT/quality.md; the loss at every size: OUT/trade-off.svg
 	$(QUIET) $(BIN)/python integration/benchmarks/quality.py --model $(MODEL) \
+	    --calibration $(CALIB) --evaluation $(EVAL) --seeds $(SEEDS) --out $(OUT)
+	$(QUIET) $(BIN)/python integration/benchmarks/trade_off.py --model $(MODEL) \
 	    --calibration $(CALIB) --evaluation $(EVAL) --seeds $(SEEDS) --out $(OUT)
 
 bench-quantization: $(INSTALLED)  ## GPTQ with and without masks: OUT/quantization.md and .json

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationMixin
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -64,6 +65,14 @@ METHODS = {  # name -> whether it has randomness
     "ours light, output_weight 0": True,
     "ours accuracy": True,
     "ours + recovery": True,
+    "W8A8": False,
+    "FP8": False,
+    "W4A16": False,
+}
+QUANTIZED = {  # method -> the recipe whose quantization it is, without the pruning
+    "W8A8": "block_2of4_w8a8_int8",
+    "FP8": "block_2of4_fp8",
+    "W4A16": "block_2of4_w4a16_gptq",
 }
 
 
@@ -107,6 +116,8 @@ def modifiers(case: Case, model: PreTrainedModel) -> list[Any]:
     """
     if case.method not in METHODS:
         return _seeded(recipe_of(case.method)[0], case.seed)
+    if case.method in QUANTIZED:
+        return _split(_seeded(QUANTIZED[case.method], case.seed))[1]
     fields: dict[str, Any] = {
         "sparsity": case.sparsity,
         "mask_structure": case.structure,
@@ -232,7 +243,7 @@ def pruned(case: Case) -> Pruned:
         scope: Scope = "whole block" if case.scope == "block" else "q and k"
         method = Method("magnitude", scope, case.structure, case.sparsity)
         prune_by_magnitude(model, method)
-    elif case.kept and recipe:
+    elif case.kept and _split(recipe)[0]:
         return _kept(case, recipe, plan, planning)
     elif recipe:
         compress(model, tokenizer, recipe, case.calibration)
@@ -257,29 +268,33 @@ def _kept(
     :param seconds: that the plan took; those of the earlier row are added
     """
     assert case.kept
-    pruning = next(
-        (i for i, m in enumerate(recipe) if hasattr(m, "config_groups")), len(recipe)
-    )
-    if pruning and isinstance(recipe[pruning - 1], ActivationSmoothingModifier):
-        pruning -= 1
-    identity = [windows_digest(case.calibration), described(recipe[:pruning])]
+    pruning, quantization = _split(recipe)
+    identity = [windows_digest(case.calibration), described(pruning)]
     folder = case.kept / _digest(case, identity)
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     cost = folder / "cost.json"
     if not cost.exists():
         model = load(case.model, dtype="auto")
         start = time.perf_counter()
-        compress(model, tokenizer, recipe[:pruning], case.calibration)
+        compress(model, tokenizer, pruning, case.calibration)
         spent = {"seconds": time.perf_counter() - start, "peak_gb": _peak_gb()}
         save(model, tokenizer, folder)
         cost.write_text(json.dumps(spent))
     spent = json.loads(cost.read_text())
     model = load(folder, dtype="auto")
     start = time.perf_counter()
-    if recipe[pruning:]:
-        compress(model, tokenizer, recipe[pruning:], case.calibration)
+    if quantization:
+        compress(model, tokenizer, quantization, case.calibration)
     seconds += spent["seconds"] + time.perf_counter() - start
     return _found(model, seconds, max(spent["peak_gb"], _peak_gb()), plan)
+
+
+def _split(recipe: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return what prunes, and what quantizes afterwards, with what prepares it."""
+    kinds = (ActivationSmoothingModifier, QuantizationMixin)
+    first = [i for i, m in enumerate(recipe) if isinstance(m, kinds)]
+    where = first[0] if first else len(recipe)
+    return recipe[:where], recipe[where:]
 
 
 def _digest(case: Case, identity: Any) -> str:

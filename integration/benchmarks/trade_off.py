@@ -1,0 +1,240 @@
+"""Measure the loss at every size: pruned, planned and quantized, on one model.
+
+    python integration/benchmarks/trade_off.py --model ... --out OUT
+
+``make bench-quality`` runs it after ``quality.py``. Sizes are the bytes of the
+decoder's Linears, packed, over those in 16 bits. ``OUT/trade-off.json`` is written row
+by row, and rows that it has are not measured again; ``OUT/trade-off.svg`` and ``.md``
+show them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+from torch import Tensor
+from transformers import AutoTokenizer
+
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).parents[2])
+
+from integration.benchmarks.methods import METHODS, Case, in_own_process, pruned, shape
+from llmc_attnmask.evaluation.perplexity import perplexity
+from llmc_attnmask.oneshot.trade_off import packed_size
+from llmc_attnmask.text.dataset import BUILTIN, load_texts
+from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
+
+Row = dict[str, Any]
+FILE = "trade-off.json"
+DENSE_SHARES = (0.5, 0.25, 0.125)
+SPARSITIES = (0.4, 0.5, 0.6, 0.7)
+_INT4 = (4 + 16 / 64) / 16  # with a scale for 64 weights
+_SPARSE_8BIT = 0.5 * 8 / 16 + 1 / 16  # with a bit for each weight
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured, and as a part of which line of the picture."""
+
+    line: str
+    method: str
+    structure: str = "2:4"
+    size: float | None = None  # None: what the plan says
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.structure}"
+
+
+def points() -> list[Point]:
+    """Return every point, line by line."""
+    whole = packed_size(0.5)
+    unstructured = [(f"{100 * s:g} %", packed_size(s), s) for s in SPARSITIES]
+    return [
+        Point("SparseGPT, 2:4", "SparseGPT", "2:4", whole),
+        Point("Wanda, 2:4", "Wanda", "2:4", whole),
+        Point("block_2of4, planned", "block_2of4", "2:4", whole),
+        *(
+            Point("block_2of4, planned", f"block_2of4, dense_share {share:g}")
+            for share in DENSE_SHARES
+        ),
+        Point(
+            "first and last layers dense",
+            "block_2of4, ends 0.25",
+            size=0.25 + 0.75 * whole,
+        ),
+        *(
+            Point(
+                "unstructured, planned", f"block_unstructured_60, sparsity {s:g}", label
+            )
+            for label, _, s in unstructured
+        ),
+        *(
+            Point(f"{name}, unstructured", method, label, size)
+            for name, method in (
+                ("ALPS and recovery", "ALPS + recovery"),
+                ("SparseGPT", "SparseGPT"),
+                ("Wanda", "Wanda"),
+            )
+            for label, size, _ in unstructured
+        ),
+        Point("quantized only", "W8A8", size=0.5),
+        Point("quantized only", "FP8", size=0.5),
+        Point("quantized only", "W4A16", size=_INT4),
+        Point("2:4 and 8 bits", "block_2of4_w8a8_int8", size=_SPARSE_8BIT),
+        Point("2:4 and 8 bits", "block_2of4_fp8", size=_SPARSE_8BIT),
+    ]
+
+
+DENSE = Point("dense", "dense", size=1.0)
+
+
+@dataclass(frozen=True)
+class Run(Case):
+    """One run and its data."""
+
+    evaluation: Tensor  # int64 [windows, length]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of one run."""
+
+    perplexity: float
+    seconds: float  # of pruning, with the plan
+    plan: dict[str, Any] | None
+
+
+def measure(run: Run) -> Result:
+    """Prune and evaluate in this process."""
+    found = pruned(run)
+    return Result(perplexity(found.model, run.evaluation), found.seconds, found.plan)
+
+
+def measured(args: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row per point; those of an earlier run are read from its file."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    calibration = calibration_windows(
+        load_texts(args.calibration), tokenizer, args.num_samples, args.max_length
+    )
+    evaluation = evaluation_windows(
+        load_texts(args.evaluation, split="evaluation"), tokenizer, args.max_length
+    )
+    known = {row["name"]: row for row in read(args.out / FILE)}
+    for point in (DENSE, *points()):
+        if point.name in known:
+            yield known[point.name]
+            continue
+        structure, sparsity = shape(point.structure)
+        case = (args.model, point.method, "block", structure, sparsity)
+        data = (calibration, evaluation)
+        seeds = args.seeds if METHODS.get(point.method, True) else args.seeds[:1]
+        results = [
+            in_own_process(measure, Run(*case, seed, *data, kept=args.out / "kept"))
+            for seed in seeds
+        ]
+        row = {
+            **asdict(point),
+            "name": point.name,
+            "runs": [asdict(r) for r in results],
+        }
+        if point.size is None:
+            row["size"] = row["runs"][0]["plan"]["size"]
+        yield row
+
+
+def read(file: Path) -> list[Row]:
+    """Return the rows of a file, none if it does not exist."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def perplexity_of(row: Row) -> float:
+    """Return the mean over seeds."""
+    return float(sum(run["perplexity"] for run in row["runs"]) / len(row["runs"]))
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """Write a table with a row for every point, by size within its line."""
+    by_name = {row["name"]: row for row in rows}
+    dense = perplexity_of(by_name.pop(DENSE.name))
+    gap = perplexity_of(by_name["SparseGPT 2:4"]) - dense
+    lines = [
+        "| | method | size | perplexity | rise | x SparseGPT's 2:4 | expected rise |",
+        "|---|---|--:|--:|--:|--:|--:|",
+        f"| dense | | 1 | {dense:.3f} | | | |",
+    ]
+    for row in _by_line(by_name.values()):
+        found = perplexity_of(row)
+        plan = row["runs"][0]["plan"] or {}
+        cells = [
+            row["line"],
+            row["method"] if row["structure"] == "2:4" else row["structure"],
+            f"{row['size']:.3f}",
+            f"{found:.3f}",
+            f"{found / dense - 1:+.1%}",
+            f"{(found - dense) / gap:.3f}",
+            f"{plan['expected_rise']:+.1%}" if plan else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _by_line(rows: Iterable[Row]) -> list[Row]:
+    lines = list(dict.fromkeys(point.line for point in points()))
+    return sorted(rows, key=lambda row: (lines.index(row["line"]), row["size"]))
+
+
+def draw(rows: Iterable[Row], file: Path) -> None:
+    """Draw the rise of the perplexity over the size, a line for each kind."""
+    by_name = {row["name"]: row for row in rows}
+    dense = perplexity_of(by_name.pop(DENSE.name))
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "trade-off"  # the same file for the same rows
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for line, points_of in groupby(_by_line(by_name.values()), lambda r: r["line"]):
+        found = list(points_of)
+        rises = [100 * (perplexity_of(row) / dense - 1) for row in found]
+        style = "o-" if line.startswith("block_2of4, planned") else ".-"
+        axes.plot([row["size"] for row in found], rises, style, label=line)
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes of the weights, packed, over dense in 16 bits")
+    axes.set_ylabel("rise of the perplexity, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", default=BUILTIN)
+    parser.add_argument("--evaluation", default=BUILTIN)
+    parser.add_argument("--num-samples", type=int, default=128)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for row in measured(args):
+        rows.append(row)
+        print(f"{row['line']}, {row['name']}: {perplexity_of(row):.3f}", flush=True)
+        content = json.dumps(rows, indent=1)
+        (args.out / FILE).write_text(f"{content}\n", encoding="utf-8")
+    (args.out / "trade-off.md").write_text(f"{markdown(rows)}\n", encoding="utf-8")
+    draw(rows, args.out / "trade-off.svg")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
