@@ -19,9 +19,9 @@ from scripts import real_model
 FOLDER = Path(".real-model")
 # so few windows and steps that the whole demo takes some minutes on two cores
 NUM_SAMPLES, MAX_LENGTH, EVALUATION_WINDOWS = 16, 512, 8
-RECIPE, BLOCK_RECIPE = (
-    Path(__file__).with_name(f"{name}_quick.yaml")
-    for name in ("attention_2of4", "block_2of4")
+RECIPE, BLOCK_RECIPE, PLAN = (
+    Path(__file__).with_name(f"{name}.yaml")
+    for name in ("attention_2of4_demo", "block_2of4_demo", "block_2of4_planned")
 )
 
 
@@ -45,12 +45,13 @@ def options(model: str, folder: Path = FOLDER) -> list[str]:
             "--calibration": folder / "wikipedia-calibration.jsonl",
             "--evaluation": folder / "wikipedia-evaluation.jsonl",
             "--recipe": RECIPE,
-            "--block-recipe": BLOCK_RECIPE,
+            "--baselines": "SparseGPT",
             "--num-samples": NUM_SAMPLES,
             "--max-length": MAX_LENGTH,
             "--evaluation-windows": EVALUATION_WINDOWS,
         }
-        return [str(part) for option in texts.items() for part in option]
+        parts = [str(part) for option in texts.items() for part in option]
+        return [*parts, "--block-recipe", str(BLOCK_RECIPE), str(PLAN)]
     return [] if model == "shipped" else ["--model", model]
 
 

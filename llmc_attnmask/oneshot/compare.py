@@ -166,10 +166,10 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
     for column in ("perplexity", "gap", "attention error", "zeros", "seconds"):
         table.add_column(column, justify="right")
     for position, row in enumerate(rows):
-        if position and row.method.scope != rows[position - 1].method.scope:
+        if position and row.method.pruned != rows[position - 1].method.pruned:
             table.add_section()
         table.add_row(
-            row.method.scope,
+            row.method.pruned,
             row.method.name,
             f"{row.perplexity:.3f}",
             f"{row.perplexity - rows[0].perplexity:+.3f}",
@@ -207,6 +207,13 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=["block_2of4"],
         help="recipes that prune the whole block",
     )
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=list(BASELINES),
+        default=list(BASELINES),
+        help="other methods that prune q and k",
+    )
     parser.add_argument("--calibration", default=BUILTIN)
     parser.add_argument("--evaluation", default=BUILTIN)
     parser.add_argument("--num-samples", type=int, default=128)
@@ -224,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipes = [find_recipe(recipe) for recipe in args.recipe]
     of_block = [find_recipe(recipe) for recipe in args.block_recipe]
     block = methods("whole block", of_block, ["SparseGPT"])
-    todo = [DENSE, *methods("q and k", recipes, list(BASELINES)), *block]
+    todo = [DENSE, *block, *methods("q and k", recipes, args.baselines)]
 
     tokenizer = read_tokenizer(args.model)
     calibration = calibration_windows(
@@ -239,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with console.status("dense") as status:
         comparison = Comparison(args.model, calibration, evaluation, args.keep)
         for position, method in enumerate(todo, start=1):
-            status.update(f"{method.scope}: {method.name}")
+            status.update(f"{method.pruned}: {method.name}")
             asked = QUESTIONS if method in (DENSE, *block) else ()
             rows.append(comparison.measure(method, asked))
             elapsed = time.perf_counter() - start

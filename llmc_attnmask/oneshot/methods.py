@@ -17,6 +17,7 @@ from llmc_attnmask.attention.projections import (
     find_projections,
 )
 from llmc_attnmask.masks.structure import MaskStructure
+from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, plan_of
 from llmc_attnmask.oneshot.recipe import load_recipe
 
 Scope = Literal["nothing", "q and k", "whole block"]
@@ -37,10 +38,19 @@ class Method:
     structure: str = ""
     sparsity: float = 0.0
     recipe: Path | None = None  # of ours; None for baselines and the dense model
+    plan: Path | None = None  # a planned recipe: what it leaves dense stays dense
 
     @property
     def calibrated(self) -> bool:
         return self.name not in ("dense", "magnitude")
+
+    @property
+    def pruned(self) -> str:
+        """What is pruned, in words."""
+        if self.plan is None:
+            return self.scope
+        share = (plan_of(self.plan) or {})["dense_share"]
+        return f"{self.scope} but {share:.0%}"
 
     def modifiers(self, model: PreTrainedModel) -> list[Any]:
         """Return what ``oneshot`` runs; nothing for the dense model and magnitude."""
@@ -49,7 +59,11 @@ class Method:
         baseline = BASELINES.get(self.name)
         if baseline is None:
             return []
-        names = linear_names(model, self.scope)
+        if self.plan is None:
+            names = linear_names(model, self.scope)
+        else:
+            groups = PlannedRecipe(self.plan).groups(model).values()
+            names = [name for members in groups for name in members]
         return [
             baseline(
                 sparsity=self.sparsity, mask_structure=self.structure, targets=names
@@ -62,6 +76,8 @@ def methods(
 ) -> list[Method]:
     """Return baselines and recipes that prune the same Linears.
 
+    Before each planned recipe, SparseGPT prunes what that recipe prunes.
+
     :param recipes: the baselines take sparsity and mask structure of the first
     :param baselines: names of ``BASELINES``
     :raises ValueError: if the first recipe has more than one sparsity
@@ -69,13 +85,14 @@ def methods(
     if not recipes:
         return []
     structure, sparsity = _pruning(recipes[0])
-    return [
-        *(Method(name, scope, structure, sparsity) for name in baselines),
-        *(
-            Method(f"ours, {path.stem.removeprefix('attention_')}", scope, recipe=path)
-            for path in recipes
-        ),
-    ]
+    found = [Method(name, scope, structure, sparsity) for name in baselines]
+    for path in recipes:
+        plan = path if plan_of(path) else None
+        if plan:
+            found.append(Method("SparseGPT", scope, structure, sparsity, plan=plan))
+        name = f"ours, {path.stem.removeprefix('attention_')}"
+        found.append(Method(name, scope, recipe=path, plan=plan))
+    return found
 
 
 def _pruning(recipe: Path) -> tuple[str, float]:

@@ -3,10 +3,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.oneshot import compare
 from llmc_attnmask.oneshot.chat import answer
 from llmc_attnmask.oneshot.compare import DENSE, Comparison, Row, time_left
 from llmc_attnmask.oneshot.methods import BASELINES, Method, methods
+from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
 from llmc_attnmask.oneshot.recipe import find_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
@@ -71,6 +73,30 @@ def test_of_the_whole_block_every_linear_is_pruned_and_the_model_answers(
     assert found == answer(comparison._dense, comparison.tokenizer, "What is a list?")
 
 
+def test_beside_a_planned_recipe_sparsegpt_prunes_what_it_prunes(
+    calibration, evaluation, tmp_path
+):
+    template = tmp_path / "stock.yaml"
+    template.write_text(RECIPE.format(0.5, "2:4"))
+    planned = PlannedRecipe(template)
+    model = load(MODEL_DIR)
+    groups = planned.groups(model)
+    chosen = {g: 0.0 if ".0." in g or "down" in g else 0.5 for g in groups}
+    output = tmp_path / "planned.yaml"
+    planned.write(output, model, groups, chosen, {"dense_share": 0.4})
+    comparison = Comparison(MODEL_DIR, calibration[:4], evaluation[:4])
+    found = methods("whole block", [template, output], ["SparseGPT"])
+    assert [(m.pruned, m.name) for m in found] == [
+        ("whole block", "SparseGPT"),
+        ("whole block", "ours, stock"),
+        ("whole block but 40%", "SparseGPT"),
+        ("whole block but 40%", "ours, planned"),
+    ]
+    sparsegpt, ours = (comparison.measure(method) for method in found[2:])
+    assert sparsegpt.zeros == ours.zeros < 0.35
+    assert sparsegpt.perplexity == pytest.approx(ours.perplexity)
+
+
 def test_an_answer_is_one_line_that_says_where_it_was_cut(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     tokenizer.chat_template = CHAT
@@ -116,7 +142,7 @@ def test_the_command_prints_a_table_and_its_conditions(tmp_path, capsys):
     text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
     options = ["--calibration", text, "--evaluation", text, "--num-samples", 2]
     options += ["--max-length", 32, "--evaluation-windows", 3]
-    options += ["--recipe", "--block-recipe", "block_2of4"]
+    options += ["--recipe", "--block-recipe", "block_2of4_quick"]
     compare.main([str(option) for option in options])
     printed = capsys.readouterr().out
     assert "1 of 3" in printed and "3 of 3" in printed
