@@ -34,6 +34,7 @@ from llmc_attnmask import (
     AttentionMatrixPruningModifier,
     MaskedRecoveryModifier,
 )
+from llmc_attnmask.checkpoint.io.atomic import PROGRESS
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.methods import (
@@ -190,7 +191,7 @@ def planned(case: Case, output: Path) -> tuple[dict[str, Any], float]:
         groups = template.groups(model)
         identity = [windows_digest(case.calibration), str(template.structure), groups]
         folder = case.kept / f"costs-{_digest(case, identity)}"
-        costs = Progress(folder, {}, [])
+        costs = Progress(folder / PROGRESS, {}, [])
     budget = Budget(kind, value)  # type: ignore[arg-type]
     level = pilot_sparsity(template.structure, budget)
     pilot = None

@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llmc_attnmask.checkpoint import marker
 from llmc_attnmask.checkpoint.config import dense_config, is_packed, packed_config
 from llmc_attnmask.checkpoint.io.atomic import check_new, new_folder
 from llmc_attnmask.checkpoint.io.files import (
@@ -76,10 +77,11 @@ def to_packed(
     if only_2of4:
         sparse = set(two_of_four_layers(checkpoint))
     else:
-        sparse = set(linears)
-        for tensor in linears.values():
-            if tensor.shape[1] % 4:
-                raise not_two_of_four(tensor)
+        # a checkpoint that names its 2:4 layers was pruned in part, by a plan perhaps
+        sparse = set(marker.read(checkpoint.config) or linears)
+        for module in sparse & linears.keys():
+            if linears[module].shape[1] % 4:
+                raise not_two_of_four(linears[module])
     chosen = _uniform(sparse, checkpoint)
     layers = [module for module in linears if module in chosen]
     if not layers:

@@ -13,13 +13,14 @@ def pack(
 ) -> Conversion:
     """Store the 2:4 layers of a checkpoint as sparse-24-bitmask.
 
-    Every Linear of the decoder layers must be exactly 2:4, with +0.0 as every pruned
-    entry. Layers that servers fuse (q, k and v; gate and up) are packed together or
-    stay dense together, with a warning. Report and model card are updated.
+    They are those that the config's marker names, or without a marker, every Linear of
+    the decoder layers. They must be exactly 2:4, with +0.0 as every pruned entry.
+    Layers that servers fuse (q, k and v; gate and up) are packed together or stay dense
+    together, with a warning. Report and model card are updated.
 
     :param directory: dense-stored checkpoint of any origin
     :param output: folder to create; must not exist or must be empty
-    :param only_2of4: pack the layers that are 2:4 and leave the others dense
+    :param only_2of4: pack whatever is 2:4, named or not, and leave the others dense
     :raises NotTwoOfFourError: for a layer that is not 2:4, unless ``only_2of4``
     :raises NothingToPackError: if no layer can be packed
     :raises ValueError: if files cannot be read or are already packed, or if the output

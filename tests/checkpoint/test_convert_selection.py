@@ -1,12 +1,13 @@
 """Which layers are packed."""
 
+import json
 import re
 import warnings
 
 import pytest
 import torch
 
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint import layout, marker
 from llmc_attnmask.checkpoint.convert import (
     CheckpointWarning,
     NothingToPackError,
@@ -28,6 +29,23 @@ def test_a_layer_that_is_not_2of4_is_named(tmp_path):
     with pytest.raises(layout.NotTwoOfFourError, match=message):
         to_packed(dense, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_the_layers_that_the_marker_names_are_packed_and_must_be_2of4(tmp_path):
+    tensors = decoder()
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(1)
+    dense = write(tmp_path / "dense", tensors)
+    named = [n.removesuffix(".weight") for n in tensors if "mlp" in n or "o_proj" in n]
+    named.remove("model.layers.0.mlp.down_proj")
+    config = json.loads((dense / "config.json").read_text())
+    marker.write(config, named)
+    (dense / "config.json").write_text(json.dumps(config))
+    conversion = to_packed(dense, tmp_path / "packed")
+    assert sorted(conversion.layers) == sorted(named)
+    marker.write(config, [*named, "model.layers.0.mlp.down_proj"])
+    (dense / "config.json").write_text(json.dumps(config))
+    with pytest.raises(layout.NotTwoOfFourError, match=r"0\.mlp\.down_proj.* is not"):
+        to_packed(dense, tmp_path / "again")
 
 
 def test_a_number_of_inputs_not_divisible_by_four_is_named(tmp_path):

@@ -59,6 +59,20 @@ def test_a_base_model_on_the_hub_is_named_and_its_license_adopted(report, copy):
     assert data.license == "apache-2.0" and data.base_model is None
 
 
+def test_the_card_of_a_planned_model_says_what_was_chosen(report, copy):
+    assert "planned" not in card.render(report, copy)
+    report["plan"] = {
+        "budget": "dense_share 0.25",
+        "size": 0.6714,
+        "dense_share": 0.249,
+        "expected_rise": 0.0612,
+    }
+    text = " ".join(card.render(report, copy).split())
+    assert "for a budget of dense share 0.25: 24.9 % of the weights stay dense" in text
+    assert "take 0.671 of their dense size" in text
+    assert "rise of the perplexity of 6.1 %" in text
+
+
 def test_the_card_of_a_packed_checkpoint_says_how_to_load_it(copy, tmp_path, report):
     packed = Path(to_packed(copy, tmp_path / "packed", only_2of4=True).output)
     text = card.render(report, packed)
