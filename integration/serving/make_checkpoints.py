@@ -3,8 +3,8 @@
     python integration/serving/make_checkpoints.py OUT
 
 OUT gets the folders NAME-dense and NAME-packed for bf16, int8 and fp8, with the whole
-decoder at 2:4; mixed, with only q and k; and biased, a random Qwen2 whose q, k and v
-have biases. It also gets adapter, a LoRA adapter.
+decoder at 2:4; planned, with some groups dense; mixed, with only q and k; and biased, a
+random Qwen2 whose q, k and v have biases. It also gets adapter, a LoRA adapter.
 """
 
 import json
@@ -29,7 +29,9 @@ from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.config import packed_config
 from llmc_attnmask.checkpoint.convert import to_dense, to_packed
 from llmc_attnmask.oneshot.compress import compress
+from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
 from llmc_attnmask.oneshot.prune import save
+from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.text.dataset import BUILTIN, load_texts
 from llmc_attnmask.text.windows import calibration_windows
@@ -37,6 +39,11 @@ from llmc_attnmask.text.windows import calibration_windows
 BLOCK = "re:.*_proj$"
 RANK = 8
 ATTENTION = "re:.*(q|k)_proj$"
+TEMPLATE = f"""
+prune_stage:
+  pruning_modifiers:
+    WandaPruningModifier: {{sparsity: 0.5, mask_structure: "2:4", targets: ["{BLOCK}"]}}
+"""
 
 
 def shipped() -> PreTrainedModel:
@@ -133,6 +140,19 @@ def wanda(target: str) -> WandaPruningModifier:
     return WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=[target])
 
 
+def planned(folder: Path) -> list:
+    """Return what prunes all but a part of some layers, as a plan writes it."""
+    template = folder / "template.yaml"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    recipe = PlannedRecipe(template)
+    model = shipped()
+    groups = recipe.groups(model)
+    dense = [g for g in groups if g.endswith(("0.self_attn.o_proj", "2.mlp.down_proj"))]
+    sparsities = {group: 0.0 if group in dense else 0.5 for group in groups}
+    recipe.write(folder / "planned.yaml", model, groups, sparsities, {})
+    return load_recipe(folder / "planned.yaml").modifiers
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     int8 = QuantizationModifier(
@@ -144,6 +164,7 @@ def main() -> None:
         scheme="FP8_DYNAMIC", targets=["Linear"], ignore=["re:.*lm_head"]
     )
     make(out, "fp8", shipped(), [wanda(BLOCK), float8])
+    make(out, "planned", shipped(), planned(out))
     make(out, "mixed", shipped(), [wanda(ATTENTION)])
     make_adapter(out / "adapter")
     make(out, "biased", biased(out / "random"), [wanda(BLOCK)])

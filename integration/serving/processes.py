@@ -52,13 +52,16 @@ class Output:
 RUNS = {
     "stock": Run(
         WITHOUT_PLUGIN,
-        ["bf16-dense", "int8-dense", "fp8-dense", "mixed-dense", "biased-dense"],
+        [
+            *("bf16-dense", "int8-dense", "fp8-dense"),
+            *("mixed-dense", "planned-dense", "biased-dense"),
+        ],
     ),
     "plugin": Run(
         {},
         [
             *("bf16-packed", "bf16-dense", "int8-packed", "int8-dense"),
-            *("fp8-packed", "mixed-packed", "biased-packed"),
+            *("fp8-packed", "mixed-packed", "planned-packed", "biased-packed"),
         ],
     ),
     "stock lora": Run(WITHOUT_PLUGIN, ["bf16-dense"], lora="adapter"),

@@ -25,7 +25,7 @@ Outputs = dict[str, Future[Output]]
     "model",
     [
         *("bf16-packed", "bf16-dense", "int8-packed", "int8-dense"),
-        *("fp8-packed", "mixed-packed", "biased-packed"),
+        *("fp8-packed", "mixed-packed", "planned-packed", "biased-packed"),
     ],
 )
 def test_answers_equal_those_of_the_same_weights_stored_dense(
@@ -38,7 +38,7 @@ def test_answers_equal_those_of_the_same_weights_stored_dense(
 
 def test_the_log_says_which_kernel_each_layer_got(outputs: Outputs) -> None:
     log = outputs["plugin"].result().log
-    assert log.count("llmc-attnmask: kernels of the 2:4 layers") == 7
+    assert log.count("llmc-attnmask: kernels of the 2:4 layers") == 8
     row = r"4 +qkv_proj +512 x 192 +packed +dense +no sparse kernel on cpu"
     assert re.search(row, log)
     assert "not all of its parts are 2:4" in log  # q and k of mixed-packed
