@@ -1,4 +1,4 @@
-"""Write the measured tables of the documents from the benchmarks' results.
+"""Write the documents' measured tables and pictures from the benchmarks' results.
 
     python -m scripts.measured_tables            # rewrites them
     python -m scripts.measured_tables --check    # only names the documents that differ
@@ -13,10 +13,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from integration.benchmarks import quality, quantization, real_table
+from integration.benchmarks import quality, quantization, real_table, trade_off
 from llmc_attnmask.oneshot.shipped import recipes
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipped-block-60": lambda: _as_written(quality, "shipped-block-60"),
     "quantization": lambda: _as_written(quantization, "quantization"),
 }
+TRADE_OFFS = {  # name of the table -> file of ``trade_off.py``, which is drawn as well
+    path.stem: path for path in sorted(MEASUREMENTS.glob("trade-off-*.json"))
+}
+for _name, _path in TRADE_OFFS.items():
+    TABLES[_name] = partial(
+        lambda path: trade_off.markdown(trade_off.read(path)), _path
+    )
 if REAL.exists():
     TABLES["real"] = lambda: real(REAL)
     TABLES["real-summary"] = lambda: real_summary(REAL)
@@ -115,6 +123,14 @@ def written(text: str) -> str:
     )
 
 
+def pictures() -> dict[Path, bytes]:
+    """Draw every picture: its file -> SVG."""
+    return {
+        ROOT / "docs" / "assets" / f"{name}.svg": trade_off.drawn(trade_off.read(path))
+        for name, path in TRADE_OFFS.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -129,6 +145,12 @@ def main() -> None:
             stale = True
             if not check:
                 document.write_text(new, encoding="utf-8")
+    for picture, drawn in pictures().items():
+        if not picture.exists() or picture.read_bytes() != drawn:
+            print(picture.relative_to(ROOT))
+            stale = True
+            if not check:
+                picture.write_bytes(drawn)
     sys.exit(1 if stale and check else 0)
 
 

@@ -90,6 +90,11 @@ def _options() -> dict[str, set[str]]:
     }
 
 
+def test_pictures_are_drawn_from_what_the_benchmarks_wrote():
+    for path, drawn in measured_tables.pictures().items():
+        assert path.read_bytes() == drawn, "run python -m scripts.measured_tables"
+
+
 @pytest.mark.parametrize("document", measured_tables.DOCUMENTS, ids=lambda p: p.name)
 def test_measured_tables_are_what_the_benchmarks_wrote(document):
     text = document.read_text(encoding="utf-8")

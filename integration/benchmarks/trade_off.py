@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,8 @@ def _by_line(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (lines.index(row["line"]), row["size"]))
 
 
-def draw(rows: Iterable[Row], file: Path) -> None:
-    """Draw the rise of the perplexity over the size, a line for each kind."""
+def drawn(rows: Iterable[Row]) -> bytes:
+    """Draw the rise of the perplexity over the size as SVG, a line for each kind."""
     by_name = {row["name"]: row for row in rows}
     dense = perplexity_of(by_name.pop(DENSE.name))
     matplotlib.use("svg")
@@ -208,8 +209,10 @@ def draw(rows: Iterable[Row], file: Path) -> None:
     axes.set_ylabel("rise of the perplexity, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(file, metadata={"Date": None})
+    file = BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)
+    return file.getvalue()
 
 
 def main() -> None:
@@ -232,7 +235,7 @@ def main() -> None:
         content = json.dumps(rows, indent=1)
         (args.out / FILE).write_text(f"{content}\n", encoding="utf-8")
     (args.out / "trade-off.md").write_text(f"{markdown(rows)}\n", encoding="utf-8")
-    draw(rows, args.out / "trade-off.svg")
+    (args.out / "trade-off.svg").write_bytes(drawn(rows))
     print(markdown(rows))
 
 
