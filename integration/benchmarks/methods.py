@@ -48,7 +48,7 @@ from llmc_attnmask.oneshot.plan import entries_of, plan_on, split
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, plan_of
 from llmc_attnmask.oneshot.prune import save
 from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
-from llmc_attnmask.oneshot.trade_off import Budget
+from llmc_attnmask.oneshot.trade_off import Budget, TradeOff
 from llmc_attnmask.runlog.context import described
 from llmc_attnmask.runlog.progress import Progress
 
@@ -185,7 +185,9 @@ def planned(case: Case, output: Path) -> tuple[dict[str, Any], float]:
         groups = template.groups(model)
         sparsities = _dense_ends(model, groups, value)
         template.write(output, model, groups, sparsities, {})
-        return plan_of(output) or {}, time.perf_counter() - start
+        trade_off = TradeOff(entries_of(model, groups), template.structure)
+        plan = {"size": trade_off.size(sparsities)}
+        return plan, time.perf_counter() - start
     costs = None
     if case.kept:
         groups = template.groups(model)
@@ -194,21 +196,23 @@ def planned(case: Case, output: Path) -> tuple[dict[str, Any], float]:
         costs = Progress(folder / PROGRESS, {}, [])
     budget = Budget(kind, value)  # type: ignore[arg-type]
     level = pilot_sparsity(template.structure, budget)
-    pilot = None
-    if costs is None or costs.read_data(pilot_key(template, level)) is None:
+    key, pilot, spent = pilot_key(template, level), None, {}
+    if costs is None or costs.read_data(key) is None:
         tokenizer = AutoTokenizer.from_pretrained(case.model)
         others, _ = split(case.calibration)
         copy = load(case.model, dtype="auto")
-        pilot = run_pilot(copy, tokenizer, template, others, level)
+        pilot = run_pilot(copy, tokenizer, template, others, level, case.seed)
+        spent[key] = time.perf_counter() - start
+    start = time.perf_counter()
     plan_on(model, template, output, case.calibration, budget, pilot, progress=costs)
-    seconds = time.perf_counter() - start
+    spent["costs"] = time.perf_counter() - start
     if costs is not None:
+        known = costs.read_data("seconds") or {}
+        # the first row has measured everything, and others have read some of it
+        spent = {name: known.get(name, spent.get(name, 0.0)) for name in (key, "costs")}
+        costs.save_data("seconds", known | spent)
         costs.close()
-        spent = costs.folder / "seconds"
-        if not spent.exists():
-            spent.write_text(str(seconds))
-        seconds = float(spent.read_text())
-    return plan_of(output) or {}, seconds
+    return plan_of(output) or {}, sum(spent.values())
 
 
 def _dense_ends(

@@ -66,11 +66,7 @@ def points() -> list[Point]:
             Point("block_2of4, planned", f"block_2of4, dense_share {share:g}")
             for share in DENSE_SHARES
         ),
-        Point(
-            "first and last layers dense",
-            "block_2of4, ends 0.25",
-            size=0.25 + 0.75 * whole,
-        ),
+        Point("first and last layers dense", "block_2of4, ends 0.25"),
         *(
             Point(
                 "unstructured, planned", f"block_unstructured_60, sparsity {s:g}", label
@@ -181,7 +177,7 @@ def markdown(rows: Iterable[Row]) -> str:
             f"{found:.3f}",
             f"{found / dense - 1:+.1%}",
             f"{(found - dense) / gap:.3f}",
-            f"{plan['expected_rise']:+.1%}" if plan else "",
+            f"{plan['expected_rise']:+.1%}" if "expected_rise" in plan else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

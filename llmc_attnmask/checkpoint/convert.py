@@ -78,7 +78,15 @@ def to_packed(
         sparse = set(two_of_four_layers(checkpoint))
     else:
         # a checkpoint that names its 2:4 layers was pruned in part, by a plan perhaps
-        sparse = set(marker.read(checkpoint.config) or linears)
+        named = marker.read(checkpoint.config)
+        sparse = set(linears if named is None else named)
+        unknown = sparse - linears.keys()
+        if unknown and not packed_integers(checkpoint):
+            raise ValueError(
+                f"{directory}: config.json names {min(unknown)} as 2:4, and the "
+                "decoder layers have no such Linear; correct the names under "
+                f"{marker.KEY!r}, or pack whatever is 2:4 with --only-2of4"
+            )
         for module in sparse & linears.keys():
             if linears[module].shape[1] % 4:
                 raise not_two_of_four(linears[module])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from llmc_attnmask.attention.projections import (
     find_projections,
 )
 from llmc_attnmask.masks.structure import MaskStructure
-from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, plan_of
+from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, check_plan, plan_of
 from llmc_attnmask.oneshot.recipe import load_recipe
 
 Scope = Literal["nothing", "q and k", "whole block"]
@@ -53,7 +54,12 @@ class Method:
         return f"{self.scope} but {share:.0%}"
 
     def modifiers(self, model: PreTrainedModel) -> list[Any]:
-        """Return what ``oneshot`` runs; nothing for the dense model and magnitude."""
+        """Return what ``oneshot`` runs; nothing for the dense model and magnitude.
+
+        :raises RecipeError: for a plan of another model
+        """
+        if self.plan is not None:
+            check_plan(self.plan, model)
         if self.recipe is not None:
             return load_recipe(self.recipe).modifiers
         baseline = BASELINES.get(self.name)
@@ -62,6 +68,7 @@ class Method:
         if self.plan is None:
             names = linear_names(model, self.scope)
         else:
+            linearize_moe(model)  # as a recipe's own run does
             groups = PlannedRecipe(self.plan).groups(model).values()
             names = [name for members in groups for name in members]
         return [
@@ -89,7 +96,8 @@ def methods(
     for path in recipes:
         plan = path if plan_of(path) else None
         if plan:
-            found.append(Method("SparseGPT", scope, structure, sparsity, plan=plan))
+            own = _pruning(path)
+            found.append(Method("SparseGPT", scope, *own, plan=plan))
         name = f"ours, {path.stem.removeprefix('attention_')}"
         found.append(Method(name, scope, recipe=path, plan=plan))
     return found

@@ -28,7 +28,13 @@ from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
 from llmc_attnmask.oneshot.curve import Point, choices_of, expectation, points
 from llmc_attnmask.oneshot.fingerprint import fingerprint
 from llmc_attnmask.oneshot.loading import loaded
-from llmc_attnmask.oneshot.pilot import Pilot, pilot_key, pilot_sparsity, run_pilot
+from llmc_attnmask.oneshot.pilot import (
+    PILOT,
+    Pilot,
+    pilot_key,
+    pilot_sparsity,
+    run_pilot,
+)
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, model_identity
 from llmc_attnmask.oneshot.recipe import find_recipe
 from llmc_attnmask.oneshot.sensitivity import Sensitivity
@@ -123,9 +129,16 @@ def plan(
             pilot = None
             if progress.read_data(pilot_key(planned, level)) is None:
                 others, _ = split(windows)
-                torch.manual_seed(seed)
-                pilot = run_pilot(first, tokenizer, planned, others, level)
-        del first  # it has changed, and the next one needs its memory
+                pilot = run_pilot(
+                    first,
+                    tokenizer,
+                    planned,
+                    others,
+                    level,
+                    seed,
+                    offload_activations,
+                )
+        del first
         with loaded(model, config, "cpu") as dense:
             made = plan_on(
                 dense,
@@ -138,9 +151,9 @@ def plan(
                 progress,
             )
     except BaseException as error:
-        if any((folder / PROGRESS).glob(f"*{_DATA}*")):
+        if any((folder / PROGRESS).glob(f"*{kind}*") for kind in (_DATA, PILOT)):
             error.add_note(
-                f"finished blocks are kept in {folder}: the same command with --resume "
+                f"what is measured is kept in {folder}: the same command with --resume "
                 "continues from there, with any budget"
             )
         elif isinstance(error, ValueError) and not resume:
@@ -182,23 +195,25 @@ def plan_on(
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         offload,
     )
-    costs = _costs(sensitivity, trade_off.measured, progress)
     key = pilot_key(planned, pilot_sparsity(planned.structure, budget))
     left = _left(sensitivity, pilot, key, progress)
+    costs = _costs(sensitivity, trade_off.measured, progress)
     measured = partial(points, sensitivity, trade_off, costs)
     choices = choices_of(trade_off, costs)
-    if budget.kind == "loss":  # what to choose is known only from the curve
+    if budget.kind != "loss":
+        wanted = trade_off.choose(budget, costs)
+        curve = measured(choices if wanted in choices else [*choices, wanted])
+        expected = expectation(curve, left)
+    else:  # what to choose is known only from the curve
         curve = measured(choices)
         expected = expectation(curve, left)
-        (chosen,) = measured([trade_off.smallest(budget.value, costs, expected)])
-    else:
-        *curve, chosen = measured([*choices, trade_off.choose(budget, costs)])
-        expected = expectation(curve, left)
-    *curve, chosen = (
-        replace(point, expected=expected(point.predicted)) for point in (*curve, chosen)
-    )
-    by_size = sorted([*curve, chosen], key=lambda point: point.size)
-    made = Plan(output, budget, trade_off.entries, costs, chosen, by_size, left)
+        wanted = trade_off.smallest(budget.value, costs, expected)
+        if wanted not in choices:
+            curve += measured([wanted])
+    curve = [replace(point, expected=expected(point.predicted)) for point in curve]
+    curve.sort(key=lambda point: point.size)
+    chosen = next(point for point in curve if point.sparsities == wanted)
+    made = Plan(output, budget, trade_off.entries, costs, chosen, curve, left)
     summary = {"model": identity, **_summary(made)}
     planned.write(output, model, groups, chosen.sparsities, summary)
     return made
@@ -252,11 +267,7 @@ def _check_arguments(
 ) -> None:
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
-    if world_size() > 1:
-        raise ValueError(
-            f"a plan is made by one process, not by {world_size()}; run `llmc-attnmask "
-            "plan` without torchrun, and prune with the recipe that it writes"
-        )
+    check_one_process()
     if not output.name:
         raise ValueError(f"output {output} is not a file; name the recipe to create")
     if output.exists():
@@ -267,6 +278,18 @@ def _check_arguments(
         raise FileExistsError(
             f"{folder} holds an interrupted plan; run the same command with --resume "
             "to continue it, or remove the folder to start over"
+        )
+
+
+def check_one_process() -> None:
+    """Refuse to plan in several processes.
+
+    :raises ValueError: if there are several
+    """
+    if world_size() > 1:
+        raise ValueError(
+            f"a plan is made by one process, not by {world_size()}; run `llmc-attnmask "
+            "plan` without torchrun, and prune with the recipe that it writes"
         )
 
 

@@ -7,6 +7,7 @@ under ``sparsity``.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ _PRUNERS = (
     SparsityModifierBase,
 )
 ARGS = "args"  # of a recipe, beside its stages; llm-compressor leaves them alone
-# the group of the modifier that prunes what is left to ALPS; before all others, because
+# the group of a modifier that prunes what is left to ALPS; before all others, because
 # recovery comes after pruning
-_INSTEAD = "instead_modifiers"
+_INSTEAD = "instead_{}_modifiers"
 PLAN = "llmc_attnmask_plan"  # what the plan was, in there
+_SUMMARY = {  # what it says
+    *("model", "budget", "size", "dense_share", "sparsity", "expected_rise", "curve"),
+}
 
 
 def plan_of(recipe: Path) -> dict[str, Any] | None:
@@ -52,14 +56,21 @@ def plan_of(recipe: Path) -> dict[str, Any] | None:
 
 
 def check_plan(recipe: Path, model: nn.Module) -> None:
-    """Refuse a plan that was made for another model.
+    """Refuse a plan that was made for another model, or is incomplete.
 
     :param model: as it was loaded
     :raises RecipeError: if its weights have other names or shapes
     """
-    planned = (plan_of(recipe) or {}).get("model")
-    found = model_identity(model)
-    if planned not in (None, found):
+    plan = plan_of(recipe)
+    if plan is None:
+        return
+    if missing := sorted(_SUMMARY - plan.keys()):
+        raise RecipeError(
+            f"recipe {recipe} has a plan under `{ARGS}` without {', '.join(missing)}; "
+            f"run `llmc-attnmask plan`, or remove `{PLAN}`"
+        )
+    planned, found = plan["model"], model_identity(model)
+    if planned != found:
         raise RecipeError(
             f"recipe {recipe} is a plan for another model ({planned}, and this one is "
             f"{found}), so its layers do not mean the same; run `llmc-attnmask plan` "
@@ -185,6 +196,8 @@ class PlannedRecipe:
             name: sparsities[group] for group, names in groups.items() for name in names
         }
         for stage, inside in content.items():
+            instead: dict[str, Any] = {}
+            free = (n for i in count() if (n := _INSTEAD.format(i)) not in inside)
             for modifiers in inside.values():
                 for name in [name for name in modifiers if name in kinds]:
                     modifier = next(waiting)
@@ -194,8 +207,9 @@ class PlannedRecipe:
                         del modifiers[name]
                     else:
                         modifiers[name].update(fields)
-                    if instead := self._alps(left, sparsity_of):
-                        content[stage] = {_INSTEAD: instead, **inside}
+                    if alps := self._alps(left, sparsity_of):
+                        instead[next(free)] = alps
+            content[stage] = instead | inside
         content = _without_empty(content) | {ARGS: {**args, PLAN: dict(summary)}}
         with new_file(output) as partial:
             partial.write_text(

@@ -2,12 +2,11 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from llmcompressor.modifiers import Modifier
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmc_attnmask.calibration.samples import Offload
@@ -22,10 +21,10 @@ from llmc_attnmask.distributed import (
 )
 from llmc_attnmask.modifiers.base import recipe_storage
 from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
-from llmc_attnmask.oneshot.compress import compress
+from llmc_attnmask.oneshot.compress import compress, set_defaults
 from llmc_attnmask.oneshot.fingerprint import fingerprint
 from llmc_attnmask.oneshot.loading import loaded
-from llmc_attnmask.oneshot.plan import PLAN_SAMPLES, budget_of, plan
+from llmc_attnmask.oneshot.plan import PLAN_SAMPLES, budget_of, check_one_process, plan
 from llmc_attnmask.oneshot.planned_recipe import check_plan, plan_of
 from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
 from llmc_attnmask.oneshot.trade_off import Budget
@@ -103,6 +102,8 @@ def prune(
     check_new(output, resume)
     _check_arguments(num_samples, seed, offload_model)
     budget = budget_of(dense_share=dense_share, sparsity=sparsity, size=size, loss=loss)
+    if budget is not None:
+        check_one_process()
     if budget is not None and offload_model != "cpu":
         raise ValueError(
             f"offload_model is {offload_model!r}, but a plan keeps the model in "
@@ -139,9 +140,7 @@ def prune(
                     resume=resume,
                 )
     modifiers = load_recipe(recipe).modifiers
-    _set_default(modifiers, "seed", seed)
-    if offload_activations:
-        _set_default(modifiers, "offload_activations", offload_activations)
+    set_defaults(modifiers, seed, offload_activations)
     known_by = fingerprint(model, config, recipe, data.identity, seed)
     progress = Progress(folder, known_by, modifiers)
 
@@ -231,12 +230,6 @@ def _emptied(folder: Path) -> Iterator[None]:
             if not any(path.iterdir()):
                 path.rmdir()
         raise
-
-
-def _set_default(modifiers: Iterable[Modifier], field: str, value: object) -> None:
-    for modifier in modifiers:
-        if hasattr(modifier, field) and field not in modifier.model_fields_set:
-            setattr(modifier, field, value)
 
 
 @contextmanager

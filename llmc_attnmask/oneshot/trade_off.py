@@ -75,6 +75,8 @@ def check_budget(budget: Budget, structure: MaskStructure) -> None:
             f"{budget.kind} is {budget.value:g}, which cannot be met; with "
             f'mask_structure "{structure}" it is between {low:g} and {high:g}'
         )
+    if budget.value == (low if budget.kind == "sparsity" else high):
+        raise ValueError(f"{budget} leaves nothing to prune; prune more")
 
 
 def sparsities_of(structure: MaskStructure) -> tuple[float, ...]:

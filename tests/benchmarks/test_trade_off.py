@@ -48,4 +48,4 @@ def test_every_point_is_a_known_method_and_has_a_size_or_a_plan():
     for point in points():
         recipe, kind, _ = recipe_of(point.method)
         assert point.method in METHODS or recipe in recipes()
-        assert (point.size is None) == (kind in ("dense_share", "sparsity"))
+        assert (point.size is None) == (bool(kind))

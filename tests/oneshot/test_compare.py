@@ -8,7 +8,7 @@ from llmc_attnmask.oneshot import compare
 from llmc_attnmask.oneshot.chat import answer
 from llmc_attnmask.oneshot.compare import DENSE, Comparison, Row, time_left
 from llmc_attnmask.oneshot.methods import BASELINES, Method, methods
-from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
+from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, model_identity
 from llmc_attnmask.oneshot.recipe import find_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
@@ -83,7 +83,9 @@ def test_beside_a_planned_recipe_sparsegpt_prunes_what_it_prunes(
     groups = planned.groups(model)
     chosen = {g: 0.0 if ".0." in g or "down" in g else 0.5 for g in groups}
     output = tmp_path / "planned.yaml"
-    planned.write(output, model, groups, chosen, {"dense_share": 0.4})
+    summary = dict.fromkeys(("budget", "size", "sparsity", "expected_rise", "curve"))
+    summary |= {"model": model_identity(model), "dense_share": 0.4}
+    planned.write(output, model, groups, chosen, summary)
     comparison = Comparison(MODEL_DIR, calibration[:4], evaluation[:4])
     found = methods("whole block", [template, output], ["SparseGPT"])
     assert [(m.pruned, m.name) for m in found] == [

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -8,11 +11,15 @@ from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
 from llmc_attnmask.oneshot.recipe import find_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.oneshot.trade_off import Budget
+from tests.support.architectures import small_model
 
 
 @pytest.fixture
-def planned() -> PlannedRecipe:
-    return PlannedRecipe(find_recipe("block_2of4_w8a8_int8"))
+def planned(tmp_path) -> PlannedRecipe:
+    text = find_recipe("block_2of4_w8a8_int8").read_text(encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.replace("steps: 600", "steps: 2"))
+    return PlannedRecipe(path)
 
 
 def test_half_of_a_small_model_is_pruned_and_nothing_is_quantized(
@@ -31,6 +38,73 @@ def test_half_of_a_small_model_is_pruned_and_nothing_is_quantized(
         assert not torch.equal(weight, dense.get_parameter(f"{name}.weight"))
 
 
+def test_no_weights_of_the_model_stay_in_memory(planned, tokenizer, calibration):
+    model = load(MODEL_DIR, dtype="auto")
+    kept = weakref.ref(model.get_parameter("model.layers.1.mlp.up_proj.weight"))
+    run_pilot(model, tokenizer, planned, calibration[:2, :32], 0.5)
+    gc.collect()
+    assert kept() is None  # although the tracer keeps the model
+
+
+RECIPE = """
+prune_stage:
+  pruning_modifiers:
+    SparseGPTModifier:
+      sparsity: 0.5
+      mask_structure: "2:4"
+      targets: {targets}
+  recovery_modifiers:
+    MaskedRecoveryModifier: {recovery}
+"""
+ALL = '["re:.*_proj$"]'
+
+
+@pytest.mark.parametrize(
+    ("targets", "recovery", "expected"),
+    [
+        ('["re:.*layers.3.*_proj$"]', "{steps: 1}", {"3"}),
+        (ALL, '{targets: ["re:.*layers.0$"]}', {"1", "2"}),
+        (ALL, '{targets: ["re:.*layers.1$"], steps: 1}', {"1", "2"}),
+    ],
+)
+def test_the_blocks_are_those_where_the_recipe_prunes_most(
+    targets, recovery, expected, tokenizer, calibration, tmp_path
+):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(targets=targets, recovery=recovery))
+    model = load(MODEL_DIR, dtype="auto")
+    found = run_pilot(model, tokenizer, PlannedRecipe(path), calibration[:2, :32], 0.5)
+    assert {name.split(".")[2] for name in found.weights} == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "phi3", "deepseek_v3"])
+def test_experts_and_fused_projections_are_pruned(family, tokenizer, tmp_path):
+    small_model(family).save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model", attn_implementation="eager")
+    path = tmp_path / "recipe.yaml"
+    text = find_recipe("block_2of4").read_text(encoding="utf-8")
+    path.write_text(text.replace("steps: 600", "steps: 1"))
+    tokens = torch.randint(5, 2000, (8, 64))
+    found = run_pilot(model, tokenizer, PlannedRecipe(path), tokens, 0.5)
+    assert any("self_attn" in name for name in found.weights)
+    assert any("mlp" in name for name in found.weights)
+    for weight in found.weights.values():
+        assert ((weight == 0).view(-1, 4).sum(-1) >= 2).all()
+
+
+def test_what_the_recipe_leaves_open_is_set(planned, tokenizer, monkeypatch):
+    def stopped(_, __, modifiers, ___):
+        found.extend(modifiers)
+        raise KeyboardInterrupt
+
+    found: list = []
+    monkeypatch.setattr("llmc_attnmask.oneshot.pilot.compress", stopped)
+    model, windows = load(MODEL_DIR), torch.zeros(1, 8, dtype=torch.long)
+    with pytest.raises(KeyboardInterrupt):
+        run_pilot(model, tokenizer, planned, windows, 0.5, 7, "disk")
+    assert found[-1].seed == 7 and found[-1].offload_activations == "disk"
+
+
 @pytest.mark.parametrize(
     ("structure", "budget", "expected"),
     [
@@ -47,8 +121,10 @@ def test_the_sparsity_is_like_that_of_the_budget(structure, budget, expected):
     assert found == pytest.approx(expected)
 
 
-def test_a_pilot_is_known_by_what_prunes(planned):
-    key = pilot_key(planned, 0.5)
-    assert key == pilot_key(PlannedRecipe(find_recipe("block_2of4_fp8")), 0.5)
-    assert key != pilot_key(planned, 0.6)
-    assert key != pilot_key(PlannedRecipe(find_recipe("block_2of4_quick")), 0.5)
+def test_a_pilot_is_known_by_what_prunes():
+    names = ("block_2of4", "block_2of4_fp8", "block_2of4_quick")
+    plain, quantized, quick = (PlannedRecipe(find_recipe(name)) for name in names)
+    assert pilot_key(plain, 0.5) == pilot_key(quantized, 0.5)
+    assert (
+        len({pilot_key(plain, 0.5), pilot_key(plain, 0.6), pilot_key(quick, 0.5)}) == 3
+    )

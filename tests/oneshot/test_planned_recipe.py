@@ -194,9 +194,26 @@ def test_what_attention_pruning_cannot_do_is_left_to_alps(
     tokens = torch.randint(5, 2000, (8, 64))
     content = executed(planned, model, level.get, tmp_path, tokenizer, tokens)
     (stage,) = [key for key in content if key.endswith("_stage")]
-    assert ("instead_modifiers" in content[stage]) == (family != "phi3")
+    assert ("instead_0_modifiers" in content[stage]) == (family != "phi3")
     attention = [n for g in groups for n in groups[g] if "self_attn" in n]
     assert len(attention) >= 4
+
+
+def test_two_attention_modifiers_leave_their_own_layers_to_alps(tmp_path, tokenizer):
+    text = """
+s_stage:
+  instead_0_modifiers:
+    AttentionMatrixPruningModifier:
+      {sparsity: 0.5, mask_structure: "2:4", targets: ["re:.*layers.0.self_attn$"]}
+  b_modifiers:
+    AttentionMatrixPruningModifier:
+      {sparsity: 0.5, mask_structure: "2:4", targets: ["re:.*layers.1.self_attn$"]}
+"""
+    small_model("deepseek_v3").save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model", attn_implementation="eager")
+    linearize_moe(model)
+    tokens = torch.randint(5, 2000, (8, 64))
+    executed(written(tmp_path, text), model, lambda _: 0.5, tmp_path, tokenizer, tokens)
 
 
 def test_a_conv1d_is_refused(tmp_path):
@@ -222,13 +239,18 @@ def test_experts_of_a_layer_are_one_group():
 def test_a_plan_for_another_model_is_refused(model, tmp_path):
     planned = PlannedRecipe(find_recipe("block_2of4"))
     groups = planned.groups(model)
-    summary = {"model": model_identity(model)}
+    fields = ("budget", "size", "dense_share", "sparsity", "expected_rise", "curve")
+    summary = {"model": model_identity(model), **dict.fromkeys(fields)}
     path = tmp_path / "plan.yaml"
     planned.write(path, model, groups, dict.fromkeys(groups, 0.5), summary)
     check_plan(path, model)
     assert plan_of(path) == summary
     with pytest.raises(RecipeError, match=r"is a plan for another model \(LlamaFor"):
         check_plan(path, small_model("qwen2"))
+    del summary["curve"]
+    planned.write(path, model, groups, dict.fromkeys(groups, 0.5), summary)
+    with pytest.raises(RecipeError, match="has a plan under `args` without curve"):
+        check_plan(path, model)
 
 
 def test_a_recipe_that_was_not_planned_is_for_any_model(model):

@@ -65,12 +65,13 @@ def test_the_card_of_a_planned_model_says_what_was_chosen(report, copy):
         "budget": "dense_share 0.25",
         "size": 0.6714,
         "dense_share": 0.249,
+        "sparsity": 0.3755,
         "expected_rise": 0.0612,
     }
     text = " ".join(card.render(report, copy).split())
     assert "for a budget of dense share 0.25: 24.9 % of the weights stay dense" in text
-    assert "take 0.671 of their dense size" in text
-    assert "rise of the perplexity of 6.1 %" in text
+    assert "37.5 % are zero" in text or "37.6 % are zero" in text
+    assert "6.1 %, without what quantization adds" in text and "0.671" not in text
 
 
 def test_the_card_of_a_packed_checkpoint_says_how_to_load_it(copy, tmp_path, report):
