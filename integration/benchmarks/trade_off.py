@@ -194,7 +194,7 @@ def drawn(rows: Iterable[Row]) -> bytes:
     dense = perplexity_of(by_name.pop(DENSE.name))
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "trade-off"  # the same file for the same rows
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for line, points_of in groupby(_by_line(by_name.values()), lambda r: r["line"]):
         found = list(points_of)
         rises = [100 * (perplexity_of(row) / dense - 1) for row in found]
@@ -204,7 +204,7 @@ def drawn(rows: Iterable[Row]) -> bytes:
     axes.set_xlabel("bytes of the weights, packed, over dense in 16 bits")
     axes.set_ylabel("rise of the perplexity, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     file = BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)
