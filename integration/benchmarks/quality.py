@@ -168,9 +168,10 @@ COLUMNS = [
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * 3}{'--:|' * (len(COLUMNS) - 3)}"
 
 
-def main() -> None:
+def options(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that name a model and its data."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", default=BUILTIN)
@@ -178,10 +179,15 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__)
     parser.add_argument("--scopes", nargs="+", default=["q/k", "block"])
     parser.add_argument("--structures", nargs="+", default=["2:4", "50 %", "60 %"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     print(HEADER, flush=True)

@@ -26,10 +26,11 @@ from transformers import AutoTokenizer
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).parents[2])
 
+from integration.benchmarks import quality
 from integration.benchmarks.methods import METHODS, Case, in_own_process, pruned, shape
 from llmc_attnmask.evaluation.perplexity import perplexity
 from llmc_attnmask.oneshot.trade_off import packed_size
-from llmc_attnmask.text.dataset import BUILTIN, load_texts
+from llmc_attnmask.text.dataset import load_texts
 from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
 
 Row = dict[str, Any]
@@ -212,17 +213,7 @@ def drawn(rows: Iterable[Row]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", default=BUILTIN)
-    parser.add_argument("--evaluation", default=BUILTIN)
-    parser.add_argument("--num-samples", type=int, default=128)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    args = parser.parse_args()
+    args = quality.options(__doc__).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for row in measured(args):
