@@ -92,7 +92,7 @@ def run_pilot(
     torch.manual_seed(seed)
     compress(model, tokenizer, modifiers, windows)
     weights = {
-        name: model.get_parameter(f"{name}.weight").detach().float().cpu()
+        name: model.get_parameter(f"{name}.weight").detach().cpu()
         for group, members in groups.items()
         for name in members
         if sparsities[group]
