@@ -81,8 +81,9 @@ def plan(
 
     What a group costs is measured with SparseGPT on ``num_samples`` windows, as the KL
     divergence on 8 further windows. How much of such a loss the recipe leaves is
-    measured on a few blocks, which it prunes first. With an "N:M" structure a group becomes sparse or
-    stays dense; if unstructured, it gets a sparsity from 0.3 to 0.8, or stays dense.
+    measured on a few blocks, which it prunes first. With an "N:M" structure a group
+    becomes sparse or stays dense; if unstructured, it gets a sparsity from 0.3 to 0.8,
+    or stays dense.
 
     :param model: local folder or Hub name
     :param recipe: YAML file, or the name of a recipe that the package ships
