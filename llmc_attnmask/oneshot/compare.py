@@ -162,7 +162,7 @@ _COSTS = {
 def _table(title: str, rows: Sequence[Row]) -> Table:
     table = Table(title=title)
     for column in ("pruned", "method"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("perplexity", "gap", "attention error", "zeros", "seconds"):
         table.add_column(column, justify="right")
     for position, row in enumerate(rows):
