@@ -80,12 +80,11 @@ def to_packed(
         # a checkpoint that names its 2:4 layers was pruned in part, by a plan perhaps
         named = marker.read(checkpoint.config)
         sparse = set(linears if named is None else named)
-        unknown = sparse - linears.keys()
-        if unknown and not packed_integers(checkpoint):
+        if named and sparse.isdisjoint(linears) and not packed_integers(checkpoint):
             raise ValueError(
-                f"{directory}: config.json names {min(unknown)} as 2:4, and the "
-                "decoder layers have no such Linear; correct the names under "
-                f"{marker.KEY!r}, or pack whatever is 2:4 with --only-2of4"
+                f"{directory}: config.json names {min(sparse)} as 2:4, and the decoder "
+                "layers have no such Linear, nor any other that it names; correct the "
+                f"names under {marker.KEY!r}, or pack whatever is 2:4 with --only-2of4"
             )
         for module in sparse & linears.keys():
             if linears[module].shape[1] % 4:

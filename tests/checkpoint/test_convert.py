@@ -116,7 +116,7 @@ def test_a_quantization_config_keeps_its_contents(tmp_path):
         "sparsity_config": {},
     }
     config = {"quantization_config": quantization}
-    marker.write(config, [Q, "model.layers.9.other"])
+    marker.write(config, [*NAMES, "model.layers.9.other"])
     dense = write(tmp_path / "dense", decoder(torch.int8), config=config)
     to_packed(dense, tmp_path / "packed")
     packed = config_of(tmp_path / "packed")

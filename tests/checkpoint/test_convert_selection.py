@@ -46,7 +46,7 @@ def test_the_layers_that_the_marker_names_are_packed_and_must_be_2of4(tmp_path):
     (dense / "config.json").write_text(json.dumps(config))
     with pytest.raises(layout.NotTwoOfFourError, match=r"0\.mlp\.down_proj.* is not"):
         to_packed(dense, tmp_path / "again")
-    marker.write(config, [*named, "layers.9.mlp.down_proj"])
+    marker.write(config, ["layers.9.mlp.down_proj"])
     (dense / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"names layers\.9\.mlp\.down_proj as 2:4"):
         to_packed(dense, tmp_path / "again")

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmc_attnmask import AttentionMatrixPruningModifier
 from llmc_attnmask.checkpoint.convert import to_packed
-from llmc_attnmask.oneshot.compress import compress
-from llmc_attnmask.oneshot.prune import _set_default, prune
+from llmc_attnmask.oneshot.compress import compress, set_defaults
+from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.checkpoints import prune_2of4
@@ -104,7 +104,7 @@ def test_the_recipe_takes_precedence_on_where_activations_are_kept(tmp_path):
         "MaskedRecoveryModifier: {}}}"
     )
     modifiers = load_recipe(tmp_path / "recipe.yaml").modifiers
-    _set_default(modifiers, "offload_activations", "disk")
+    set_defaults(modifiers, 0, "disk")
     assert [m.offload_activations for m in modifiers] == ["cpu", "disk"]
 
 
