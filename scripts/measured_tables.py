@@ -91,6 +91,11 @@ def real_summary(file: Path) -> str:
     return real_table.summary(real_table.read(file), _real_label)
 
 
+def size_against_loss(file: Path) -> str:
+    """Write the rows of ``trade_off.py``."""
+    return trade_off.markdown(trade_off.read(file))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality-qk": lambda: _as_written(quality, "quality-qk"),
     "quality-block": lambda: _as_written(quality, "quality-block"),
@@ -103,9 +108,7 @@ TRADE_OFFS = {  # name of the table -> file of ``trade_off.py``, which is drawn 
     path.stem: path for path in sorted(MEASUREMENTS.glob("trade-off-*.json"))
 }
 for _name, _path in TRADE_OFFS.items():
-    TABLES[_name] = partial(
-        lambda path: trade_off.markdown(trade_off.read(path)), _path
-    )
+    TABLES[_name] = partial(size_against_loss, _path)
 if REAL.exists():
     TABLES["real"] = lambda: real(REAL)
     TABLES["real-summary"] = lambda: real_summary(REAL)

@@ -118,7 +118,7 @@ def modifiers(case: Case, model: PreTrainedModel) -> list[Any]:
     if case.method not in METHODS:
         return _seeded(recipe_of(case.method)[0], case.seed)
     if case.method in QUANTIZED:
-        return _split(_seeded(QUANTIZED[case.method], case.seed))[1]
+        return split_recipe(_seeded(QUANTIZED[case.method], case.seed))[1]
     fields: dict[str, Any] = {
         "sparsity": case.sparsity,
         "mask_structure": case.structure,
@@ -248,8 +248,8 @@ def pruned(case: Case) -> Pruned:
         scope: Scope = "whole block" if case.scope == "block" else "q and k"
         method = Method("magnitude", scope, case.structure, case.sparsity)
         prune_by_magnitude(model, method)
-    elif case.kept and _split(recipe)[0]:
-        return _kept(case, recipe, plan, planning)
+    elif case.kept and split_recipe(recipe)[0]:
+        return _kept(case, model, recipe, plan, planning)
     elif recipe:
         compress(model, tokenizer, recipe, case.calibration)
     seconds = planning + time.perf_counter() - start
@@ -266,20 +266,24 @@ def _found(
 
 
 def _kept(
-    case: Case, recipe: list[Any], plan: dict[str, Any] | None, seconds: float
+    case: Case,
+    model: PreTrainedModel,
+    recipe: list[Any],
+    plan: dict[str, Any] | None,
+    seconds: float,
 ) -> Pruned:
     """Prune, or take what an earlier row has pruned in the same way; then quantize.
 
+    :param model: the dense one
     :param seconds: that the plan took; those of the earlier row are added
     """
     assert case.kept
-    pruning, quantization = _split(recipe)
+    pruning, quantization = split_recipe(recipe)
     identity = [windows_digest(case.calibration), described(pruning)]
     folder = case.kept / _digest(case, identity)
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     cost = folder / "cost.json"
     if not cost.exists():
-        model = load(case.model, dtype="auto")
         start = time.perf_counter()
         compress(model, tokenizer, pruning, case.calibration)
         spent = {"seconds": time.perf_counter() - start, "peak_gb": _peak_gb()}
@@ -294,7 +298,7 @@ def _kept(
     return _found(model, seconds, max(spent["peak_gb"], _peak_gb()), plan)
 
 
-def _split(recipe: list[Any]) -> tuple[list[Any], list[Any]]:
+def split_recipe(recipe: list[Any]) -> tuple[list[Any], list[Any]]:
     """Return what prunes, and what quantizes afterwards, with what prepares it."""
     kinds = (ActivationSmoothingModifier, QuantizationMixin)
     first = [i for i, m in enumerate(recipe) if isinstance(m, kinds)]

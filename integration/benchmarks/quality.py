@@ -69,13 +69,7 @@ def measure(run: Run) -> Result:
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one row per method, scope and structure, with all its runs."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    calibration = calibration_windows(
-        load_texts(args.calibration), tokenizer, args.num_samples, args.max_length
-    )
-    evaluation = evaluation_windows(
-        load_texts(args.evaluation, split="evaluation"), tokenizer, args.max_length
-    )
+    calibration, evaluation = windows_of(args)
     dense: Result | None = None
     for scope in args.scopes:
         for label in args.structures:
@@ -120,6 +114,18 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     else None,
                     "runs": [asdict(result) for result in results],
                 }
+
+
+def windows_of(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Return the windows to calibrate and to evaluate on, int64 [windows, length]."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    calibration = calibration_windows(
+        load_texts(args.calibration), tokenizer, args.num_samples, args.max_length
+    )
+    evaluation = evaluation_windows(
+        load_texts(args.evaluation, split="evaluation"), tokenizer, args.max_length
+    )
+    return calibration, evaluation
 
 
 def _mean(results: list[Result], field: str) -> float:

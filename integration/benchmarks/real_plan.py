@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from integration.benchmarks.methods import METHODS, recipe_of
+from integration.benchmarks.methods import METHODS, QUANTIZED, recipe_of, split_recipe
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import recipes
 from llmc_attnmask.runlog.wording import duration
@@ -81,9 +81,9 @@ def _planned(recipe: str) -> Plan:
 
 def quantizes(method: str) -> bool:
     if method in METHODS:
-        return False
+        return method in QUANTIZED
     recipe, *_ = recipe_of(method)
-    return any(hasattr(m, "config_groups") for m in load_recipe(recipe).modifiers)
+    return bool(split_recipe(load_recipe(recipe).modifiers)[1])
 
 
 def expected(plans: list[Plan], rows: list[Row]) -> float | None:

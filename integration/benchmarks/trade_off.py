@@ -20,18 +20,14 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
-from torch import Tensor
-from transformers import AutoTokenizer
 
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).parents[2])
 
 from integration.benchmarks import quality
-from integration.benchmarks.methods import METHODS, Case, in_own_process, pruned, shape
+from integration.benchmarks.methods import METHODS, in_own_process, pruned, shape
 from llmc_attnmask.evaluation.perplexity import perplexity
 from llmc_attnmask.oneshot.trade_off import packed_size
-from llmc_attnmask.text.dataset import load_texts
-from llmc_attnmask.text.windows import calibration_windows, evaluation_windows
 
 Row = dict[str, Any]
 FILE = "trade-off.json"
@@ -95,13 +91,6 @@ DENSE = Point("dense", "dense", size=1.0)
 
 
 @dataclass(frozen=True)
-class Run(Case):
-    """One run and its data."""
-
-    evaluation: Tensor  # int64 [windows, length]
-
-
-@dataclass(frozen=True)
 class Result:
     """The result of one run."""
 
@@ -110,7 +99,7 @@ class Result:
     plan: dict[str, Any] | None
 
 
-def measure(run: Run) -> Result:
+def measure(run: quality.Run) -> Result:
     """Prune and evaluate in this process."""
     found = pruned(run)
     return Result(perplexity(found.model, run.evaluation), found.seconds, found.plan)
@@ -118,13 +107,7 @@ def measure(run: Run) -> Result:
 
 def measured(args: argparse.Namespace) -> Iterator[Row]:
     """Yield a row per point; those of an earlier run are read from its file."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    calibration = calibration_windows(
-        load_texts(args.calibration), tokenizer, args.num_samples, args.max_length
-    )
-    evaluation = evaluation_windows(
-        load_texts(args.evaluation, split="evaluation"), tokenizer, args.max_length
-    )
+    data = quality.windows_of(args)
     known = {row["name"]: row for row in read(args.out / FILE)}
     for point in (DENSE, *points()):
         if point.name in known:
@@ -132,10 +115,11 @@ def measured(args: argparse.Namespace) -> Iterator[Row]:
             continue
         structure, sparsity = shape(point.structure)
         case = (args.model, point.method, "block", structure, sparsity)
-        data = (calibration, evaluation)
         seeds = args.seeds if METHODS.get(point.method, True) else args.seeds[:1]
         results = [
-            in_own_process(measure, Run(*case, seed, *data, kept=args.out / "kept"))
+            in_own_process(
+                measure, quality.Run(*case, seed, *data, kept=args.out / "kept")
+            )
             for seed in seeds
         ]
         row = {

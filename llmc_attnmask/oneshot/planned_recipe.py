@@ -165,7 +165,10 @@ class PlannedRecipe:
         return groups
 
     def _left_to_alps(self, model: nn.Module, modifier: Any) -> dict[str, list[str]]:
-        """Return what a modifier cannot prune as a plan needs it; see there."""
+        """Return what a modifier cannot prune as a plan needs it.
+
+        :return: attention module -> Linears that ALPS prunes instead
+        """
         if not isinstance(modifier, AttentionMatrixPruningModifier):
             return {}
         others = {

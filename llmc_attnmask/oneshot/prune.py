@@ -104,11 +104,11 @@ def prune(
     budget = budget_of(dense_share=dense_share, sparsity=sparsity, size=size, loss=loss)
     if budget is not None:
         check_one_process()
-    if budget is not None and offload_model != "cpu":
-        raise ValueError(
-            f"offload_model is {offload_model!r}, but a plan keeps the model in "
-            'memory; leave it at "cpu", or prune with a plan from a larger machine'
-        )
+        if offload_model != "cpu":
+            raise ValueError(
+                f"offload_model is {offload_model!r}, but a plan keeps the model in "
+                'memory; leave it at "cpu", or prune with a plan from a larger machine'
+            )
     recipe = template = find_recipe(recipe)
     storage = storage or recipe_storage(load_recipe(template).modifiers)
     tokenizer = read_tokenizer(model)
