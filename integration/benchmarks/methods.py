@@ -1,8 +1,9 @@
 """The methods that the benchmarks compare, and how one of them is run.
 
 A method is a name of ``METHODS``, or that of a recipe that the package ships, or such a
-name with a budget that it is planned for ("block_2of4, dense_share 0.25"). With "ends"
-as the budget, the first and last layers stay dense instead: the choice without a plan.
+name with a budget that it is planned for ("block_2of4, dense_share 0.25"), or with a
+choice without a plan instead: with "ends 0.25" the first and last layers stay dense, up
+to a quarter of the weights, and with "uniform 0.6" every group has this sparsity.
 Every run has its own process, so that its peak memory is its own.
 """
 
@@ -103,7 +104,12 @@ class Pruned:
 
 
 def shape(label: str) -> tuple[str, float]:
-    """Return mask structure and sparsity of a label such as "2:4" or "50 %"."""
+    """Return mask structure and sparsity of a label such as "2:4" or "50 %".
+
+    Those of "unstructured", where a budget says how much is pruned, are 0:0 and 0.
+    """
+    if label == "unstructured":
+        return "0:0", 0.0
     if label.endswith("%"):
         return "0:0", float(label.removesuffix("%")) / 100
     pruned, _, group = label.partition(":")
@@ -181,9 +187,9 @@ def planned(case: Case, output: Path) -> tuple[dict[str, Any], float]:
     template = PlannedRecipe(find_recipe(recipe))
     model = load(case.model)
     start = time.perf_counter()
-    if kind == "ends":
+    if kind in UNPLANNED:
         groups = template.groups(model)
-        sparsities = _dense_ends(model, groups, value)
+        sparsities = UNPLANNED[kind](model, groups, value)
         template.write(output, model, groups, sparsities, {})
         trade_off = TradeOff(entries_of(model, groups), template.structure)
         plan = {"size": trade_off.size(sparsities)}
@@ -229,6 +235,16 @@ def _dense_ends(
             sparsities[group] = 0.0
             room -= sizes[group]
     return sparsities
+
+
+def _uniform(
+    model: PreTrainedModel, groups: Mapping[str, Sequence[str]], sparsity: float
+) -> dict[str, float]:
+    return dict.fromkeys(groups, sparsity)
+
+
+# choices without a plan: model, groups and the number behind the name -> sparsities
+UNPLANNED = {"ends": _dense_ends, "uniform": _uniform}
 
 
 def pruned(case: Case) -> Pruned:

@@ -20,7 +20,7 @@ class Plan:
 
     method: str
     scope: str  # "q/k" or "block"
-    structure: str  # "2:4" or "50 %"
+    structure: str  # "2:4", "50 %" or "unstructured"
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ def plans() -> list[Plan]:
             if kind == "dense_share" or share == DENSE_SHARES[0]
         ),
         Plan(f"block_2of4, loss {LOSS}", "block", "2:4"),
-        Plan(f"block_unstructured_60, loss {LOSS}", "block", "60 %"),
+        Plan(f"block_unstructured_60, loss {LOSS}", "block", "unstructured"),
         *(
             Plan(method, "q/k", "2:4")
             for method in (
@@ -58,7 +58,9 @@ def plans() -> list[Plan]:
                 *(("q/k", m) for m in ("Wanda", "SparseGPT", "ours accuracy")),
                 *(("block", m) for m in ("Wanda", "SparseGPT")),
                 # at 60 %, this is the shipped recipe
-                *[("block", "ALPS + recovery")][: sparsity != "60 %"],
+                *[("block", f"block_unstructured_60, uniform {_share(sparsity):g}")][
+                    : sparsity != "60 %"
+                ],
                 ("block", f"block_unstructured_60, sparsity {_share(sparsity):g}"),
             )
         ),

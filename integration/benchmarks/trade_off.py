@@ -65,18 +65,13 @@ def points() -> list[Point]:
         ),
         Point("first and last layers dense", "block_2of4, ends 0.25"),
         *(
-            Point(
-                "unstructured, planned", f"block_unstructured_60, sparsity {s:g}", label
-            )
+            Point(f"unstructured, {how}", f"block_unstructured_60, {kind} {s:g}", label)
+            for how, kind in (("planned", "sparsity"), ("uniform", "uniform"))
             for label, _, s in unstructured
         ),
         *(
-            Point(f"{name}, unstructured", method, label, size)
-            for name, method in (
-                ("ALPS and recovery", "ALPS + recovery"),
-                ("SparseGPT", "SparseGPT"),
-                ("Wanda", "Wanda"),
-            )
+            Point(f"{method}, unstructured", method, label, size)
+            for method in ("SparseGPT", "Wanda")
             for label, size, _ in unstructured
         ),
         Point("quantized only", "W8A8", size=0.5),
