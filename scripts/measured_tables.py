@@ -35,10 +35,11 @@ _METHODS = {
     "ours accuracy": "**ours**",
     "ours + recovery": "**ours with recovery**",
 }
-# recipe -> scope and method of its rows, where they do not have its name
+# recipe -> scope, structure and method of its rows, where these are others
 _ROWS = {
     "attention_2of4_light": ("q/k", "2:4", "ours light"),
     "attention_2of4": ("q/k", "2:4", "ours accuracy"),
+    "block_unstructured_60": ("block", "60 %", "block_unstructured_60, sparsity 0.6"),
 }
 _LOSS_TEXT = "wikipedia"
 _LOSS_CALIBRATION = {
