@@ -19,10 +19,10 @@ from scripts import real_model
 FOLDER = Path(".real-model")
 # so few windows and steps that the whole demo takes some minutes on two cores
 NUM_SAMPLES, MAX_LENGTH, EVALUATION_WINDOWS = 16, 512, 8
-RECIPE, BLOCK_RECIPE, PLAN = (
+RECIPES = [
     Path(__file__).with_name(f"{name}.yaml")
-    for name in ("attention_2of4_demo", "block_2of4_demo", "block_2of4_planned")
-)
+    for name in ("block_2of4_demo", "block_2of4_planned")
+]
 
 
 def options(model: str, folder: Path = FOLDER) -> list[str]:
@@ -44,14 +44,12 @@ def options(model: str, folder: Path = FOLDER) -> list[str]:
             "--model": folder / real_model.MODEL,
             "--calibration": folder / "wikipedia-calibration.jsonl",
             "--evaluation": folder / "wikipedia-evaluation.jsonl",
-            "--recipe": RECIPE,
-            "--baselines": "SparseGPT",
             "--num-samples": NUM_SAMPLES,
             "--max-length": MAX_LENGTH,
             "--evaluation-windows": EVALUATION_WINDOWS,
         }
         parts = [str(part) for option in texts.items() for part in option]
-        return [*parts, "--block-recipe", str(BLOCK_RECIPE), str(PLAN)]
+        return [*parts, "--recipe", "--block-recipe", *map(str, RECIPES)]
     return [] if model == "shipped" else ["--model", model]
 
 

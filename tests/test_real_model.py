@@ -110,7 +110,7 @@ def test_the_demo_takes_the_real_model_the_shipped_one_or_any_folder(tmp_path):
     assert chosen[:2] == ["--model", str(tmp_path / real_model.MODEL)]
     assert str(tmp_path / "wikipedia-evaluation.jsonl") in chosen
     recipes = [option for option in chosen if option.endswith(".yaml")]
-    assert len(recipes) == 3 and all(load_recipe(path).modifiers for path in recipes)
+    assert len(recipes) == 2 and all(load_recipe(path).modifiers for path in recipes)
     assert plan_of(Path(recipes[-1]))["budget"] == "dense_share 0.25"
     assert demo.options("shipped") == []
     assert demo.options("some/folder") == ["--model", "some/folder"]

@@ -1,9 +1,8 @@
 """The methods that the benchmarks compare, and how one of them is run.
 
 A method is a name of ``METHODS``, or that of a recipe that the package ships, or such a
-name with a budget that it is planned for ("block_2of4, dense_share 0.25"), or with a
-choice without a plan instead: with "ends 0.25" the first and last layers stay dense, up
-to a quarter of the weights, and with "uniform 0.6" every group has this sparsity.
+name with a budget that it is planned for ("block_2of4, dense_share 0.25"), or with
+another allocation of ``allocations.py`` ("block_2of4, ends 0.25").
 Every run has its own process, so that its peak memory is its own.
 """
 
@@ -14,7 +13,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -28,6 +27,7 @@ from llmcompressor.modifiers.quantization import QuantizationMixin
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from integration.benchmarks.allocations import ALLOCATIONS
 from integration.benchmarks.real_data import windows_digest
 from llmc_attnmask import (
     ActivationSmoothingModifier,
@@ -187,9 +187,9 @@ def planned(case: Case, output: Path) -> tuple[dict[str, Any], float]:
     template = PlannedRecipe(find_recipe(recipe))
     model = load(case.model)
     start = time.perf_counter()
-    if kind in UNPLANNED:
+    if kind in ALLOCATIONS:
         groups = template.groups(model)
-        sparsities = UNPLANNED[kind](model, groups, value)
+        sparsities = ALLOCATIONS[kind](model, groups, value, case.calibration)
         template.write(output, model, groups, sparsities, {})
         trade_off = TradeOff(entries_of(model, groups), template.structure)
         plan = {"size": trade_off.size(sparsities)}
@@ -219,32 +219,6 @@ def planned(case: Case, output: Path) -> tuple[dict[str, Any], float]:
         costs.save_data("seconds", known | spent)
         costs.close()
     return plan_of(output) or {}, sum(spent.values())
-
-
-def _dense_ends(
-    model: PreTrainedModel, groups: Mapping[str, Sequence[str]], share: float
-) -> dict[str, float]:
-    """Leave layers dense from both ends on, up to a share of the weights."""
-    sizes = entries_of(model, groups)
-    layer = {group: int(re.findall(r"\.(\d+)\.", group)[0]) for group in groups}
-    last = max(layer.values())
-    room = share * sum(sizes.values())
-    sparsities = dict.fromkeys(groups, 0.5)
-    for group in sorted(groups, key=lambda g: min(layer[g], last - layer[g])):
-        if sizes[group] <= room:
-            sparsities[group] = 0.0
-            room -= sizes[group]
-    return sparsities
-
-
-def _uniform(
-    model: PreTrainedModel, groups: Mapping[str, Sequence[str]], sparsity: float
-) -> dict[str, float]:
-    return dict.fromkeys(groups, sparsity)
-
-
-# choices without a plan: model, groups and the number behind the name -> sparsities
-UNPLANNED = {"ends": _dense_ends, "uniform": _uniform}
 
 
 def pruned(case: Case) -> Pruned:

@@ -70,6 +70,10 @@ def points() -> list[Point]:
             for label, _, s in unstructured
         ),
         *(
+            Point(f"unstructured, {name}", f"block_unstructured_60, {kind} 0.6", "60 %")
+            for name, kind in (("OWL", "owl"), ("EvoPress", "evopress"))
+        ),
+        *(
             Point(f"{method}, unstructured", method, label, size)
             for method in ("SparseGPT", "Wanda")
             for label, size, _ in unstructured
