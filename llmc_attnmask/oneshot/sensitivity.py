@@ -7,7 +7,7 @@ have a sum of 1.70, and pruned together they cost 1.55. (The opposite, to put gr
 a pruned model back, measures little: its other groups have adapted.)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class Sensitivity:
         :param known: blocks that were measured before, which are not measured again
         """
         states = self._measured.embedded
-        for position, problems in self._pass():
+        for position, problems in self._pass(known):
             name = self.blocks[position]
             groups = self._groups[name]
             dense = self._measured.block(position, states)
@@ -137,15 +137,19 @@ class Sensitivity:
         (loss,) = self._losses(len(self.blocks), [states])
         return loss
 
-    def _pass(self) -> Iterator[tuple[int, Problems]]:
-        """Run the dense model; yield each block's position and problems."""
+    def _pass(self, known: Collection[str] = ()) -> Iterator[tuple[int, Problems]]:
+        """Run the dense model; yield each block's position and problems.
+
+        :param known: blocks that need no problems
+        """
         states = self._calibrated.embedded
         for position, name in enumerate(self.blocks):
             block = self._calibrated.block(position, states)
             linears = block.linears()
+            groups = {} if name in known else self._groups[name]
             problems = {
                 linear: LinearProblem(f"{name}.{linear}", linears[linear])
-                for members in self._groups[name].values()
+                for members in groups.values()
                 for linear in members
             }
             handles = [
