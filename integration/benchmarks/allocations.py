@@ -7,6 +7,7 @@ sparsity of every group.
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,13 @@ from transformers import PreTrainedModel
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.oneshot.plan import entries_of, split
 from llmc_attnmask.oneshot.sensitivity import Groups, Sensitivity
+from llmc_attnmask.oneshot.trade_off import sparsities_of
 
 Sparsities = dict[str, float]
 Allocation = Callable[[PreTrainedModel, Groups, float, Tensor], Sparsities]
 
-_OUTLIER, _RANGE = 5.0, 0.08  # of OWL: times the mean, and around the sparsity
-# of EvoPress: the step of a switch, and the size of the search
+_OUTLIER, _RANGE = 5.0, 0.08  # of OWL, as in its paper
+# of EvoPress: what a switch changes, and how long the search is
 _STEP, _GENERATIONS, _OFFSPRING = 0.05, 24, 16
 
 
@@ -34,7 +36,7 @@ def uniform(
 def ends(
     model: PreTrainedModel, groups: Groups, share: float, windows: Tensor
 ) -> Sparsities:
-    """Leave layers dense from both ends on, up to a share of the weights."""
+    """Leave layers dense from both ends on, up to a share; the others are 2:4."""
     sizes, layer = entries_of(model, groups), _layers(groups)
     last = max(layer.values())
     room = share * sum(sizes.values())
@@ -53,7 +55,8 @@ def owl(
     """Prune layers with more outliers less (Yin et al., arXiv 2310.05175).
 
     An outlier is a weight whose product with the norm of its input is above 5 times
-    the layer's mean. Sparsities are up to 0.08 above or below the average.
+    the layer's mean. Layers have one sparsity each, and these span 2 x 0.08; they are
+    expected to be of one size, and to differ in their outliers.
     """
     layers = _layers(groups)
     linears = {name: layers[group] for group in groups for name in groups[group]}
@@ -79,26 +82,33 @@ def evopress(
     """Search by mutation and selection (Sieberling et al., arXiv 2410.14649).
 
     A mutation makes one group denser and another one of the same size sparser, up to
-    three times. The loss is what a plan measures, the KL divergence with all groups
-    pruned together by SparseGPT; the best of each generation survives.
+    three times, within what a plan chooses from. The loss is what a plan measures, the
+    KL divergence with all groups pruned together by SparseGPT. The best of each
+    generation survives; the paper's selection in several steps, on more and more text,
+    is left out.
     """
     structure = MaskStructure.parse("0:0")
     sizes = entries_of(model, groups)
-    sensitivity = Sensitivity(
-        model, *split(windows), groups, structure, torch.device("cpu")
-    )
+    low, *_, high = sparsities_of(structure)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sensitivity = Sensitivity(model, *split(windows), groups, structure, device)
     chance = random.Random(0)
 
     def mutated(parent: Mapping[str, float]) -> Sparsities:
         child = dict(parent)
         for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
-            up = chance.choice(list(groups))
-            same = [g for g in groups if sizes[g] == sizes[up] and g != up]
-            down = chance.choice(same)
-            child[up] = round(child[up] + _STEP, 4)
-            child[down] = round(child[down] - _STEP, 4)
-        inside = all(0.3 <= s <= 0.8 for s in child.values())
-        return child if inside else mutated(parent)
+            switches = [
+                (denser, sparser)
+                for denser, sparser in permutations(groups, 2)
+                if sizes[denser] == sizes[sparser]
+                and child[denser] > low
+                and child[sparser] < high
+            ]
+            if switches:
+                denser, sparser = chance.choice(switches)
+                child[denser] = round(child[denser] - _STEP, 4)
+                child[sparser] = round(child[sparser] + _STEP, 4)
+        return child
 
     best = dict.fromkeys(groups, sparsity)
     for _ in range(_GENERATIONS):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
@@ -188,6 +189,7 @@ def planned(case: Case, output: Path) -> tuple[dict[str, Any], float]:
     model = load(case.model)
     start = time.perf_counter()
     if kind in ALLOCATIONS:
+        linearize_moe(model)  # as a plan does
         groups = template.groups(model)
         sparsities = ALLOCATIONS[kind](model, groups, value, case.calibration)
         template.write(output, model, groups, sparsities, {})

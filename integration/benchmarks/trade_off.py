@@ -199,10 +199,12 @@ def main() -> None:
     args = quality.options(__doc__).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    waiting = read(args.out / FILE)  # rows of an earlier run, until their turn comes
+    left = [point.name for point in (DENSE, *points())]
+    earlier = read(args.out / FILE)  # its rows stay until their turn comes
     for row in measured(args):
         rows.append(row)
-        waiting = [other for other in waiting if other["name"] != row["name"]]
+        left.remove(row["name"])
+        waiting = [other for other in earlier if other["name"] in left]
         print(f"{row['line']}, {row['name']}: {perplexity_of(row):.3f}", flush=True)
         content = json.dumps([*rows, *waiting], indent=1)
         (args.out / FILE).write_text(f"{content}\n", encoding="utf-8")

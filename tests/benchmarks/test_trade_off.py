@@ -1,3 +1,4 @@
+import json
 from dataclasses import asdict
 
 from integration.benchmarks import trade_off
@@ -49,3 +50,13 @@ def test_every_point_is_a_known_method_and_has_a_size_or_a_plan():
         recipe, kind, _ = recipe_of(point.method)
         assert point.method in METHODS or recipe in recipes()
         assert (point.size is None) == (bool(kind))
+
+
+def test_an_interrupted_run_keeps_rows_of_points_that_are_left(tmp_path, monkeypatch):
+    old = {**ROWS[1], "name": "a method that is gone"}
+    (tmp_path / trade_off.FILE).write_text(json.dumps([old, ROWS[0], ROWS[2]]))
+    monkeypatch.setattr(trade_off, "measured", lambda _: iter(ROWS[:2]))
+    monkeypatch.setattr("sys.argv", ["", "--model", "x", "--out", str(tmp_path)])
+    trade_off.main()
+    names = [row["name"] for row in trade_off.read(tmp_path / trade_off.FILE)]
+    assert names == [row["name"] for row in ROWS[:3]]

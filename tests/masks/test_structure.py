@@ -41,22 +41,25 @@ def test_an_unstructured_count_is_exact_even_with_ties(rows, columns, sparsity, 
 
 
 @given(
-    structure=st.sampled_from(["0:0", "2:4", "1:2", "5:8", "16:32"]),
+    structure=st.sampled_from(["0:0", "2:4", "1:2", "5:8", "16:32", "9:48"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     sparsity=st.floats(0, 0.999),
     levels=st.sampled_from([1, 3, 1000]),
     odd=st.sampled_from([0.0, float("nan"), float("inf"), -float("inf")]),
     seed=st.integers(0, 99),
 )
-def test_masks_are_those_of_a_stable_sort(structure, sparsity, levels, odd, seed):
+def test_masks_are_those_of_a_stable_sort(
+    structure, dtype, sparsity, levels, odd, seed
+):
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(levels, (3, 32), generator=generator).float()
-    scores[scores == 1] = odd  # NaN counts as the largest, as in a sort
+    scores = torch.randint(levels, (3, 96), generator=generator).to(dtype)
+    scores[scores == 1] = odd  # NaN counts as infinity
     structure = MaskStructure.parse(structure)
     groups = structure.groups(scores)
     order = groups.sort(dim=-1, descending=True, stable=True).indices
     expected = torch.zeros_like(groups, dtype=torch.bool)
     expected.scatter_(-1, order[:, : structure.kept(scores, sparsity)], True)
-    assert torch.equal(structure.mask(scores, sparsity), expected.view(3, 32))
+    assert torch.equal(structure.mask(scores, sparsity), expected.view(3, 96))
 
 
 def test_ties_go_to_the_first_entry():
