@@ -42,6 +42,7 @@ def plans() -> list[Plan]:
         ),
         Plan(f"block_2of4, loss {LOSS}", "block", "2:4"),
         Plan(f"block_unstructured_60, loss {LOSS}", "block", "unstructured"),
+        Plan("block_unstructured_60, uniform 0.25", "block", "25 %"),  # loses as much
         *(
             Plan(method, "q/k", "2:4")
             for method in (
