@@ -6,7 +6,7 @@ sparsity of every group.
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import permutations
 
 import torch
@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.oneshot.plan import entries_of, split
 from llmc_attnmask.oneshot.sensitivity import Groups, Sensitivity
-from llmc_attnmask.oneshot.trade_off import sparsities_of
+from llmc_attnmask.oneshot.trade_off import Sparsities, sparsities_of
 
-Sparsities = dict[str, float]
 Allocation = Callable[[PreTrainedModel, Groups, float, Tensor], Sparsities]
 
 _OUTLIER, _RANGE = 5.0, 0.08  # of OWL, as in its paper
@@ -94,7 +93,7 @@ def evopress(
     sensitivity = Sensitivity(model, *split(windows), groups, structure, device)
     chance = random.Random(0)
 
-    def mutated(parent: Mapping[str, float]) -> Sparsities:
+    def mutated(parent: Sparsities) -> Sparsities:
         child = dict(parent)
         for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
             switches = [
@@ -110,7 +109,7 @@ def evopress(
                 child[sparser] = round(child[sparser] + _STEP, 4)
         return child
 
-    best = dict.fromkeys(groups, sparsity)
+    best: Sparsities = dict.fromkeys(groups, sparsity)
     for _ in range(_GENERATIONS):
         family = [best, *(mutated(best) for _ in range(_OFFSPRING))]
         losses = [loss.kl for loss in sensitivity.together(family)]
