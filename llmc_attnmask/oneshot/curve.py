@@ -32,6 +32,7 @@ class Point:
     # KL divergence to the dense model, in nats per token
     predicted: float  # the sum of the groups' costs
     measured: float  # of all groups pruned together
+    weighed: float  # the sum of the costs as recovery leaves them, by block
     rise: float  # of the log loss, with all groups pruned together
     # rise of the perplexity that is expected once the recipe has run, 0.05 for 5 %
     expected: float = math.nan
@@ -50,9 +51,13 @@ def points(
     sensitivity: Sensitivity,
     trade_off: TradeOff,
     costs: Costs,
+    weighed: Costs,
     choices: Sequence[Sparsities],
 ) -> list[Point]:
-    """Return the points of some choices; all are measured in one pass."""
+    """Return the points of some choices; all are measured in one pass.
+
+    :param weighed: the costs as they were weighed for the choice
+    """
     losses = sensitivity.together(choices)
     return [
         Point(
@@ -62,6 +67,7 @@ def points(
             trade_off.sparsity(sparsities),
             trade_off.total(costs, sparsities),
             loss.kl,
+            trade_off.total(weighed, sparsities),
             loss.rise,
         )
         for sparsities, loss in zip(choices, losses, strict=True)
@@ -69,7 +75,7 @@ def points(
 
 
 def expectation(curve: Sequence[Point], left: float) -> Callable[[float], float]:
-    """Return a function from the sum of costs to the rise of the perplexity.
+    """Return a function from the sum of weighed costs to the rise of the perplexity.
 
     Together, groups cost about the sum of their costs; by how much they differ is
     taken from the curve. How much the log loss rises with the divergence is taken from
@@ -80,11 +86,13 @@ def expectation(curve: Sequence[Point], left: float) -> Callable[[float], float]
     most = max(curve, key=lambda point: point.measured)
     if most.measured > 0:
         left *= min(max(most.rise / most.measured, _LEAST_RISE), 1.0)
-    by_loss = sorted((p.predicted, p.measured) for p in curve if p.predicted > 0)
-    sums = [predicted for predicted, _ in by_loss] or [1.0]
-    ratios = [measured / predicted for predicted, measured in by_loss] or [1.0]
+    by_loss = sorted(
+        (p.weighed, p.measured / p.predicted) for p in curve if p.predicted > 0
+    )
+    sums = [weighed for weighed, _ in by_loss] or [1.0]
+    ratios = [ratio for _, ratio in by_loss] or [1.0]
 
-    def expected(predicted: float) -> float:
-        return math.expm1(left * float(np.interp(predicted, sums, ratios)) * predicted)
+    def expected(weighed: float) -> float:
+        return math.expm1(left * float(np.interp(weighed, sums, ratios)) * weighed)
 
     return expected

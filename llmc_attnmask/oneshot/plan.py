@@ -37,6 +37,7 @@ from llmc_attnmask.oneshot.pilot import (
 )
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, model_identity
 from llmc_attnmask.oneshot.recipe import find_recipe
+from llmc_attnmask.oneshot.repair import left_by_recovery
 from llmc_attnmask.oneshot.sensitivity import Sensitivity
 from llmc_attnmask.oneshot.trade_off import Budget, TradeOff, check_budget
 from llmc_attnmask.runlog.progress import Progress
@@ -200,19 +201,20 @@ def plan_on(
     key = pilot_key(planned, pilot_sparsity(planned.structure, budget))
     left = _left(sensitivity, pilot, key, progress)
     costs = _costs(sensitivity, trade_off.measured, progress)
-    measured = partial(points, sensitivity, trade_off, costs)
-    choices = choices_of(trade_off, costs)
+    weighed = left_by_recovery(costs, sensitivity.blocks) if planned.recovers else costs
+    measured = partial(points, sensitivity, trade_off, costs, weighed)
+    choices = choices_of(trade_off, weighed)
     if budget.kind != "loss":
-        wanted = trade_off.choose(budget, costs)
+        wanted = trade_off.choose(budget, weighed)
         curve = measured(choices if wanted in choices else [*choices, wanted])
         expected = expectation(curve, left)
     else:  # what to choose is known only from the curve
         curve = measured(choices)
         expected = expectation(curve, left)
-        wanted = trade_off.smallest(budget.value, costs, expected)
+        wanted = trade_off.smallest(budget.value, weighed, expected)
         if wanted not in choices:
             curve += measured([wanted])
-    curve = [replace(point, expected=expected(point.predicted)) for point in curve]
+    curve = [replace(point, expected=expected(point.weighed)) for point in curve]
     curve.sort(key=lambda point: point.size)
     chosen = next(point for point in curve if point.sparsities == wanted)
     made = Plan(output, budget, trade_off.entries, costs, chosen, curve, left)

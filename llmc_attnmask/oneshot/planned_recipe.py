@@ -102,6 +102,7 @@ class PlannedRecipe:
             if isinstance(m, (*_PRUNERS, MaskedRecoveryModifier))
         ]
         """What prunes or refines what is left, without what quantizes."""
+        self.recovers = len(self.pruning) > len(self.pruners)
         structures = sorted({str(m.mask_structure) for m in self.pruners})
         if not structures:
             raise RecipeError(
@@ -128,7 +129,11 @@ class PlannedRecipe:
                 )
 
     def groups(self, model: nn.Module) -> dict[str, list[str]]:
-        """Return what the recipe prunes, as servers keep it: group -> Linears.
+        """Return what is sparse or dense as a whole: group -> Linears.
+
+        For N:M these are the matrices of servers. Nothing asks for the same
+        unstructured sparsity in them, and v costs several times as much as q, so there
+        every Linear is a group, except for those that one modifier prunes alike.
 
         :raises RecipeError: if it prunes nothing of the model
         :raises ValueError: if the mask structure does not fit a Linear
@@ -157,11 +162,23 @@ class PlannedRecipe:
                 self.structure.groups(model.get_parameter(f"{name}.weight"))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        groups = served_groups(pruned)
-        for modifier in self.pruners:
-            if isinstance(modifier, AttentionMatrixPruningModifier):
-                left = self._left_to_alps(model, modifier)
-                check_attention(modifier, model, groups, left)
+        attention = [
+            (modifier, self._left_to_alps(model, modifier))
+            for modifier in self.pruners
+            if isinstance(modifier, AttentionMatrixPruningModifier)
+        ]
+        if self.structure.unstructured:
+            alike = [
+                [name.rpartition(".")[2] for name in names]
+                for modifier, left in attention
+                for module, names in attention_linears(modifier, model).items()
+                if module not in left
+            ]
+            groups = served_groups(pruned, fused=alike)
+        else:
+            groups = served_groups(pruned)
+        for modifier, left in attention:
+            check_attention(modifier, model, groups, left)
         return groups
 
     def _left_to_alps(self, model: nn.Module, modifier: Any) -> dict[str, list[str]]:

@@ -12,10 +12,13 @@ BudgetKind = Literal["dense_share", "sparsity", "size", "loss"]
 Sparsities = Mapping[str, float]  # group -> share of its weights to prune; 0 is dense
 Costs = Mapping[str, Mapping[float, float]]  # group -> sparsity -> nats per token
 
-# Unstructured groups are measured at two sparsities. Between and around them the cost's
-# logarithm is linear in the sparsity.
-_MEASURED = (0.5, 0.7)
-_UNSTRUCTURED = tuple(x / 20 for x in range(6, 17))  # 0.3 to 0.8
+# Unstructured groups are measured at two sparsities. From the lower one on, the cost's
+# logarithm is linear in the sparsity. Below, it is linear in the sparsity's logarithm,
+# with the same slope where both meet: nothing pruned costs nothing. On SmolLM2-135M,
+# this is off by 6 % at 0.5, 18 % at 0.3 and, because costs are hardly above the
+# rounding of bfloat16 there, 40 % at 0.2.
+_MEASURED = (0.4, 0.7)
+_UNSTRUCTURED = tuple(x / 20 for x in range(2, 17))  # 0.1 to 0.8
 BITMASK = 1 / 16  # bytes of a weight's bit over those of a weight in 16 bits
 _TINY = 1e-9  # nats; the logarithm of a cost must be finite
 
@@ -161,6 +164,8 @@ class TradeOff:
         (low, first), (high, last) = sorted(measured.items())
         first, last = math.log(max(first, _TINY)), math.log(max(last, _TINY))
         slope = (last - first) / (high - low)
+        if sparsity < low:
+            return math.exp(first + slope * low * math.log(sparsity / low))
         return math.exp(first + slope * (sparsity - low))
 
     def total(self, costs: Costs, chosen: Sparsities) -> float:
