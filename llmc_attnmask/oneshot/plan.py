@@ -3,7 +3,8 @@
 A plan measures what pruning each group of Linears costs (``sensitivity.py``), chooses
 what the groups become (``trade_off.py``) and writes that as an ordinary recipe
 (``planned_recipe.py``). A group is what a server keeps in one matrix: q, k and v, o,
-gate and up, or down, of one layer; all experts of a layer count as one.
+gate and up, or down, of one layer; if unstructured, it is a single Linear. All experts
+of a layer count as one.
 """
 
 import shutil
@@ -83,7 +84,7 @@ def plan(
     What a group costs is measured with SparseGPT on ``num_samples`` windows, as the KL
     divergence on 8 further windows. How much of such a loss the recipe leaves is
     measured on a few blocks, which it prunes first. With an "N:M" structure a group
-    becomes sparse or stays dense; if unstructured, it gets a sparsity from 0.3 to 0.8,
+    becomes sparse or stays dense; if unstructured, it gets a sparsity from 0.1 to 0.8,
     or stays dense.
 
     :param model: local folder or Hub name

@@ -27,6 +27,12 @@ def test_experts_of_a_layer_are_one_group_and_shared_ones_another():
     assert list(groups)[-1] == shared
 
 
+def test_other_modules_may_be_grouped_than_those_that_servers_fuse():
+    modules = [f"h.0.attn.{x}_proj" for x in "qkv"]
+    found = served_groups(modules, fused=[("q_proj", "v_proj")])
+    assert list(found) == ["h.0.attn.q_proj+v_proj", "h.0.attn.k_proj"]
+
+
 def test_a_part_of_what_servers_fuse_is_a_group_of_its_own():
     found = served_groups(["h.0.attn.q_proj", "h.0.attn.k_proj"])
     assert list(found) == ["h.0.attn.q_proj+k_proj"]

@@ -5,8 +5,11 @@ import pytest
 from llmc_attnmask.oneshot.curve import Point, expectation
 
 
-def point(predicted: float, measured: float, rise: float) -> Point:
-    return Point({}, 0.6, 0.1, 0.4, predicted, measured, rise)
+def point(
+    predicted: float, measured: float, rise: float, weighed: float | None = None
+) -> Point:
+    weighed = predicted if weighed is None else weighed
+    return Point({}, 0.6, 0.1, 0.4, predicted, measured, weighed, rise)
 
 
 def test_the_perplexity_rises_by_the_loss_that_the_recipe_leaves():
@@ -19,6 +22,13 @@ def test_costs_that_do_not_add_up_are_corrected_by_the_curve():
     expected = expectation([point(1.0, 0.8, 0.8), point(2.0, 1.2, 1.2)], left=1.0)
     assert expected(1.0) == pytest.approx(math.expm1(0.8))
     assert expected(1.5) == pytest.approx(math.expm1(1.5 * 0.7))  # between .8 and .6
+
+
+def test_the_correction_is_that_of_choices_with_the_same_weighed_costs():
+    curve = [point(1.0, 0.8, 0.8, weighed=0.9), point(2.0, 1.2, 1.2, weighed=1.8)]
+    expected = expectation(curve, left=1.0)
+    assert expected(0.9) == pytest.approx(math.expm1(0.9 * 0.8))
+    assert expected(1.8) == pytest.approx(math.expm1(1.8 * 0.6))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ import torch
 import yaml
 
 from llmc_attnmask.checkpoint.inspect import inspect
+from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.oneshot import plan as planning
 from llmc_attnmask.oneshot.plan import plan, plan_on
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.recipe import RecipeError, load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
-from llmc_attnmask.oneshot.trade_off import Budget
+from llmc_attnmask.oneshot.trade_off import Budget, TradeOff
 from tests.support.architectures import FAMILIES, small_model
 
 QUICK = {"dataset": "builtin:pydoc", "num_samples": 8, "max_length": 64}
@@ -102,16 +103,17 @@ def test_a_loss_is_kept_to_with_few_bytes(made, tmp_path):
     assert found.chosen.size <= made.chosen.size + 0.4375 * group  # one group's bytes
 
 
-def test_unstructured_sparsity_is_planned_group_by_group(tmp_path):
+def test_unstructured_sparsity_is_planned_linear_by_linear(tmp_path):
     template = tmp_path / "template.yaml"
     template.write_text(ALPS, encoding="utf-8")
     found = plan(MODEL_DIR, template, tmp_path / "plan.yaml", **QUICK, sparsity=0.6)
     assert 0.6 <= found.chosen.sparsity <= 0.62
+    assert len(found.costs) == 28  # seven Linears of each of four layers
     assert len(set(found.chosen.sparsities.values())) > 3
-    uniform = sum(
-        (of[0.5] * of[0.7]) ** 0.5 for of in found.costs.values()
-    )  # at 0.6, as the logarithm is linear
+    trade_off = TradeOff(found.entries, MaskStructure.parse("0:0"))
+    uniform = trade_off.total(found.costs, dict.fromkeys(found.entries, 0.6))
     assert found.chosen.predicted < uniform
+    assert found.chosen.weighed == found.chosen.predicted  # nothing is recovered
 
 
 def test_prune_with_a_budget_plans_and_prunes(made, tmp_path):

@@ -176,6 +176,20 @@ s_stage:
         written(tmp_path, stock).groups(model)
 
 
+def test_unstructured_linears_are_groups_unless_a_modifier_prunes_them_alike(
+    model, tmp_path
+):
+    first = [f"self_attn.{x}_proj" for x in "qkvo"]
+    first += [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    names = [f"model.layers.0.{name}" for name in first]
+    assert [*written(tmp_path, ALPS).groups(model)][:7] == names
+    text = MIXED.format(structure="0:0", attention="0:0")
+    groups = written(tmp_path, text).groups(model)
+    together = "model.layers.0.self_attn.q_proj+k_proj"
+    assert groups[together] == names[:2]
+    assert names[2] in groups and names[0] not in groups
+
+
 @pytest.mark.parametrize("structure", ["2:4", "0:0"])
 @pytest.mark.parametrize("family", ["phi3", "deepseek_v3", "qwen3_next"])
 def test_what_attention_pruning_cannot_do_is_left_to_alps(
@@ -234,6 +248,8 @@ def test_experts_of_a_layer_are_one_group():
     (gate_up,) = [g for g in groups if "layers.0" in g and "gate_proj" in g]
     assert gate_up == "model.layers.0.mlp.experts.*.gate_proj+up_proj"
     assert len(groups[gate_up]) == 4
+    unstructured = PlannedRecipe(find_recipe("block_unstructured_60")).groups(model)
+    assert len(unstructured["model.layers.0.mlp.experts.*.gate_proj"]) == 2
 
 
 def test_a_plan_for_another_model_is_refused(model, tmp_path):

@@ -15,7 +15,7 @@ def two_of_four() -> tuple[TradeOff, dict]:
 
 def unstructured() -> tuple[TradeOff, dict]:
     costs = {
-        group: {s: c * math.exp(7 * s) for s in (0.5, 0.7)}
+        group: {s: c * math.exp(7 * s) for s in (0.4, 0.7)}
         for group, c in {"a": 0.1, "b": 0.01, "c": 0.01}.items()
     }
     return TradeOff(ENTRIES, MaskStructure.parse("0:0")), costs
@@ -49,10 +49,19 @@ def test_unstructured_groups_get_less_sparsity_the_more_they_cost():
     assert trade_off.total(costs, chosen) < trade_off.total(costs, uniform)
 
 
-def test_costs_between_and_around_the_measured_ones_are_exponential():
+def test_costs_from_the_lowest_measured_sparsity_on_are_exponential():
     trade_off, costs = unstructured()
-    for sparsity in (0.3, 0.5, 0.6, 0.8):
+    for sparsity in (0.4, 0.5, 0.6, 0.7, 0.8):
         expected = 0.1 * math.exp(7 * sparsity)
+        assert trade_off.cost(costs["a"], sparsity) == pytest.approx(expected)
+
+
+def test_costs_below_the_lowest_measured_sparsity_fall_to_nothing():
+    trade_off, costs = unstructured()
+    lowest = 0.1 * math.exp(7 * 0.4)
+    power = 7 * 0.4  # both laws have the same slope where they meet
+    for sparsity in (0.3, 0.1, 0.001):
+        expected = lowest * (sparsity / 0.4) ** power
         assert trade_off.cost(costs["a"], sparsity) == pytest.approx(expected)
     assert trade_off.cost(costs["a"], 0.0) == 0.0
 
