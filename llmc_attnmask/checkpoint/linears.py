@@ -1,7 +1,7 @@
 """Find the tensors of a checkpoint that are Linear weights expected to be 2:4."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 
 from llmc_attnmask.checkpoint.io.files import Checkpoint, StoredTensor
 
@@ -68,27 +68,49 @@ def mixed_groups(
     return mixed
 
 
-def served_groups(
-    modules: Iterable[str], fused: Collection[Sequence[str]] = _FUSED
-) -> dict[str, list[str]]:
+def served_groups(modules: Iterable[str]) -> dict[str, list[str]]:
     """Group modules that servers keep in one matrix; all experts of a layer together.
 
     :param modules: names of modules with a weight matrix
-    :param fused: last parts of the names of modules that are in one group
     :return: name of a group -> its members, in the order of their first member; a
         group's name is its parent's and the last parts of its members' names
     """
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for module in modules:
         parent, _, child = module.rpartition(".")
-        together = next((tuple(each) for each in fused if child in each), (child,))
-        place = (EXPERT.sub(r"\1*", parent), together)
+        fused = next((group for group in _FUSED if child in group), (child,))
+        place = (EXPERT.sub(r"\1*", parent), fused)
         found.setdefault(place, []).append(module)
     groups = {}
-    for (parent, together), members in found.items():
+    for (parent, fused), members in found.items():
         children = {module.rpartition(".")[2] for module in members}
-        name = f"{parent}.{'+'.join(c for c in together if c in children)}"
+        name = f"{parent}.{'+'.join(child for child in fused if child in children)}"
         groups[name] = members
+    return groups
+
+
+def single_groups(
+    modules: Iterable[str], alike: Iterable[Sequence[str]]
+) -> dict[str, list[str]]:
+    """Make each module a group, with those of other experts and those pruned alike.
+
+    :param modules: names of modules with a weight matrix
+    :param alike: modules that belong to one group; lists that overlap are one
+    :return: as of ``served_groups``
+    """
+    together: dict[str, set[str]] = {}
+    for members in alike:
+        merged = set(members).union(*(together.get(name, ()) for name in members))
+        together |= dict.fromkeys(merged, merged)
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        first = min(together.get(module, (module,)))
+        found.setdefault(EXPERT.sub(r"\1*", first), []).append(module)
+    groups = {}
+    for first, members in found.items():
+        parent = first.rpartition(".")[0]
+        children = dict.fromkeys(module.rpartition(".")[2] for module in members)
+        groups[f"{parent}.{'+'.join(children)}"] = members
     return groups
 
 

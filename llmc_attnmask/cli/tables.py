@@ -81,9 +81,14 @@ def layers(found: "list[LayerInfo]", title: str) -> Table:
     return table
 
 
+_LATE = "If the recipe recovers, costs of late layers count for more in the choice."
+
+
 def groups(plan: "Plan") -> Table:
     """Make a table with a row per group of a plan, in model order."""
-    table = Table(title="Groups of weights", caption="cost: nats per token, alone")
+    table = Table(
+        title="Groups of weights", caption=f"cost: nats per token, alone. {_LATE}"
+    )
     table.add_column("group")
     levels = sorted({level for of in plan.costs.values() for level in of})
     for column in ("weights", *(f"cost at {level:g}" for level in levels), "choice"):
@@ -106,7 +111,7 @@ def curve(plan: "Plan") -> Table:
         caption="size: of the weights, packed, over dense. Loss: KL divergence in nats "
         "per token, pruned by SparseGPT: added up, and of all groups together. On "
         f"a few blocks, the recipe has left {plan.left:.0%} of it, from which the "
-        "perplexity after the recipe is expected.",
+        f"perplexity after the recipe is expected. {_LATE}",
     )
     for column in (
         "",

@@ -15,7 +15,7 @@ from llmc_attnmask.oneshot.trade_off import Budget, Costs, Sparsities, TradeOff
 
 # shares of the weights, dense or pruned, of the points of the curve
 _DENSE_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
-_SPARSITIES = (0.7, 0.65, 0.6, 0.55, 0.5, 0.4)
+_SPARSITIES = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 # The log loss of a trained model rises by less than the divergence, but a rise that is
 # measured on few tokens is not trusted to be much less.
 _LEAST_RISE = 0.25
@@ -32,7 +32,7 @@ class Point:
     # KL divergence to the dense model, in nats per token
     predicted: float  # the sum of the groups' costs
     measured: float  # of all groups pruned together
-    weighed: float  # the sum of the costs as recovery leaves them, by block
+    weighed: float  # the sum of the costs as they were weighed for the choice
     rise: float  # of the log loss, with all groups pruned together
     # rise of the perplexity that is expected once the recipe has run, 0.05 for 5 %
     expected: float = math.nan

@@ -3,8 +3,8 @@
 A plan measures what pruning each group of Linears costs (``sensitivity.py``), chooses
 what the groups become (``trade_off.py``) and writes that as an ordinary recipe
 (``planned_recipe.py``). A group is what a server keeps in one matrix: q, k and v, o,
-gate and up, or down, of one layer; if unstructured, it is a single Linear. All experts
-of a layer count as one.
+gate and up, or down, of one layer. If unstructured, it is a Linear, or those that one
+``AttentionMatrixPruningModifier`` prunes alike. All experts of a layer count as one.
 """
 
 import shutil
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmc_attnmask.calibration.memory import reuse_freed_memory
@@ -26,7 +25,9 @@ from llmc_attnmask.checkpoint.io.atomic import PROGRESS
 from llmc_attnmask.checkpoint.source import read_config, read_tokenizer
 from llmc_attnmask.distributed import world_size
 from llmc_attnmask.oneshot.calibration_data import CalibrationData, Dataset
+from llmc_attnmask.oneshot.costs import COSTS, measured_costs
 from llmc_attnmask.oneshot.curve import Point, choices_of, expectation, points
+from llmc_attnmask.oneshot.depth import weighed_by_depth
 from llmc_attnmask.oneshot.fingerprint import fingerprint
 from llmc_attnmask.oneshot.loading import loaded
 from llmc_attnmask.oneshot.pilot import (
@@ -38,15 +39,13 @@ from llmc_attnmask.oneshot.pilot import (
 )
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe, model_identity
 from llmc_attnmask.oneshot.recipe import find_recipe
-from llmc_attnmask.oneshot.repair import left_by_recovery
 from llmc_attnmask.oneshot.sensitivity import Sensitivity
-from llmc_attnmask.oneshot.trade_off import Budget, TradeOff, check_budget
+from llmc_attnmask.oneshot.trade_off import Budget, Costs, TradeOff, check_budget
 from llmc_attnmask.runlog.progress import Progress
 from llmc_attnmask.text.windows import window_length
 
 PLAN_SAMPLES = 32  # windows that groups are pruned on
 _HELD_OUT, _LONGEST = 8, 256  # windows that losses are measured on, and their tokens
-_DATA = "costs "  # begins the names of blocks' costs in the progress
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Plan:
     recipe: Path
     budget: Budget
     entries: dict[str, int]  # group -> weights
-    costs: dict[str, dict[float, float]]  # group -> sparsity -> nats per token
+    costs: Costs  # group -> sparsity -> nats per token
     chosen: Point
     curve: list[Point]
     left: float  # of SparseGPT's loss by the recipe, on a few blocks
@@ -155,7 +154,7 @@ def plan(
                 progress,
             )
     except BaseException as error:
-        if any((folder / PROGRESS).glob(f"*{kind}*") for kind in (_DATA, PILOT)):
+        if any((folder / PROGRESS).glob(f"*{kind}*") for kind in (COSTS, PILOT)):
             error.add_note(
                 f"what is measured is kept in {folder}: the same command with --resume "
                 "continues from there, with any budget"
@@ -201,8 +200,10 @@ def plan_on(
     )
     key = pilot_key(planned, pilot_sparsity(planned.structure, budget))
     left = _left(sensitivity, pilot, key, progress)
-    costs = _costs(sensitivity, trade_off.measured, progress)
-    weighed = left_by_recovery(costs, sensitivity.blocks) if planned.recovers else costs
+    costs = measured_costs(sensitivity, trade_off, progress)
+    weighed = costs
+    if planned.recovers:
+        weighed = weighed_by_depth(costs, sensitivity.blocks)
     measured = partial(points, sensitivity, trade_off, costs, weighed)
     choices = choices_of(trade_off, weighed)
     if budget.kind != "loss":
@@ -306,28 +307,6 @@ def entries_of(
         group: sum(model.get_parameter(f"{name}.weight").numel() for name in names)
         for group, names in groups.items()
     }
-
-
-def _costs(
-    sensitivity: Sensitivity, levels: Sequence[float], progress: Progress | None
-) -> dict[str, dict[float, float]]:
-    """Measure every group, block by block; blocks of an earlier run are read."""
-    blocks = sensitivity.blocks
-    kept = {b: progress.read_data(_DATA + b) if progress else None for b in blocks}
-    known = {
-        block: {
-            group: {float(s): kl for s, kl in of.items()} for group, of in c.items()
-        }
-        for block, c in kept.items()
-        if c is not None
-    }
-    costs: dict[str, dict[float, float]] = {}
-    found = sensitivity.costs(levels, known)
-    for block, of in tqdm(found, desc="sensitivity", total=len(blocks), unit="block"):
-        if progress is not None and block not in known:
-            progress.save_data(_DATA + block, of)
-        costs |= of
-    return costs
 
 
 def _summary(plan: Plan) -> dict[str, Any]:

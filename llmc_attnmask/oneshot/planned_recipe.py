@@ -17,7 +17,7 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifier
 from torch import nn
 
 from llmc_attnmask.checkpoint.io.atomic import new_file
-from llmc_attnmask.checkpoint.linears import served_groups
+from llmc_attnmask.checkpoint.linears import served_groups, single_groups
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.modifiers.alps_pruning import ALPSPruningModifier
 from llmc_attnmask.modifiers.attention_pruning import AttentionMatrixPruningModifier
@@ -102,7 +102,9 @@ class PlannedRecipe:
             if isinstance(m, (*_PRUNERS, MaskedRecoveryModifier))
         ]
         """What prunes or refines what is left, without what quantizes."""
-        self.recovers = len(self.pruning) > len(self.pruners)
+        self.recovers = any(
+            isinstance(m, MaskedRecoveryModifier) for m in self.modifiers
+        )
         structures = sorted({str(m.mask_structure) for m in self.pruners})
         if not structures:
             raise RecipeError(
@@ -132,8 +134,9 @@ class PlannedRecipe:
         """Return what is sparse or dense as a whole: group -> Linears.
 
         For N:M these are the matrices of servers. Nothing asks for the same
-        unstructured sparsity in them, and v costs several times as much as q, so there
-        every Linear is a group, except for those that one modifier prunes alike.
+        unstructured sparsity in all of a matrix, and v costs several times as much per
+        weight as q. So there every Linear is a group, except for those of an attention
+        module that one modifier prunes alike.
 
         :raises RecipeError: if it prunes nothing of the model
         :raises ValueError: if the mask structure does not fit a Linear
@@ -169,12 +172,12 @@ class PlannedRecipe:
         ]
         if self.structure.unstructured:
             alike = [
-                [name.rpartition(".")[2] for name in names]
+                names
                 for modifier, left in attention
                 for module, names in attention_linears(modifier, model).items()
                 if module not in left
             ]
-            groups = served_groups(pruned, fused=alike)
+            groups = single_groups(pruned, alike)
         else:
             groups = served_groups(pruned)
         for modifier, left in attention:

@@ -1,4 +1,6 @@
-from llmc_attnmask.checkpoint.linears import served_groups
+import pytest
+
+from llmc_attnmask.checkpoint.linears import served_groups, single_groups
 
 
 def test_modules_that_servers_fuse_are_one_group():
@@ -27,10 +29,26 @@ def test_experts_of_a_layer_are_one_group_and_shared_ones_another():
     assert list(groups)[-1] == shared
 
 
-def test_other_modules_may_be_grouped_than_those_that_servers_fuse():
-    modules = [f"h.0.attn.{x}_proj" for x in "qkv"]
-    found = served_groups(modules, fused=[("q_proj", "v_proj")])
-    assert list(found) == ["h.0.attn.q_proj+v_proj", "h.0.attn.k_proj"]
+def test_single_groups_have_one_module_and_the_same_of_all_experts():
+    modules = ["h.0.up", "h.0.experts.0.up", "h.0.experts.1.up", "h.0.experts.0.down"]
+    assert single_groups(modules, alike=()) == {
+        "h.0.up": modules[:1],
+        "h.0.experts.*.up": modules[1:3],
+        "h.0.experts.*.down": modules[3:],
+    }
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_single_groups_keep_together_what_is_pruned_alike(reverse):
+    modules = [f"h.{layer}.attn.{x}" for layer in (0, 1, 2) for x in "qkvo"]
+    q, k, v, o = modules[:4]
+    q1, k1, v1, o1 = modules[4:8]
+    alike = [[q, k], [k, v], [k1, v1]]
+    found = single_groups(modules, alike[::-1] if reverse else alike)
+    assert list(found.values()) == [[q, k, v], [o], [q1], [k1, v1], [o1]] + [
+        [name] for name in modules[8:]
+    ]
+    assert list(found)[:2] == ["h.0.attn.q+k+v", "h.0.attn.o"]
 
 
 def test_a_part_of_what_servers_fuse_is_a_group_of_its_own():

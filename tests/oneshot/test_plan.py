@@ -5,14 +5,17 @@ import torch
 import yaml
 
 from llmc_attnmask.checkpoint.inspect import inspect
+from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.masks.structure import MaskStructure
 from llmc_attnmask.oneshot import plan as planning
+from llmc_attnmask.oneshot.depth import weighed_by_depth
 from llmc_attnmask.oneshot.plan import plan, plan_on
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
 from llmc_attnmask.oneshot.prune import prune
-from llmc_attnmask.oneshot.recipe import RecipeError, load_recipe
+from llmc_attnmask.oneshot.recipe import RecipeError, find_recipe, load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.oneshot.trade_off import Budget, TradeOff
+from llmc_attnmask.runlog.progress import Progress
 from tests.support.architectures import FAMILIES, small_model
 
 QUICK = {"dataset": "builtin:pydoc", "num_samples": 8, "max_length": 64}
@@ -52,6 +55,36 @@ def test_the_chosen_groups_lose_less_than_the_first_and_last_layers(made):
     naive = {g for g in made.costs if ".0." in g}  # a quarter of the weights
     saved = sum(made.costs[group][0.5] for group in dense)
     assert saved > sum(made.costs[group][0.5] for group in naive)
+
+
+def test_late_groups_count_for_more_in_the_choice_if_the_recipe_recovers(made):
+    blocks = [f"model.layers.{n}" for n in range(4)]
+    trade_off = TradeOff(made.entries, MaskStructure.parse("2:4"))
+    weighed = weighed_by_depth(made.costs, blocks)
+    assert made.chosen.sparsities == trade_off.choose(made.budget, weighed)
+    assert made.chosen.weighed == trade_off.total(weighed, made.chosen.sparsities)
+    assert made.chosen.weighed != made.chosen.predicted
+
+
+def test_costs_that_another_version_has_kept_are_measured_again(
+    made, tmp_path, tokenizer, calibration
+):
+    planned = PlannedRecipe(find_recipe("block_2of4_quick"))
+    progress = Progress(tmp_path / "progress", {}, [])
+    other = {"model.layers.0.self_attn.q_proj": {0.4: 0.1, 0.7: 0.2}}
+    progress.save_data("costs model.layers.0", other)
+    found = plan_on(
+        load(MODEL_DIR),
+        planned,
+        tmp_path / "plan.yaml",
+        calibration[:16, :64],
+        made.budget,
+        progress=progress,
+    )
+    assert found.costs.keys() == made.costs.keys()
+    kept = progress.read_data("costs model.layers.0")
+    assert kept.keys() == {g for g in made.costs if ".0." in g}
+    progress.close()
 
 
 def test_the_recipe_is_complete_and_says_what_was_planned(made):

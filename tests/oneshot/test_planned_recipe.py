@@ -190,6 +190,28 @@ def test_unstructured_linears_are_groups_unless_a_modifier_prunes_them_alike(
     assert names[2] in groups and names[0] not in groups
 
 
+def test_each_attention_modifier_groups_what_it_prunes(model, tmp_path):
+    text = """
+s_stage:
+  a_modifiers:
+    AttentionMatrixPruningModifier:
+      {sparsity: 0.5, steps: 0, projections: [q, k], targets: ["re:.*[01].self_attn$"]}
+  b_modifiers:
+    AttentionMatrixPruningModifier:
+      {sparsity: 0.5, projections: [q, k, v, o], targets: ["re:.*2.self_attn$"]}
+  c_modifiers:
+    ALPSPruningModifier: {sparsity: 0.5, targets: ["re:.*3.self_attn.*_proj$"]}
+"""
+    groups = [
+        g.removeprefix("model.layers.") for g in written(tmp_path, text).groups(model)
+    ]
+    assert groups == [
+        *(f"{layer}.self_attn.q_proj+k_proj" for layer in (0, 1)),
+        "2.self_attn.q_proj+k_proj+v_proj+o_proj",
+        *(f"3.self_attn.{x}_proj" for x in "qkvo"),
+    ]
+
+
 @pytest.mark.parametrize("structure", ["2:4", "0:0"])
 @pytest.mark.parametrize("family", ["phi3", "deepseek_v3", "qwen3_next"])
 def test_what_attention_pruning_cannot_do_is_left_to_alps(

@@ -66,6 +66,12 @@ def test_costs_below_the_lowest_measured_sparsity_fall_to_nothing():
     assert trade_off.cost(costs["a"], 0.0) == 0.0
 
 
+def test_a_cost_that_falls_by_noise_is_no_higher_at_low_sparsities():
+    trade_off, _ = unstructured()
+    for sparsity in (0.1, 0.5, 0.8):
+        assert trade_off.cost({0.4: 1e-3, 0.7: 0.0}, sparsity) == pytest.approx(1e-3)
+
+
 def test_the_smallest_size_within_a_loss_is_found():
     trade_off, costs = two_of_four()
     chosen = trade_off.smallest(0.35, costs, lambda predicted: predicted)
