@@ -154,7 +154,9 @@ def test_plan_prints_what_it_has_chosen_and_what_it_costs(call, text, tmp_path):
     )
     code, out, err = call(*command, *budget)
     assert code == 0, err
-    assert "model.layers.0.self_attn.o_proj" in out
+    # whole names, also in 80 columns
+    assert "Groups of weights in model.layers" in out
+    assert "0.self_attn.q_proj+k_proj+v_proj" in out
     assert "chosen" in out and "is expected" in out
     assert f"saved {recipe}" in out.replace("\n", "")
     assert "ignore:" in recipe.read_text()

@@ -1,5 +1,6 @@
 """The tables that commands print."""
 
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -86,8 +87,12 @@ _LATE = "If the recipe recovers, costs of late layers count for more in the choi
 
 def groups(plan: "Plan") -> Table:
     """Make a table with a row per group of a plan, in model order."""
+    parts = zip(*(group.split(".") for group in plan.costs), strict=False)
+    alike = takewhile(lambda part: len(set(part)) == 1, parts)
+    common = ".".join(part[0] for part in alike)  # such as model.layers
     table = Table(
-        title="Groups of weights", caption=f"cost: nats per token, alone. {_LATE}"
+        title=f"Groups of weights in {plain(common)}",
+        caption=f"cost: nats per token, alone. {_LATE}",
     )
     table.add_column("group")
     levels = sorted({level for of in plan.costs.values() for level in of})
@@ -96,7 +101,7 @@ def groups(plan: "Plan") -> Table:
     for group, costs in plan.costs.items():
         sparsity = plan.chosen.sparsities[group]
         table.add_row(
-            plain(group),
+            plain(group.removeprefix(f"{common}.")),
             f"{plan.entries[group]:,}",
             *(f"{costs[level]:.5f}" for level in levels),
             f"{sparsity:.0%}" if sparsity else "dense",
