@@ -111,7 +111,7 @@ def test_what_the_recipe_leaves_open_is_set(planned, tokenizer, monkeypatch):
         ("2:4", Budget("dense_share", 0.25), 0.5),
         ("2:4", Budget("size", 0.9), 0.5),
         ("0:0", Budget("sparsity", 0.6), 0.6),
-        ("0:0", Budget("sparsity", 0.1), 0.3),
+        ("0:0", Budget("sparsity", 0.05), 0.1),
         ("0:0", Budget("size", 0.4625), 0.6),
         ("0:0", Budget("loss", 0.05), 0.5),
     ],
