@@ -1,25 +1,27 @@
 """Measure what every group of a model costs, and keep it from one run to the next."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from tqdm import tqdm
 
 from llmc_attnmask.oneshot.sensitivity import BlockCosts, Sensitivity
-from llmc_attnmask.oneshot.trade_off import Costs, TradeOff
+from llmc_attnmask.oneshot.trade_off import Costs
 from llmc_attnmask.runlog.progress import Progress
 
 COSTS = "costs "  # begins the names of blocks' costs in the progress
 
 
 def measured_costs(
-    sensitivity: Sensitivity, trade_off: TradeOff, progress: Progress | None
+    sensitivity: Sensitivity, levels: Sequence[float], progress: Progress | None
 ) -> Costs:
-    """Measure every group, block by block; blocks of an earlier run are read."""
-    blocks, levels = sensitivity.blocks, trade_off.measured
+    """Measure every group, block by block; blocks of an earlier run are read.
+
+    :param levels: sparsities
+    """
+    blocks = sensitivity.blocks
     known: dict[str, BlockCosts] = {}
     if progress is not None:
-        for block in blocks:
-            groups = [g for g in trade_off.entries if g.startswith(f"{block}.")]
+        for block, groups in sensitivity.groups.items():
             if costs := _kept(progress, block, groups, levels):
                 known[block] = costs
     found = sensitivity.costs(levels, known)

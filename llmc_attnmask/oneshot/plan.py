@@ -200,7 +200,7 @@ def plan_on(
     )
     key = pilot_key(planned, pilot_sparsity(planned.structure, budget))
     left = _left(sensitivity, pilot, key, progress)
-    costs = measured_costs(sensitivity, trade_off, progress)
+    costs = measured_costs(sensitivity, trade_off.measured, progress)
     weighed = costs
     if planned.recovers:
         weighed = weighed_by_depth(costs, sensitivity.blocks)

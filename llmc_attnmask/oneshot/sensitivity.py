@@ -68,7 +68,8 @@ class Sensitivity:
         self._calibrated = BlockwiseModel(model, calibration, device, offload)
         self._measured = BlockwiseModel(model, held_out, device, offload)
         self.blocks = self._measured.names
-        self._groups = {name: _of(name, groups) for name in self.blocks}
+        self.groups = {name: _of(name, groups) for name in self.blocks}
+        """Block -> its groups -> their Linears' names within it."""
         self._reference = self._measured.embedded
         for position in range(len(self.blocks)):
             self._reference = self._measured.block(position, self._reference).outputs()
@@ -84,7 +85,7 @@ class Sensitivity:
         states = self._measured.embedded
         for position, problems in self._pass(known):
             name = self.blocks[position]
-            groups = self._groups[name]
+            groups = self.groups[name]
             dense = self._measured.block(position, states)
             if name in known or not groups:
                 yield name, known.get(name, {})
@@ -106,7 +107,7 @@ class Sensitivity:
         """Return what each choice costs, with all of its groups pruned together."""
         streams: list[SampleTensors] = [self._measured.embedded] * len(choices)
         for position, problems in self._pass():
-            groups = self._groups[self.blocks[position]]
+            groups = self.groups[self.blocks[position]]
             block = self._measured.block(position, streams[0])
             solved: dict[tuple[str, float], Weights] = {}
             for i, choice in enumerate(choices):
@@ -146,7 +147,7 @@ class Sensitivity:
         for position, name in enumerate(self.blocks):
             block = self._calibrated.block(position, states)
             linears = block.linears()
-            groups = {} if name in known else self._groups[name]
+            groups = {} if name in known else self.groups[name]
             problems = {
                 linear: LinearProblem(f"{name}.{linear}", linears[linear])
                 for members in groups.values()
