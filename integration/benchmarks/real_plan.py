@@ -12,6 +12,7 @@ Row = dict[str, Any]
 SPARSITIES = ("50 %", "60 %", "70 %", "40 %")
 DENSE_SHARES = (0.25, 0.125, 0.5)
 LOSS = 0.05
+UNIFORM = (0.25, 0.3)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,14 @@ def plans() -> list[Plan]:
         Plan(f"block_2of4, loss {LOSS}", "block", "2:4"),
         Plan(f"block_unstructured_60, loss {LOSS}", "block", "unstructured"),
         # without a plan, what is expected to lose about as much
-        Plan("block_unstructured_60, uniform 0.25", "block", "25 %"),
+        *(
+            Plan(
+                f"block_unstructured_60, uniform {share:g}",
+                "block",
+                f"{share * 100:g} %",
+            )
+            for share in UNIFORM
+        ),
         *(
             Plan(method, "q/k", "2:4")
             for method in (

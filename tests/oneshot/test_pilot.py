@@ -113,7 +113,7 @@ def test_what_the_recipe_leaves_open_is_set(planned, tokenizer, monkeypatch):
         ("0:0", Budget("sparsity", 0.6), 0.6),
         ("0:0", Budget("sparsity", 0.05), 0.1),
         ("0:0", Budget("size", 0.4625), 0.6),
-        ("0:0", Budget("loss", 0.05), 0.5),
+        ("0:0", Budget("loss", 0.05), 0.3),
     ],
 )
 def test_the_sparsity_is_like_that_of_the_budget(structure, budget, expected):
