@@ -41,15 +41,12 @@ def plans() -> list[Plan]:
             for kind in ("dense_share", "ends")
             if kind == "dense_share" or share == DENSE_SHARES[0]
         ),
+        Plan(f"block_2of4_quick, dense_share {DENSE_SHARES[0]:g}", "block", "2:4"),
         Plan(f"block_2of4, loss {LOSS}", "block", "2:4"),
         Plan(f"block_unstructured_60, loss {LOSS}", "block", "unstructured"),
         # without a plan, what is expected to lose about as much
         *(
-            Plan(
-                f"block_unstructured_60, uniform {share:g}",
-                "block",
-                f"{share * 100:g} %",
-            )
+            Plan(f"block_unstructured_60, uniform {share:g}", "block", _percent(share))
             for share in UNIFORM
         ),
         *(
@@ -77,6 +74,10 @@ def plans() -> list[Plan]:
     ]
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
 def _share(sparsity: str) -> float:
     return float(sparsity.removesuffix("%")) / 100
 
@@ -87,7 +88,7 @@ def _planned(recipe: str) -> Plan:
     )
     structure = pruning.mask_structure
     if structure == "0:0":
-        structure = f"{100 * pruning.sparsity:g} %"
+        structure = _percent(pruning.sparsity)
     return Plan(recipe, "block", structure)
 
 

@@ -46,7 +46,7 @@ def pilot_sparsity(structure: MaskStructure, budget: Budget) -> float:
     """Return a sparsity like those that a budget leads to.
 
     Recovery leaves more of a small loss than of a large one, and a loss to deploy is
-    small: on the shipped model, 0.62 of it is left at a sparsity of 0.1 and 0.52 at 0.3.
+    small. On the shipped model, it leaves 0.62 at a sparsity of 0.1 and 0.52 at 0.3.
     """
     known = sparsities_of(structure)
     wanted = {"sparsity": budget.value, "size": 1 + BITMASK - budget.value}
