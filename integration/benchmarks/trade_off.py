@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -138,11 +139,14 @@ def read(file: Path) -> list[Row]:
 
 def perplexity_of(row: Row) -> float:
     """Return the mean over seeds."""
-    return float(sum(run["perplexity"] for run in row["runs"]) / len(row["runs"]))
+    return fmean(run["perplexity"] for run in row["runs"])
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """Write a table with a row for every point, by size within its line."""
+    """Write a table with a row for every point, by size within its line.
+
+    Of several seeds, it has the mean, and the range in brackets.
+    """
     by_name = {row["name"]: row for row in rows}
     dense = perplexity_of(by_name.pop(DENSE.name))
     gap = perplexity_of(by_name["SparseGPT 2:4"]) - dense
@@ -160,11 +164,18 @@ def markdown(rows: Iterable[Row]) -> str:
             f"{row['size']:.3f}",
             f"{found:.3f}",
             f"{found / dense - 1:+.1%}",
-            f"{(found - dense) / gap:.3f}",
+            _with_range([(run["perplexity"] - dense) / gap for run in row["runs"]]),
             f"{plan['expected_rise']:+.1%}" if "expected_rise" in plan else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _with_range(values: list[float]) -> str:
+    mean = f"{fmean(values):.3f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 def _by_line(rows: Iterable[Row]) -> list[Row]:

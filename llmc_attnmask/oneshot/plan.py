@@ -203,7 +203,7 @@ def plan_on(
     costs = measured_costs(sensitivity, trade_off.measured, progress)
     weighed = costs
     if planned.recovers:
-        weighed = weighed_by_depth(costs, sensitivity.blocks)
+        weighed = weighed_by_depth(costs, sensitivity.groups)
     measured = partial(points, sensitivity, trade_off, costs, weighed)
     choices = choices_of(trade_off, weighed)
     if budget.kind != "loss":

@@ -37,6 +37,15 @@ def test_the_table_compares_rises_with_sparsegpts_and_with_what_was_expected():
     assert lines[5].endswith("0.671 | 21.000 | +5.0% | 0.100 | +6.0% |")
 
 
+def test_of_several_seeds_the_table_has_the_mean_and_the_range():
+    several = dict(ROWS[2])
+    several["runs"] = [
+        {**several["runs"][0], "perplexity": p} for p in (22.0, 22.5, 24)
+    ]
+    lines = trade_off.markdown([*ROWS[:2], several]).splitlines()
+    assert "| 22.833 | +14.2% | 0.283 (0.200 to 0.400) |" in lines[4]
+
+
 def test_the_picture_is_the_same_for_the_same_rows():
     first = trade_off.drawn(ROWS)
     assert first == trade_off.drawn(ROWS) != trade_off.drawn(ROWS[:3])

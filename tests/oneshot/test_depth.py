@@ -2,11 +2,11 @@ import pytest
 
 from llmc_attnmask.oneshot.depth import weighed_by_depth
 
-BLOCKS = ["model.layers.1", "model.layers.2", "model.layers.10"]
+BLOCKS = {f"layers.{i}": [f"layers.{i}.mlp.down_proj"] for i in (1, 2, 10)}
 
 
 def costs(*of: dict[float, float]) -> dict:
-    return {f"{b}.mlp.down_proj": each for b, each in zip(BLOCKS, of, strict=True)}
+    return {group: each for (group,), each in zip(BLOCKS.values(), of, strict=True)}
 
 
 def test_the_last_block_weighs_three_times_as_much_as_the_first():
@@ -45,5 +45,5 @@ def test_groups_that_cost_nothing_still_cost_nothing():
 
 
 def test_the_groups_of_a_single_block_keep_their_costs():
-    one = {"model.layers.1.mlp.down_proj": {0.5: 0.2}}
-    assert weighed_by_depth(one, BLOCKS[:1]) == one
+    one = {"layers.1.mlp.down_proj": {0.5: 0.2}}
+    assert weighed_by_depth(one, {"layers.1": list(one)}) == one

@@ -58,7 +58,8 @@ def test_the_chosen_groups_lose_less_than_the_first_and_last_layers(made):
 
 
 def test_late_groups_count_for_more_in_the_choice_if_the_recipe_recovers(made):
-    blocks = [f"model.layers.{n}" for n in range(4)]
+    names = [f"model.layers.{n}." for n in range(4)]
+    blocks = {name: [g for g in made.entries if g.startswith(name)] for name in names}
     trade_off = TradeOff(made.entries, MaskStructure.parse("2:4"))
     weighed = weighed_by_depth(made.costs, blocks)
     assert made.chosen.sparsities == trade_off.choose(made.budget, weighed)
