@@ -45,8 +45,9 @@ class Pilot:
 def pilot_sparsity(structure: MaskStructure, budget: Budget) -> float:
     """Return a sparsity like those that a budget leads to.
 
-    Recovery leaves more of a small loss than of a large one, and a loss to deploy is
-    small. On the shipped model, it leaves 0.62 at a sparsity of 0.1 and 0.52 at 0.3.
+    Recovery leaves more of a small loss than of a large one: on SmolLM2-135M, 0.49 of
+    SparseGPT's at a sparsity of 0.3, and 0.40 at 0.5. A budget of loss is taken to be
+    small, about 5 %; of a much larger one, too much is expected.
     """
     known = sparsities_of(structure)
     wanted = {"sparsity": budget.value, "size": 1 + BITMASK - budget.value}

@@ -30,7 +30,7 @@ from llmc_attnmask.oneshot.recipe import find_recipe, load_recipe
 from llmc_attnmask.oneshot.trade_off import Budget
 from llmc_attnmask.runlog.context import described
 from llmc_attnmask.runlog.journal import run_metadata
-from llmc_attnmask.runlog.progress import Progress, ProgressError
+from llmc_attnmask.runlog.progress import Progress, ProgressError, is_begun
 from llmc_attnmask.text.windows import window_length
 from llmc_attnmask.upstream.pipeline import resumable
 from llmc_attnmask.upstream.save import save_as
@@ -117,10 +117,10 @@ def prune(
     data = CalibrationData(dataset, tokenizer, text_column, num_samples, length, seed)
 
     folder = output / PROGRESS
-    planned = None
-    if budget is not None:
-        known_by = fingerprint(model, config, template, data.identity, seed)
-        recipe = planned = _plan_in(folder, known_by, budget)
+    known_by = fingerprint(model, config, template, data.identity, seed)
+    planned = _plan_in(folder, known_by, budget)
+    if planned is not None:
+        recipe = planned
         if not planned.exists():
             with _emptied(folder):
                 plan(
@@ -141,7 +141,8 @@ def prune(
                 )
     modifiers = load_recipe(recipe).modifiers
     set_defaults(modifiers, seed, offload_activations)
-    known_by = fingerprint(model, config, recipe, data.identity, seed)
+    if planned is not None:
+        known_by = fingerprint(model, config, planned, data.identity, seed)
     progress = Progress(folder, known_by, modifiers)
 
     with (
@@ -201,20 +202,32 @@ def _check_arguments(num_samples: int, seed: int, offload_model: Offload) -> Non
         raise ValueError(f"seed is {seed}; expected at least 0 and less than 2^63")
 
 
-def _plan_in(folder: Path, known_by: dict[str, str], budget: Budget) -> Path:
+def _plan_in(
+    folder: Path, known_by: dict[str, str], budget: Budget | None
+) -> Path | None:
     """Return where the plan of a run is kept within its progress.
 
-    :raises ProgressError: if there is one of another run or for another budget
+    :return: None without a budget
+    :raises ProgressError: if there is one of another run or for another budget, or if
+        the run in progress has none
     """
     digest = hashlib.sha256(repr(sorted(known_by.items())).encode()).hexdigest()[:8]
     planned = folder / f"plan-{digest}.yaml"
     for found in folder.glob("plan-*.yaml"):
         what = (plan_of(found) or {}).get("budget")
-        if found != planned or what != str(budget):
+        if budget is None or found != planned or what != str(budget):
             raise ProgressError(
                 f"{folder} holds a plan of another run, for {what}; repeat that run's "
                 "command to resume it, or remove the folder to start over"
             )
+    if budget is None:
+        return None
+    if not planned.exists() and is_begun(folder):
+        raise ProgressError(
+            f"{folder} holds the progress of another run, which has no plan for "
+            f"{budget}; repeat that run's command to resume it, or remove the folder "
+            "to start over"
+        )
     return planned
 
 

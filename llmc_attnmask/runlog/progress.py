@@ -41,6 +41,11 @@ _MASK = "mask"  # key in a layer's file, next to the module's own tensors
 Fingerprint = Mapping[str, str]
 
 
+def is_begun(folder: Path) -> bool:
+    """Return whether a folder holds the progress of a run."""
+    return (folder / _RUN).exists()
+
+
 class ProgressError(ValueError):
     """The progress on disk belongs to another run; the message says what differs."""
 

@@ -183,7 +183,9 @@ def test_every_architecture_is_planned_or_refused(family, tmp_path):
     assert load_recipe(made.recipe).modifiers
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"num_samples": 9}, {"size": 0.7}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"num_samples": 9}, {"size": 0.7}, {"dense_share": None}]
+)
 def test_a_plan_is_resumed_only_by_the_same_command(other, tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
@@ -201,6 +203,32 @@ def test_a_plan_is_resumed_only_by_the_same_command(other, tmp_path, monkeypatch
     ):
         prune(MODEL_DIR, "block_2of4_quick", output, **command | other, resume=True)
     assert list(output.glob(".progress/plan-*.yaml"))
+
+
+def test_a_run_without_a_plan_is_not_resumed_with_one(tmp_path, monkeypatch):
+    save = Progress.save
+
+    def saved_and_stopped(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "save", saved_and_stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prune(MODEL_DIR, "block_2of4_quick", output, **QUICK)
+    kept = sorted(path.name for path in output.glob(".progress/*"))
+    assert any(name.endswith(".safetensors") for name in kept)
+    with pytest.raises(ValueError, match=r"which has no plan for dense_share 0\.25"):
+        prune(
+            MODEL_DIR,
+            "block_2of4_quick",
+            output,
+            **QUICK,
+            dense_share=0.25,
+            resume=True,
+        )
+    assert sorted(path.name for path in output.glob(".progress/*")) == kept
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path):
