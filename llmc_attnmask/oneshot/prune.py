@@ -139,10 +139,9 @@ def prune(
                     offload_activations=offload_activations or "cpu",
                     resume=resume,
                 )
+        known_by = fingerprint(model, config, planned, data.identity, seed)
     modifiers = load_recipe(recipe).modifiers
     set_defaults(modifiers, seed, offload_activations)
-    if planned is not None:
-        known_by = fingerprint(model, config, planned, data.identity, seed)
     progress = Progress(folder, known_by, modifiers)
 
     with (

@@ -41,13 +41,13 @@ _MASK = "mask"  # key in a layer's file, next to the module's own tensors
 Fingerprint = Mapping[str, str]
 
 
+class ProgressError(ValueError):
+    """The progress on disk belongs to another run; the message says what differs."""
+
+
 def is_begun(folder: Path) -> bool:
     """Return whether a folder holds the progress of a run."""
     return (folder / _RUN).exists()
-
-
-class ProgressError(ValueError):
-    """The progress on disk belongs to another run; the message says what differs."""
 
 
 class Progress:
@@ -71,7 +71,7 @@ class Progress:
         self._passes: set[str] = set()
         self._data: set[str] = set()
         self._created = self._created_output = False  # by this run
-        if (folder / _RUN).exists():
+        if is_begun(folder):
             self._open()
 
     @property
