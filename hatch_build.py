@@ -1,9 +1,9 @@
 """Compile the CPU kernels when a wheel is built or the package is installed editable.
 
-Nothing is compiled later. Without a compiler, or on another system than Linux on x86-64,
-the wheel has no library, and layers are served dense. The system's compiler ($CXX, c++,
-g++ or clang++) is used if there is one, otherwise the one in the ziglang package, which pip
-then fetches for the build.
+Nothing is compiled later. Without a compiler, or on another system than Linux on
+x86-64, the wheel has no library, and layers are served dense. The system's compiler
+($CXX, c++, g++ or clang++) is used if there is one, otherwise the one in the ziglang
+package, which pip then fetches for the build.
 """
 
 import os

@@ -36,7 +36,7 @@ def lacks(found: frozenset[str], dtype: torch.dtype, two_of_four: bool) -> str |
     :param dtype: of the weight
     :param two_of_four: whether the weight is 2:4; otherwise it has any mask
     """
-    needed = _BASE
+    needed: tuple[str, ...] = _BASE
     if dtype == torch.int8:
         needed += _INT8
     if not two_of_four:

@@ -3,7 +3,9 @@ import torch
 
 from llmc_attnmask.serving.kernels.cpu import library, machine
 
-ZEN4 = "processor : 0\nflags\t\t: fpu avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni avx512_vbmi2\n"
+ZEN4 = """processor\t: 0
+flags\t\t: fpu avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni avx512_vbmi2
+"""
 
 
 def test_flags_are_those_of_the_first_processor() -> None:

@@ -1,4 +1,4 @@
-"""The kernels touch no byte that is not theirs, and do nothing that C++ leaves undefined."""
+"""The kernels touch no byte that is not theirs, and rely on nothing undefined."""
 
 import subprocess
 from pathlib import Path
