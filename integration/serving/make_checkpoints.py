@@ -4,7 +4,8 @@
 
 OUT gets the folders NAME-dense and NAME-packed for bf16, int8 and fp8, with the whole
 decoder at 2:4; planned, with some groups dense; mixed, with only q and k; and biased, a
-random Qwen2 whose q, k and v have biases. It also gets adapter, a LoRA adapter.
+random Qwen2 whose q, k and v have biases. It also gets unstructured-dense and
+unstructured-int8-dense, with 60 % of the decoder pruned, and adapter, a LoRA adapter.
 """
 
 import json
@@ -28,6 +29,7 @@ from transformers import (
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.config import packed_config
 from llmc_attnmask.checkpoint.convert import to_dense, to_packed
+from llmc_attnmask.checkpoint.store import mark
 from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
 from llmc_attnmask.oneshot.prune import save
@@ -74,6 +76,22 @@ def biased(folder: Path) -> PreTrainedModel:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def make_unstructured(out: Path, name: str, quantization: list) -> None:
+    """Write NAME-dense, whose layers have densities of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    windows = calibration_windows(load_texts(BUILTIN), tokenizer, 4, 128)
+    model = shipped()
+    modifiers = [
+        WandaPruningModifier(sparsity=share, mask_structure="0:0", targets=[targets])
+        for share, targets in (
+            (0.6, "re:.*(q|o|gate|up)_proj"),
+            (0.4, "re:.*down_proj"),
+        )
+    ]
+    compress(model, tokenizer, [*modifiers, *quantization], windows)
+    mark(save(model, tokenizer, out / f"{name}-dense"))
 
 
 def make_adapter(folder: Path) -> None:
@@ -140,6 +158,12 @@ def wanda(target: str) -> WandaPruningModifier:
     return WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=[target])
 
 
+def quantization(scheme: str) -> QuantizationModifier:
+    return QuantizationModifier(
+        scheme=scheme, targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+
+
 def planned(folder: Path) -> list:
     """Return what prunes all but a part of some layers, as a plan writes it."""
     template = folder / "template.yaml"
@@ -155,15 +179,11 @@ def planned(folder: Path) -> list:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    int8 = QuantizationModifier(
-        scheme="W8A8", targets=["Linear"], ignore=["re:.*lm_head"]
-    )
     make(out, "bf16", shipped(), [wanda(BLOCK)])
-    make(out, "int8", shipped(), [wanda(BLOCK), int8])
-    float8 = QuantizationModifier(
-        scheme="FP8_DYNAMIC", targets=["Linear"], ignore=["re:.*lm_head"]
-    )
-    make(out, "fp8", shipped(), [wanda(BLOCK), float8])
+    make(out, "int8", shipped(), [wanda(BLOCK), quantization("W8A8")])
+    make(out, "fp8", shipped(), [wanda(BLOCK), quantization("FP8_DYNAMIC")])
+    make_unstructured(out, "unstructured", [])
+    make_unstructured(out, "unstructured-int8", [quantization("W8A8")])
     make(out, "planned", shipped(), planned(out))
     make(out, "mixed", shipped(), [wanda(ATTENTION)])
     make_adapter(out / "adapter")

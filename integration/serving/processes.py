@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 WITHOUT_PLUGIN = {"VLLM_PLUGINS": ""}
+DENSE = {"LLMC_ATTNMASK_KERNEL": "dense"}
+SPARSE = {"LLMC_ATTNMASK_KERNEL": "sparse"}  # whatever is faster here
 INTERPRETED = {"TRITON_INTERPRET": "1", "LLMC_ATTNMASK_KERNEL": "triton"}
 TWO_RANKS = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 TP = {"tensor_parallel_size": 2}
@@ -49,27 +51,37 @@ class Output:
     log: str
 
 
+PACKED = ["bf16", "int8", "mixed", "planned", "biased"]
+
 RUNS = {
     "stock": Run(
         WITHOUT_PLUGIN,
         [
-            *("bf16-dense", "int8-dense", "fp8-dense"),
-            *("mixed-dense", "planned-dense", "biased-dense"),
+            *("bf16-dense", "int8-dense", "fp8-dense", "mixed-dense", "planned-dense"),
+            *("biased-dense", "unstructured-dense", "unstructured-int8-dense"),
         ],
     ),
-    "plugin": Run(
-        {},
+    "dense": Run(
+        DENSE,
+        [*(f"{name}-packed" for name in PACKED), "fp8-packed", "unstructured-dense"],
+    ),
+    "sparse": Run(
+        SPARSE,
         [
-            *("bf16-packed", "bf16-dense", "int8-packed", "int8-dense"),
-            *("fp8-packed", "mixed-packed", "planned-packed", "biased-packed"),
+            *(f"{name}-packed" for name in PACKED),
+            *("bf16-dense", "int8-dense", "fp8-packed"),
+            *("unstructured-dense", "unstructured-int8-dense"),
         ],
     ),
+    "timed": Run({}, ["bf16-packed", "int8-dense"]),
     "stock lora": Run(WITHOUT_PLUGIN, ["bf16-dense"], lora="adapter"),
-    "plugin lora": Run({}, ["bf16-packed"], lora="adapter"),
+    "dense lora": Run(DENSE, ["bf16-packed"], lora="adapter"),
+    "sparse lora": Run(SPARSE, ["bf16-packed"], lora="adapter"),
     "interpreted": Run(INTERPRETED, ["bf16-packed", "int8-dense"]),
-    "made up": Run(INTERPRETED, ["bf16-packed"], {"load_format": "dummy"}),
+    "made up": Run(SPARSE, ["bf16-packed"], {"load_format": "dummy"}),
     "stock tp": Run(TWO_RANKS | WITHOUT_PLUGIN, ["bf16-dense"], TP),
-    "plugin tp": Run(TWO_RANKS, ["bf16-packed"], TP),
+    "dense tp": Run(TWO_RANKS | DENSE, ["bf16-packed"], TP),
+    "sparse tp": Run(TWO_RANKS | SPARSE, ["bf16-packed"], TP),
 }
 
 

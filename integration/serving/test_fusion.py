@@ -19,8 +19,9 @@ from vllm.compilation.passes.utility.noop_elimination import NoOpEliminationPass
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 
+from llmc_attnmask.serving.gpu_layer import GpuLayer
 from llmc_attnmask.serving.kernels import activations, packing, select
-from llmc_attnmask.serving.linear import Sparse24LinearMethod
+from llmc_attnmask.serving.linear import SparseLinearMethod
 from llmc_attnmask.serving.table import KernelTable
 
 GPU = torch.device("cuda")  # its calls are made here on CPU tensors
@@ -73,17 +74,17 @@ def configured(request: pytest.FixtureRequest) -> Iterator[VllmConfig]:
         yield config
 
 
-def _layer(dtype: torch.dtype) -> tuple[Sparse24LinearMethod, Any]:
+def _layer(dtype: torch.dtype) -> tuple[SparseLinearMethod, Any]:
     """Return a method as a GPU would have it after loading, and its layer."""
     torch.manual_seed(0)
     weight = torch.randn(ROWS, COLUMNS).to(dtype)
     weight.view(torch.int8).view(-1, 4)[:, :2] = 0
     values, indices = packing.pack(weight)
-    method = Sparse24LinearMethod(
-        None, name="layer", packed_parts=0, all_sparse=True, table=KernelTable()
+    method = SparseLinearMethod(
+        None, name="layer", packed_parts=0, structures=["2:4"], table=KernelTable()
     )
-    method.few_tokens = select.NO_LIMIT
-    method.quantize = activations.quantizer(dtype, GPU)
+    method.served = GpuLayer(select.NO_LIMIT)
+    method.served.quantize = activations.quantizer(dtype, GPU)
     layer = SimpleNamespace(
         weight_packed=values,
         weight_indices=indices,

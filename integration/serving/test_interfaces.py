@@ -30,9 +30,9 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.transformers_utils.config import HFConfigParser
 
-from llmc_attnmask.serving.config import Sparse24Config
+from llmc_attnmask.serving.config import SparseConfig
 from llmc_attnmask.serving.kernels import activations, select
-from llmc_attnmask.serving.linear import Sparse24LinearMethod
+from llmc_attnmask.serving.linear import SparseLinearMethod
 from llmc_attnmask.serving.table import KernelTable
 
 GPU = torch.device("cuda")  # its calls are made here on CPU tensors
@@ -78,7 +78,7 @@ def test_functions_take_what_the_plugin_passes(function: Callable, passed: str) 
 
 def test_overridden_methods_are_called_as_before() -> None:
     for name in ("get_name", "from_config", "apply_vllm_mapper", "get_quant_method"):
-        ours = inspect.signature(getattr(Sparse24Config, name)).parameters
+        ours = inspect.signature(getattr(SparseConfig, name)).parameters
         assert list(ours) == list(inspect.signature(getattr(Stock, name)).parameters)
 
 
@@ -86,7 +86,7 @@ def test_attributes_that_the_plugin_reads_exist() -> None:
     config = VllmConfig()
     assert config.load_config.load_format == "auto"
     assert isinstance(QUANTIZATION_METHODS, list)
-    assert Sparse24LinearMethod.__name__ in linear.WEIGHT_LOADER_V2_SUPPORTED
+    assert SparseLinearMethod.__name__ in linear.WEIGHT_LOADER_V2_SUPPORTED
     assert "shard_id" in inspect.getsource(WeightsMapper)  # on loaded tensors
     for scheme, names in (
         (CompressedTensorsW8A8Int8, ("is_static_input_scheme", "input_symmetric")),
@@ -129,8 +129,8 @@ def test_the_weight_cache_is_refused_with_advice() -> None:
     )
     model = nn.Module()
     model.q_proj = nn.Module()
-    model.q_proj.quant_method = Sparse24LinearMethod(
-        None, name="q_proj", packed_parts=0, all_sparse=True, table=KernelTable()
+    model.q_proj.quant_method = SparseLinearMethod(
+        None, name="q_proj", packed_parts=0, structures=["2:4"], table=KernelTable()
     )
     with pytest.raises(ValueError, match=r"q_proj is 2:4.*without --load-format ipc"):
         cache.check_ipc_quant_support(model)
@@ -141,8 +141,12 @@ def test_a_compiled_graph_is_reused_only_with_the_kernels_it_was_made_for() -> N
     hashes = set()
     with set_current_vllm_config(config):
         for kernel in ("dense", "cuda", "cusparselt", "cuda"):
-            method = Sparse24LinearMethod(
-                None, name="layer", packed_parts=0, all_sparse=True, table=KernelTable()
+            method = SparseLinearMethod(
+                None,
+                name="layer",
+                packed_parts=0,
+                structures=["2:4"],
+                table=KernelTable(),
             )
             method._tell_compile_cache(select.Choice(kernel, kernel, 0, ""))
             hashes.add(config.compute_hash())

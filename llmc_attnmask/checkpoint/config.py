@@ -61,7 +61,7 @@ def packed_config(
             "compressed-tensors or no quantization; 2:4 storage works with nothing else"
         )
     dense = [t for t in marker.read(changed) or [] if t not in set(targets)]
-    marker.write(changed, dense)
+    marker.write(changed, dense, marker.read_unstructured(changed))
     changed["quantization_config"] = {
         "version": _VERSION,
         **quantization,
@@ -78,14 +78,22 @@ def packed_config(
     return changed
 
 
-def dense_config(config: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-    """Return the config as it is with all layers stored dense and the 2:4 ones marked.
+def dense_config(
+    config: Mapping[str, Any],
+    targets: Sequence[str],
+    unstructured: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Return the config as it is with all layers stored dense and sparse ones marked.
 
-    :param targets: names of the modules that were packed
+    :param targets: names of 2:4 modules, besides those that are marked already
+    :param unstructured: names of other sparse modules; by default, those marked already
     """
     changed = deepcopy(dict(config))
     known = marker.read(changed) or []
-    marker.write(changed, [*targets, *(t for t in known if t not in set(targets))])
+    if unstructured is None:
+        unstructured = marker.read_unstructured(changed)
+    targets = [*targets, *(t for t in known if t not in set(targets))]
+    marker.write(changed, targets, unstructured)
     quantization = changed.get("quantization_config") or {}
     quantization.pop("sparsity_config", None)
     if not quantization.get("config_groups"):

@@ -41,7 +41,10 @@ from llmc_attnmask.checkpoint.transfer import (
     Unpack,
     is_two_of_four,
     not_two_of_four,
+    zeros_at_start,
 )
+
+SPARSE = 0.125  # share of zeros from which a layer counts as sparse
 
 
 class CheckpointWarning(UserWarning):
@@ -132,6 +135,22 @@ def two_of_four_layers(checkpoint: Checkpoint) -> list[str]:
     answers = in_threads(is_two_of_four, linears.values())
     progress = tqdm(answers, "finding 2:4 layers", total=len(linears), leave=False)
     return [module for module, yes in zip(linears, progress, strict=True) if yes]
+
+
+def unstructured_layers(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[str]:
+    """Return the names of the decoder's dense-stored Linears that are sparse otherwise.
+
+    :param two_of_four: names of the 2:4 ones
+    """
+    linears = decoder_linears(checkpoint)
+    others = {name: linears[name] for name in linears if name not in two_of_four}
+    return [
+        module
+        for module, share in zip(
+            others, in_threads(zeros_at_start, others.values()), strict=True
+        )
+        if share >= SPARSE
+    ]
 
 
 def packed_layers(checkpoint: Checkpoint) -> list[Unpack]:

@@ -11,13 +11,14 @@ from llmc_attnmask.checkpoint.convert import (
     NothingToPackError,
     to_packed,
     two_of_four_layers,
+    unstructured_layers,
     write_json,
 )
 from llmc_attnmask.checkpoint.io.files import CONFIG, open_checkpoint
 
 
 def store(directory: Path, storage: Storage) -> None:
-    """Give a dense-stored checkpoint the marker of its 2:4 layers, or pack them.
+    """Give a dense-stored checkpoint the marker of its sparse layers, or pack 2:4 ones.
 
     If none can be packed, the checkpoint stays dense, with a warning that says why.
     """
@@ -35,9 +36,9 @@ def store(directory: Path, storage: Storage) -> None:
 
 
 def mark(directory: Path) -> list[str]:
-    """Write the marker of a dense-stored checkpoint's 2:4 layers to its config.
+    """Write the marker of a dense-stored checkpoint's sparse layers to its config.
 
-    :return: names of these layers
+    :return: names of the 2:4 layers
     """
     checkpoint = open_checkpoint(directory)
     layers = two_of_four_layers(checkpoint)
@@ -45,7 +46,7 @@ def mark(directory: Path) -> list[str]:
     # llm-compressor copies the config of the model that it started from, which may have
     # been packed or marked
     config.pop(marker.KEY, None)
-    config = dense_config(config, layers)
+    config = dense_config(config, layers, unstructured_layers(checkpoint, set(layers)))
     if config != checkpoint.config:
         write_json(directory / CONFIG, config)
     return layers

@@ -165,6 +165,13 @@ def is_two_of_four(tensor: StoredTensor) -> bool:
     )
 
 
+def zeros_at_start(tensor: StoredTensor) -> float:
+    """Return the share of +0.0 in the first megabytes of a stored weight."""
+    for _, block in tensor.blocks(tensor.itemsize):
+        return float((block.view(_INTEGERS[tensor.itemsize]) == 0).float().mean())
+    return 0.0
+
+
 def not_two_of_four(tensor: StoredTensor) -> layout.NotTwoOfFourError:
     """Make the error that says how far a stored weight is from 2:4."""
     columns, size = tensor.shape[1], tensor.itemsize

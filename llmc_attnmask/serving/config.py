@@ -1,4 +1,4 @@
-"""vLLM's compressed-tensors configuration, extended by 2:4 layers.
+"""vLLM's compressed-tensors configuration, extended by sparse layers.
 
 Written for vLLM 0.26, 0.32 and 0.33.
 """
@@ -19,15 +19,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 
 from llmc_attnmask.checkpoint import marker
-from llmc_attnmask.serving.linear import Sparse24LinearMethod
+from llmc_attnmask.serving.linear import SparseLinearMethod
 from llmc_attnmask.serving.recognise import METHOD, SPARSITY, Sparsity, recognise
 from llmc_attnmask.serving.table import KernelTable
 
 logger = init_logger(__name__)
 
 
-class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
-    """The stock configuration of every layer, and which of the layers are 2:4.
+class SparseConfig(compressed_tensors.CompressedTensorsConfig):
+    """The stock configuration of every layer, and which of the layers are sparse.
 
     It also serves unquantized checkpoints, for which the stock class has no groups.
     """
@@ -48,19 +48,19 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
         return METHOD if recognise(hf_quant_cfg) else None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
+    def from_config(cls, config: dict[str, Any]) -> "SparseConfig":
         sparsity = recognise(config)
         if sparsity is None:
             raise ValueError(
-                f"quantization {METHOD} was requested, but config.json names no 2:4 "
-                "layers; omit --quantization"
+                f"quantization {METHOD} was requested, but config.json names no "
+                "sparse layers; omit --quantization"
             )
         stock = {  # without keys that the stock class refuses or does not know
             key: value
             for key, value in config.items()
             if key not in (SPARSITY, marker.KEY)
         }
-        made: Sparse24Config = super().from_config(stock)
+        made: SparseConfig = super().from_config(stock)
         made.sparsity = sparsity
         made.table = KernelTable()
         return made
@@ -80,6 +80,7 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
             self.sparsity,
             packed=renamed(self.sparsity.packed),
             dense=renamed(self.sparsity.dense),
+            unstructured=renamed(self.sparsity.unstructured),
             ignore=renamed(self.sparsity.ignore),
         )
 
@@ -101,11 +102,11 @@ class Sparse24Config(compressed_tensors.CompressedTensorsConfig):
         if not any(map(self.sparsity.is_sparse, parts)):
             return stock
         self.table.expect(prefix)
-        return Sparse24LinearMethod(
+        return SparseLinearMethod(
             stock,
             name=prefix,
             packed_parts=sum(map(self.sparsity.is_packed, parts)),
-            all_sparse=all(map(self.sparsity.is_sparse, parts)),
+            structures=[self.sparsity.structure(part) for part in parts],
             table=self.table,
         )
 

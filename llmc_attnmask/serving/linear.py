@@ -1,8 +1,9 @@
-"""A vLLM linear layer whose weight is 2:4.
+"""A vLLM linear layer whose weight is sparse.
 
 Written for vLLM 0.26, 0.32 and 0.33.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,20 +25,16 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.serving import made_up
-from llmc_attnmask.serving.kernels import (
-    activations,
-    cusparselt,
-    forms,
-    op,
-    select,
-    self_check,
-)
+from llmc_attnmask.serving.cpu_layer import CpuLayer, Rows, Structure, merged
+from llmc_attnmask.serving.cpu_packing import CpuPacking
+from llmc_attnmask.serving.gpu_layer import GpuLayer, UnfitError
+from llmc_attnmask.serving.kernels import select
 from llmc_attnmask.serving.loading import PARTS, ShardLoader
 from llmc_attnmask.serving.table import KernelTable, Row
 
 
 @register_weight_loader_v2_supported_method
-class Sparse24LinearMethod(LinearMethodBase):
+class SparseLinearMethod(LinearMethodBase):
     """Loads a layer with its stock method, then serves it on a sparse kernel.
 
     Where that is impossible or not worthwhile, the layer goes back to its stock method.
@@ -49,24 +46,29 @@ class Sparse24LinearMethod(LinearMethodBase):
         *,
         name: str,
         packed_parts: int,
-        all_sparse: bool,
+        structures: Sequence[Structure],
         table: KernelTable,
     ) -> None:
         """
         :param stock: the method that the layer would have if it were stored dense
         :param packed_parts: how many of the layer's parts the checkpoint stores packed
-        :param all_sparse: whether all of the layer's parts are 2:4
+        :param structures: of the layer's parts
         """
         self.stock = stock
         self.name = name
         self.packed_parts = packed_parts
-        self.all_sparse = all_sparse
+        self.structures = structures
         self.table = table
         self.loader: ShardLoader | None = None
-        self.few_tokens = 0
-        self.span = 1  # of the decode kernel's metadata
-        self.quantize: activations.Quantizer | None = None  # of 8-bit layers
-        self.rows = self.columns = 0  # of this rank's part
+        self.widths: list[int] = []  # rows of every part, on this rank
+        self.columns = 0  # on this rank
+        self.cpu: CpuPacking | None = None
+        self.served: GpuLayer | CpuLayer | None = None  # until then by the stock method
+
+    @property
+    def rows(self) -> int:
+        """The rows on this rank."""
+        return sum(self.widths)
 
     @property
     def supports_pre_processed_weights(self) -> bool:
@@ -91,11 +93,15 @@ class Sparse24LinearMethod(LinearMethodBase):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        self.rows = sum(output_partition_sizes)
+        self.widths = list(output_partition_sizes)
         self.columns = input_size_per_partition
         self.stock.create_weights(
             layer, input_size_per_partition, output_partition_sizes, *args, **kwargs
         )
+        if select.Machine.detect().device == "cpu":
+            self.cpu = CpuPacking(
+                layer, self.stock, self._parts(), len(self.widths), self._choose
+            )
         if not self.packed_parts:
             return
         weight = getattr(layer, "weight", None)
@@ -127,32 +133,31 @@ class Sparse24LinearMethod(LinearMethodBase):
                 self.loader.check_complete()
             for part in PARTS:
                 delattr(layer, part)
-        choice = self._choose(layer)
-        if choice.sparse:
-            choice = self._to_sparse(layer, choice)
+        choice = self._serve(layer)
         self._log(choice)
         self._tell_compile_cache(choice)
-        if not choice.sparse:
+        if self.served is None:
             self.stock.process_weights_after_loading(layer)
             layer.quant_method = self.stock
 
+    def _serve(self, layer: Any) -> select.Choice:
+        """Replace the dense weight by its sparse forms, where a kernel takes them."""
+        choice = self.cpu.choice if self.cpu else self._choose(layer)
+        if not choice.sparse:
+            return choice
+        if choice.few == "avx512":
+            assert self.cpu is not None
+            self.served = self.cpu.serve()
+            return choice
+        try:
+            self.served = GpuLayer.of(layer, choice)
+        except UnfitError as reason:
+            return select.keep_dense(str(reason))
+        return choice
+
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        tokens, token_scale = x.reshape(-1, x.shape[-1]), None
-        if self.quantize is not None:  # outside the operator, so that vLLM can fuse it
-            tokens, token_scale = self.quantize(tokens)
-        out = op.sparse_linear(
-            tokens,
-            None if layer.weight_indices is None else layer.weight_packed,
-            layer.weight_indices,
-            layer.weight_arrived,
-            layer.weight_cusparselt,
-            self.span,
-            layer.weight_channel_scale,
-            token_scale,
-            bias,
-            self.few_tokens,
-            x.dtype,
-        )
+        assert self.served is not None
+        out = self.served.multiply(layer, x.reshape(-1, x.shape[-1]), bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _choose(self, layer: Any) -> select.Choice:
@@ -163,15 +168,18 @@ class Sparse24LinearMethod(LinearMethodBase):
             self.rows,
             self.columns,
             weight.dtype,
-            self.all_sparse,
+            all(structure == "2:4" for structure in self.structures),
             self._activations(layer),
+            layer.params_dtype,
         )
         choice = select.choose(described, select.Machine.detect(), select.forced())
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):
+            return select.keep_dense("vLLM reads its weight elsewhere")
         # the weight is read only if the layer would be sparse
         if choice.sparse and _dummy_weights():
-            made_up.prune(weight.data)
+            self._make_up(weight.data)
             return replace(choice, reason=f"{choice.reason}; {made_up.NOTE}")
-        if choice.sparse and layout.crowded_groups(weight.data):
+        if choice.sparse and self._crowded(weight.data):
             raise ValueError(
                 f"{self.name} is 2:4 according to config.json, but its weights are "
                 f"not; prune the model again, or serve it with {select.VARIABLE}=dense"
@@ -191,46 +199,24 @@ class Sparse24LinearMethod(LinearMethodBase):
         else:
             return "other"
         if not simple or scheme.is_static_input_scheme:
-            return "other"
+            return "8-bit"
         return "8-bit per token"
 
-    def _to_sparse(self, layer: Any, choice: select.Choice) -> select.Choice:
-        """Replace the dense weight, unless the kernels fail on it.
+    def _parts(self) -> list[Rows]:
+        return merged(self.widths, self.structures)
 
-        :return: the given choice, or dense with the reason
-        """
-        self.few_tokens = choice.tokens
-        weight = layer.weight.data
-        try:
-            made = forms.make(weight, choice, _largest_step())
-        except (cusparselt.CuSparseLtError, torch.OutOfMemoryError) as refusal:
-            return select.keep_dense(str(refusal).splitlines()[0])
-        scale = None
-        if weight.itemsize == 1:
-            scale = _by_row(layer.weight_scale.data, layer.logical_widths)
-        if wrong := self_check.failure(
-            weight, made, scale, self.few_tokens, layer.params_dtype
-        ):
-            return select.keep_dense(f"{choice.label} failed its check: {wrong}")
-        self.span = made.span
-        if weight.itemsize == 1:
-            self.quantize = activations.quantizer(weight.dtype, weight.device)
-        for name in ("weight", "weight_scale", "input_scale"):
-            if hasattr(layer, name):
-                delattr(layer, name)
-        for name, tensor in (
-            # LoRA reads the device from a parameter of this name
-            ("weight_packed", made.compressed if made.values is None else made.values),
-            ("weight_indices", made.indices),
-            ("weight_arrived", made.arrived),
-            ("weight_cusparselt", made.compressed),
-            ("weight_channel_scale", scale),
-        ):
-            layer.register_parameter(
-                name,
-                None if tensor is None else Parameter(tensor, requires_grad=False),
-            )
-        return choice
+    def _crowded(self, weight: Tensor) -> bool:
+        """Return whether a part that should be 2:4 is not."""
+        return any(
+            bool(layout.crowded_groups(weight[rows.first : rows.last]))
+            for rows in self._parts()
+            if rows.structure == "2:4"
+        )
+
+    def _make_up(self, weight: Tensor) -> None:
+        for rows in self._parts():
+            if rows.structure != "dense":
+                made_up.prune(weight[rows.first : rows.last])
 
     def _log(self, choice: select.Choice) -> None:
         if get_tensor_model_parallel_rank():
@@ -252,23 +238,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         settings = get_current_vllm_config().additional_config
         if isinstance(settings, dict):  # on CUDA it is
             kernels = settings.setdefault("llmc_attnmask", {})
-            kernels[self.name] = f"{choice.label}, span {self.span}"
+            kernels[self.name] = f"{choice.label}, {self.served}"
 
 
 def _dummy_weights() -> bool:
     """Return whether vLLM uses random weights instead of reading the checkpoint's."""
     return get_current_vllm_config().load_config.load_format == "dummy"
-
-
-def _largest_step() -> int:
-    """Return the most tokens that vLLM multiplies at once."""
-    largest: int = get_current_vllm_config().scheduler_config.max_num_batched_tokens
-    return largest
-
-
-def _by_row(scale: Tensor, widths: list[int]) -> Tensor:
-    """Expand scales, given per row or per part of the fused layer, to fp32 [rows]."""
-    if scale.numel() == len(widths) != sum(widths):
-        counts = torch.tensor(widths, device=scale.device)
-        scale = scale.view(-1).repeat_interleave(counts)
-    return scale.float().reshape(-1).contiguous()

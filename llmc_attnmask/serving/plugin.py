@@ -33,10 +33,10 @@ def register() -> None:
     )
     from vllm.transformers_utils.config import HFConfigParser
 
-    from llmc_attnmask.serving.config import Sparse24Config
+    from llmc_attnmask.serving.config import SparseConfig
 
     if METHOD not in QUANTIZATION_METHODS:
-        register_quantization_config(METHOD)(Sparse24Config)
+        register_quantization_config(METHOD)(SparseConfig)
     if not hasattr(HFConfigParser.parse, "__wrapped__"):
         HFConfigParser.parse = _annotating(HFConfigParser.parse)
 

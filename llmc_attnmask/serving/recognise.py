@@ -1,9 +1,9 @@
-"""Recognize this package's checkpoints and their 2:4 layers from config.json."""
+"""Recognize this package's checkpoints and their sparse layers from config.json."""
 
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import regex
 
@@ -17,10 +17,14 @@ _SECONDS = 1  # limit for matching one pattern with one name
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The 2:4 layers of a checkpoint: names, "re:" patterns, or the class "Linear"."""
+    """The sparse layers of a checkpoint.
+
+    They are named, or described by "re:" patterns or the class "Linear".
+    """
 
     packed: tuple[str, ...] = ()  # stored as sparse-24-bitmask
-    dense: tuple[str, ...] = ()  # stored with their zeros
+    dense: tuple[str, ...] = ()  # 2:4, stored with their zeros
+    unstructured: tuple[str, ...] = ()  # stored with their zeros
     ignore: tuple[str, ...] = ()  # not packed, whatever ``packed`` says
 
     def is_packed(self, name: str) -> bool:
@@ -31,9 +35,15 @@ class Sparsity:
             target == "Linear" or _matches(name, target) for target in self.packed
         )
 
+    def structure(self, name: str) -> Literal["2:4", "unstructured", "dense"]:
+        """Return the structure of the module of this name, in either storage."""
+        if name in self.dense or self.is_packed(name):
+            return "2:4"
+        return "unstructured" if name in self.unstructured else "dense"
+
     def is_sparse(self, name: str) -> bool:
-        """Return whether the module of this name is 2:4, in either storage."""
-        return name in self.dense or self.is_packed(name)
+        """Return whether the module of this name is sparse."""
+        return self.structure(name) != "dense"
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -70,7 +80,7 @@ def annotate(config: dict[str, Any]) -> bool:
 
 
 def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
-    """Return the 2:4 layers that a quantization_config names; None if it names none.
+    """Return the sparse layers that a quantization_config names; None if it names none.
 
     :param quantization: ``quantization_config``, after ``annotate``
     :raises ValueError: for a malformed marker, or targets that are not names
@@ -88,7 +98,9 @@ def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
     ):
         packed = _names(sparsity, "targets")
         ignore = _names(sparsity, "ignore")
-    return Sparsity(packed, dense, ignore) if packed or dense else None
+    unstructured = tuple(marker.read_unstructured(quantization))
+    found = Sparsity(packed, dense, unstructured, ignore)
+    return found if packed or dense or unstructured else None
 
 
 def _names(sparsity: Mapping[str, Any], key: str) -> tuple[str, ...]:

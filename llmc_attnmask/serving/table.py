@@ -31,7 +31,9 @@ class KernelTable:
     def add(self, layer: str, row: Row) -> None:
         self._rows[layer] = row
         if self._rows.keys() >= self._expected:
-            logger.info("llmc-attnmask: kernels of the 2:4 layers\n%s", self.render())
+            logger.info(
+                "llmc-attnmask: kernels of the sparse layers\n%s", self.render()
+            )
             self._rows.clear()  # a reload fills it again
 
     def render(self) -> str:

@@ -8,8 +8,10 @@ from typing import Literal, get_args
 import torch
 
 from llmc_attnmask.serving.kernels import cuda_decode, cusparselt, nvrtc, packing
+from llmc_attnmask.serving.kernels.cpu import machine as cpu
+from llmc_attnmask.serving.kernels.cpu import weights
 
-Kernel = Literal["dense", "cuda", "cusparselt", "triton"]
+Kernel = Literal["dense", "cuda", "cusparselt", "triton", "avx512"]
 Wish = Kernel | Literal["sparse"]
 WISHES: tuple[Wish, ...] = (*get_args(Kernel), "sparse")
 VARIABLE = "LLMC_ATTNMASK_KERNEL"
@@ -32,13 +34,15 @@ class Machine:
     nvrtc: bool
     triton: bool
     cusparselt: bool
+    flags: frozenset[str] = frozenset()  # instruction sets of a CPU
 
     @classmethod
     def detect(cls) -> "Machine":
         """Describe the machine of this process."""
         has_triton = find_spec("triton") is not None
         if not torch.cuda.is_available() or torch.version.hip:
-            return cls("cpu", None, False, has_triton and interpreted(), False)
+            triton = has_triton and interpreted()
+            return cls("cpu", None, False, triton, False, cpu.flags())
         return cls(
             "cuda",
             torch.cuda.get_device_capability(),
@@ -56,7 +60,9 @@ class Layer:
     columns: int
     dtype: torch.dtype  # of the weight
     two_of_four: bool  # all rows; for a fused layer, all parts
-    activations: Literal["16-bit", "8-bit per token", "other"]
+    # "8-bit" is static or asymmetric
+    activations: Literal["16-bit", "8-bit per token", "8-bit", "other"]
+    model_dtype: torch.dtype = torch.bfloat16  # of what a layer is given and returns
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Choice:
     many: Kernel  # for more tokens
     tokens: int
     reason: str
+    timed: bool = False  # whether dense is to be preferred where it is faster
 
     @property
     def sparse(self) -> bool:
@@ -108,6 +115,8 @@ def choose(layer: Layer, machine: Machine, requested: Wish | None = None) -> Cho
     """
     if requested == "dense":
         return keep_dense(f"{VARIABLE}=dense")
+    if machine.device == "cpu" and requested in (None, "sparse", "avx512"):
+        return _on_cpu(layer, machine, requested)
     reason = _impossible(layer, machine)
     if reason is None and requested is not None and requested != "sparse":
         return _only(requested, layer, machine)
@@ -119,12 +128,33 @@ def choose(layer: Layer, machine: Machine, requested: Wish | None = None) -> Cho
     return Choice("cuda", "cusparselt", DECODE_TOKENS, "2:4")
 
 
+def _on_cpu(layer: Layer, machine: Machine, requested: Wish | None) -> Choice:
+    """Choose for a layer whose parts may have any structure."""
+    reason = None
+    if layer.dtype not in weights.DTYPES or layer.model_dtype != torch.bfloat16:
+        dtype = layer.model_dtype if layer.dtype in weights.DTYPES else layer.dtype
+        reason = f"no sparse kernel for {str(dtype).removeprefix('torch.')} on CPUs"
+    elif layer.activations == "other":
+        reason = "no sparse kernel for this quantization of activations"
+    elif layer.two_of_four and layer.columns % 4:
+        reason = f"{layer.columns} inputs on this rank, not a multiple of 4"
+    elif layer.dtype == torch.int8 and layer.columns > weights.LARGEST_COLUMNS:
+        reason = f"{layer.columns} inputs, more than {weights.LARGEST_COLUMNS}"
+    reason = reason or cpu.lacks(machine.flags, layer.dtype, layer.two_of_four)
+    if requested is None:
+        reason = reason or cpu.unmeasured(machine.flags)
+    if reason is not None:
+        return keep_dense(reason)
+    given = f"{VARIABLE}={requested}" if requested else "sparse"
+    return Choice("avx512", "avx512", NO_LIMIT, given, timed=requested is None)
+
+
 def _impossible(layer: Layer, machine: Machine) -> str | None:
     if not layer.two_of_four:
         return "not all of its parts are 2:4"
     if layer.dtype not in DTYPES:
         return f"no sparse kernel for {str(layer.dtype).removeprefix('torch.')}"
-    if layer.activations == "other":
+    if layer.activations in ("8-bit", "other"):
         return "no sparse kernel for this quantization of activations"
     if layer.columns % packing.COLUMNS:
         return f"{layer.columns} inputs on this rank, not a multiple of 8"
@@ -160,7 +190,9 @@ def _unwise(layer: Layer, machine: Machine) -> str | None:
 
 
 def _only(kernel: Kernel, layer: Layer, machine: Machine) -> Choice:
-    if kernel == "triton":
+    if kernel == "avx512":
+        missing = True  # on a GPU
+    elif kernel == "triton":
         missing = not machine.triton
     elif kernel == "cuda":
         missing = not machine.nvrtc
