@@ -50,7 +50,8 @@ class KernelsHook(BuildHookInterface):
                 "kernels, and vLLM serves its checkpoints dense on CPUs"
             )
         if command is None:
-            library.unlink(missing_ok=True)  # of an earlier, editable installation
+            if version == "editable":
+                library.unlink(missing_ok=True)  # of an earlier installation
             return
         if not _is_fresh(library, root):
             compile_library(command, root / SOURCES, library)

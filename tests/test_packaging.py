@@ -1,5 +1,7 @@
 """The wheel and the sdist contain what a user needs, and CITATION.cff is up to date."""
 
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,9 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+import hatch_build
 import llmc_attnmask
 
 ROOT = Path(__file__).parents[1]
+LIBRARY = str(hatch_build.SOURCES / hatch_build.LIBRARY)
+WITHOUT_COMPILER = """
+import sys
+sys.modules["ziglang"] = None  # not importable
+from hatchling.cli import hatchling
+sys.argv = ["hatchling", "build", "--target", "wheel", "-d", sys.argv[1]]
+sys.exit(hatchling())
+"""
 RECIPES = {path.name for path in ROOT.glob("recipes/*.yaml")}
 
 
@@ -85,9 +96,63 @@ def test_the_sdist_contains_whatever_the_wheel_is_built_from(built, wheel):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"recipes/{recipe}" for recipe in RECIPES} <= names
     assert {"README.md", "LICENSE", "CITATION.cff", "pyproject.toml"} <= names
-    packaged = {n for n in wheel.namelist() if ".dist-info/" not in n}
+    packaged = {n for n in wheel.namelist() if ".dist-info/" not in n} - {LIBRARY}
     inside = {n.replace("llmc_attnmask/builtin/recipes", "recipes") for n in packaged}
     assert inside <= names
+
+
+@pytest.mark.skipif(not hatch_build.wanted(), reason="another system")
+def test_the_wheel_has_the_compiled_kernels_and_fits_every_python(wheel):
+    assert LIBRARY in wheel.namelist()
+    (found,) = [n for n in wheel.namelist() if n.endswith("/WHEEL")]
+    fields = message_from_bytes(wheel.read(found))
+    assert fields["Tag"] == "py3-none-linux_x86_64"
+    assert fields["Root-Is-Purelib"] == "false"
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "declined"])
+def test_without_a_compiler_the_package_installs_and_says_what_it_lacks(
+    reason, tmp_path
+):
+    env = {"PATH": str(tmp_path / "empty")}
+    if reason == "declined":
+        env = os.environ | {hatch_build.SWITCH: "0"}
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER, tmp_path],
+        cwd=ROOT,
+        env=env,
+        check=True,
+        capture_output=True,
+    )
+    (file,) = tmp_path.glob("*-py3-none-any.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(file) as archive:
+        assert LIBRARY not in archive.namelist()
+        archive.extractall(installed)
+    code = (
+        "from llmc_attnmask.serving.kernels import select; import torch;"
+        "layer = select.Layer(64, 64, torch.bfloat16, True, '16-bit');"
+        "print(select.choose(layer, select.Machine.detect()).reason)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.match("this CPU lacks|built without CPU kernels", done.stdout)
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path):
+    (tmp_path / "wrong.cpp").write_text("#error this is wrong\n")
+    command = hatch_build.compiler()
+    with pytest.raises(
+        RuntimeError, match=r"LLMC_ATTNMASK_COMPILE=0[^!]*this is wrong"
+    ):
+        hatch_build.compile_library(command, tmp_path, tmp_path / "library.so")
+    assert not (tmp_path / "library.so").exists()
 
 
 def test_the_citation_names_the_paper_and_this_version():

@@ -14,6 +14,11 @@ INTERNAL = {
     "the weight is ...; expected two dimensions",
     "... inputs are not divisible by 4, so there are no groups of four",
     "the bitmask is ...; expected torch.uint8",
+    "more than two of four entries are not +0.0",
+    "the weight is ... ...; expected a contiguous matrix in bfloat16 or int8",
+    "... inputs; expected at most ... in int8",
+    "a sparse CPU kernel has no memory for its activations",
+    "... failed its check: ...",  # in the table of the log
     "not 2:4: row ... has ... in a group of four within columns",
     "a ... tensor of shape ... is not a mask for this weight",
     "weight is ...; expected ... for inputs of shape ...",

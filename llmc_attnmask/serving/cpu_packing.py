@@ -15,10 +15,18 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from llmc_attnmask.serving import made_up
 from llmc_attnmask.serving.cpu_layer import CpuLayer, Packed, Rows
+from llmc_attnmask.serving.kernels import self_check
 from llmc_attnmask.serving.kernels.cpu import weights
+from llmc_attnmask.serving.kernels.cpu.op import cpu_sparse_linear
 from llmc_attnmask.serving.kernels.select import Choice, keep_dense
 from llmc_attnmask.serving.rival import Rival
 from llmc_attnmask.serving.scales import by_row
+
+TOKENS = (1, 5, 17)  # of the check: in one pass, and by tiles
+
+
+class WrongError(Exception):
+    """A kernel gives wrong results on this machine; the message says how."""
 
 
 class CpuPacking:
@@ -90,7 +98,11 @@ class CpuPacking:
             return
         weight = self.layer.weight.data
         rival = Rival(self.layer, self.stock) if choice.timed else None
-        self._packed = [_packed(weight, rows, rival) for rows in self.parts]
+        try:
+            self._packed = [_packed(weight, rows, rival) for rows in self.parts]
+        except WrongError as wrong:
+            self._choice = keep_dense(f"{choice.label} failed its check: {wrong}")
+            return
         ratios = [f"{ratio:.1f}" for ratio in rival.ratios] if rival else []
         if all(part.sparse is None for part in self._packed):
             self._packed.clear()
@@ -116,7 +128,26 @@ def _packed(weight: Tensor, rows: Rows, rival: Rival | None) -> Packed:
         return Packed(rows, None, None, part.clone())
     make = weights.two_of_four if rows.structure == "2:4" else weights.any_mask
     sparse = make(part)
+    sums = part.sum(1, dtype=torch.int32) if weight.dtype == torch.int8 else None
+    _check(part, sparse, sums)
     if rival is not None and rival.wins(sparse, part):
         return Packed(rows, None, None, part.clone())
-    sums = part.sum(1, dtype=torch.int32) if weight.dtype == torch.int8 else None
     return Packed(rows, sparse, sums, None)
+
+
+def _check(weight: Tensor, sparse: weights.Weight, sums: Tensor | None) -> None:
+    """Compare the kernel with the dense product, once per shape.
+
+    :raises WrongError: if they differ
+    """
+    scale = None
+    if sums is not None:
+        scale = torch.ones(len(weight), dtype=torch.float32)
+
+    def multiply(x: Tensor, token_scale: Tensor | None) -> Tensor:
+        return cpu_sparse_linear(x, *sparse, scale, sums, token_scale)
+
+    key = (*weight.shape, weight.dtype, "cpu", sparse.tiles is None)
+    wrong = self_check.once(key, multiply, weight, scale, TOKENS, torch.bfloat16)
+    if wrong:
+        raise WrongError(wrong)

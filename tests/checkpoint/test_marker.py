@@ -21,6 +21,26 @@ def test_a_written_marker_is_read_back():
     }
 
 
+def test_unstructured_layers_are_named_beside_the_2of4_ones():
+    config = {"model_type": "llama"}
+    marker.write(config, TARGETS[:1], TARGETS[1:])
+    found = json.loads(json.dumps(config))
+    assert marker.read(found) == TARGETS[:1]
+    assert marker.read_unstructured(found) == TARGETS[1:]
+    marker.write(config, [], TARGETS)  # an earlier version finds nothing to serve
+    assert marker.read(config) == []
+    assert marker.read_unstructured({}) == []
+
+
+@pytest.mark.parametrize("note", [[], "all", {}, {"targets": "all"}, {"targets": [1]}])
+def test_malformed_unstructured_layers_are_refused(note):
+    config = {"model_type": "llama"}
+    marker.write(config, TARGETS)
+    config["llmc_attnmask"]["unstructured"] = note
+    with pytest.raises(ValueError, match=r"expected (unstructured|targets) that"):
+        marker.read_unstructured(config)
+
+
 def test_a_config_without_the_marker_has_no_targets():
     assert marker.read({"model_type": "llama"}) is None
 

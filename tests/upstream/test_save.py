@@ -131,14 +131,18 @@ def test_w4a16_cannot_be_packed_and_stays_as_it_is(tmp_path):
     assert {x.format for x in inspect(saved)} == {"packed", "bfloat16"}
 
 
-def test_an_unstructured_model_has_no_marker(tmp_path):
+def test_unstructured_layers_are_marked_as_such(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "s_stage: {m_modifiers: {AttentionMatrixPruningModifier: "
         "{sparsity: 0.5, steps: 0}}}"
     )
     saved = prune(MODEL_DIR, path, tmp_path / "out", **QUICK)
-    assert marker.read(config_of(saved)) is None
+    config = config_of(saved)
+    assert marker.read(config) == []
+    marked = marker.read_unstructured(config)
+    assert len(marked) == 8  # q and k of four layers
+    assert all(name.endswith(("q_proj", "k_proj")) for name in marked)
 
 
 @pytest.mark.parametrize("storage", ["marlin-24", "sparse"])

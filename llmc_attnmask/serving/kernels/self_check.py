@@ -1,5 +1,7 @@
 """Check a layer's kernels on this machine before they serve the layer."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ _ROWS = 128  # at either end of the weight; a float32 copy of all takes too much
 # Relative to the norm. Rounding the output costs 0.004, 14-bit fp8 sums on Hopper less
 # than 0.01; a missing stage of K costs 0.09 with 14336 columns.
 _TOLERANCE = 0.04
+
+Multiply = Callable[[Tensor, Tensor | None], Tensor]
 
 _known: dict[tuple[object, ...], str | None] = {}
 
@@ -38,35 +42,58 @@ def failure(
     """
     given = (*(form is not None for form in forms), forms.span)
     key = (*weight.shape, weight.dtype, dtype, weight.device, *given, few_tokens)
+    counts = TOKENS if forms.compressed is None else TOKENS + MANY_TOKENS
+
+    def multiply(x: Tensor, token_scale: Tensor | None) -> Tensor:
+        return sparse_linear(
+            x, *forms, channel_scale, token_scale, None, few_tokens, dtype
+        )
+
+    return once(key, multiply, weight, channel_scale, counts, dtype)
+
+
+@torch.no_grad()
+def once(
+    key: tuple[object, ...],
+    multiply: Multiply,
+    weight: Tensor,
+    channel_scale: Tensor | None,
+    counts: Sequence[int],
+    dtype: torch.dtype,
+) -> str | None:
+    """Return what is wrong with a kernel; what it was for this key before, if known.
+
+    :param multiply: the kernel: of x in the weight's dtype, and its scales
+    :param weight: the dense weight [rows, K]
+    :param counts: numbers of random tokens to multiply
+    :param dtype: of the tokens before quantization, and of the output
+    """
     if key not in _known:
-        counts = TOKENS if forms.compressed is None else TOKENS + MANY_TOKENS
         found = (
-            _failure(weight, forms, channel_scale, few_tokens, count, dtype)
-            for count in counts
+            _failure(multiply, weight, channel_scale, count, dtype) for count in counts
         )
         _known[key] = next((reason for reason in found if reason), None)
     return _known[key]
 
 
 def _failure(
+    multiply: Multiply,
     weight: Tensor,
-    forms: Forms,
     channel_scale: Tensor | None,
-    few_tokens: int,
     tokens: int,
     dtype: torch.dtype,
 ) -> str | None:
     device = weight.device
     generator = torch.Generator(device).manual_seed(tokens)
-    x = torch.randn(tokens, weight.shape[1], generator=generator, device=device)
+    shape = (tokens, weight.shape[1])
+    x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     x = x.to(dtype)
     token_scale = None
     if weight.itemsize == 1:
         x, token_scale = activations.reference(x, weight.dtype)
-    rest = (channel_scale, token_scale, None, few_tokens, dtype)
     try:
         # twice: leftovers of the first call must not disturb the second
-        outs = [sparse_linear(x, *forms, *rest) for _ in range(2)]
+        outs = [multiply(x, token_scale) for _ in range(2)]
     except Exception as refusal:  # whatever error a driver or compiler raises
         return f"{type(refusal).__name__} at {tokens} tokens: {str(refusal)[:200]}"
     expected = x.float() @ _ends(weight).float().T

@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from llmc_attnmask.serving.kernels import select
+from llmc_attnmask.serving.kernels.cpu import library
 
 LAYER = select.Layer(4096, 4096, torch.bfloat16, True, "16-bit")
 HOPPER = select.Machine("cuda", (9, 0), nvrtc=True, triton=True, cusparselt=True)
 CPU = select.Machine("cpu", None, nvrtc=False, triton=False, cusparselt=False)
+FLAGS = "avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni avx512_vbmi2"
+AVX512 = replace(CPU, flags=frozenset(FLAGS.split()))
+INT8 = {"dtype": torch.int8, "activations": "8-bit per token"}
 EIGHT = {"dtype": torch.float8_e4m3fn, "activations": "8-bit per token"}
 
 
@@ -20,7 +24,14 @@ def test_few_and_many_tokens_get_different_kernels():
 @pytest.mark.parametrize(
     ("layer", "machine", "reason"),
     [
-        ({}, CPU, "no sparse kernel on cpu"),
+        ({}, CPU, "this CPU lacks avx512f, avx512bw, avx512vl, avx512dq, avx512_bf16"),
+        ({"dtype": torch.float16}, AVX512, "no sparse kernel for float16 on CPUs"),
+        (EIGHT, AVX512, "no sparse kernel for float8_e4m3fn on CPUs"),
+        ({"model_dtype": torch.float16}, AVX512, "for float16 on CPUs"),
+        ({"activations": "other"}, AVX512, "quantization of activations"),
+        ({"columns": 4098}, AVX512, "4098 inputs on this rank, not a multiple of 4"),
+        (INT8 | {"columns": 65540}, AVX512, "65540 inputs, more than 65536"),
+        ({}, replace(AVX512, flags=AVX512.flags | {"amx_tile"}), "with AMX"),
         ({"two_of_four": False}, HOPPER, "not all of its parts are 2:4"),
         ({"dtype": torch.float32}, HOPPER, "no sparse kernel for float32"),
         ({"activations": "other"}, HOPPER, "quantization of activations"),
@@ -83,3 +94,33 @@ def test_the_environment_is_checked(monkeypatch):
     monkeypatch.setenv(select.VARIABLE, "marlin")
     with pytest.raises(ValueError, match="'marlin'; expected one of dense"):
         select.forced()
+
+
+@pytest.mark.skipif(library.missing() is not None, reason="built without CPU kernels")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {},
+        INT8,
+        {"two_of_four": False, "columns": 4097},
+        INT8 | {"activations": "8-bit"},  # static or asymmetric
+    ],
+)
+def test_cpus_serve_any_structure_where_it_is_faster(layer):
+    choice = select.choose(replace(LAYER, **layer), AVX512)
+    assert (choice.few, choice.many, choice.timed) == ("avx512", "avx512", True)
+
+
+@pytest.mark.skipif(library.missing() is not None, reason="built without CPU kernels")
+@pytest.mark.parametrize("wish", ["sparse", "avx512"])
+def test_a_wish_on_a_cpu_is_not_timed(wish):
+    with_amx = replace(AVX512, flags=AVX512.flags | {"amx_tile"})
+    choice = select.choose(LAYER, with_amx, wish)
+    assert (choice.few, choice.timed) == ("avx512", False)
+    assert choice.reason == f"LLMC_ATTNMASK_KERNEL={wish}"
+
+
+def test_the_cpu_kernel_cannot_run_on_a_gpu():
+    choice = select.choose(LAYER, HOPPER, "avx512")
+    assert not choice.sparse
+    assert "LLMC_ATTNMASK_KERNEL=avx512, which cannot run" in choice.reason

@@ -46,7 +46,9 @@ def two_of_four(weight: Tensor) -> Weight:
     """
     rows, columns = _checked(weight)
     if columns % 4:
-        raise NotTwoOfFourError(f"{columns} inputs are not divisible by 4")
+        raise NotTwoOfFourError(
+            f"{columns} inputs are not divisible by 4, so there are no groups of four"
+        )
     pairs, tiles = -(-rows // (2 * ROWS)), -(-columns // TILE_COLUMNS)
     values = TILE_COLUMNS // 2 * weight.itemsize * ROWS
     form = torch.zeros(pairs, tiles, 2, UNIT + values, dtype=torch.uint8)
