@@ -1,5 +1,6 @@
 """The wheel and the sdist contain what a user needs, and CITATION.cff is up to date."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -143,6 +144,19 @@ def test_without_a_compiler_the_package_installs_and_says_what_it_lacks(
         check=True,
     )
     assert re.match("this CPU lacks|built without CPU kernels", done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hatch_build.wanted(), reason="another system")
+def test_the_compiler_from_pypi_builds_the_same_functions(tmp_path):
+    library = tmp_path / hatch_build.LIBRARY
+    command = [sys.executable, "-m", "ziglang", "c++"]
+    hatch_build.compile_library(command, ROOT / hatch_build.SOURCES, library)
+    loaded = ctypes.CDLL(str(library))
+    for kernel in ("two_of_four", "any_mask"):
+        for dtype in ("bf16", "int8"):
+            assert hasattr(loaded, f"{kernel}_{dtype}")
+            assert hasattr(loaded, f"{kernel}_{dtype}_pack")
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path):
