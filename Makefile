@@ -7,12 +7,13 @@ OUT ?= out
 
 REAL_MODEL := .real-model
 SECOND_MODEL := .second-model
+KERNELS := hatch_build.py $(wildcard llmc_attnmask/serving/kernels/cpu/*.?pp)
 
-.PHONY: demo real-model second-model test test-fast fuzz test-serving lint bench-quality bench-quantization bench-real paper docs clean
+.PHONY: demo real-model second-model test test-fast fuzz test-serving lint bench-quality bench-quantization bench-real bench-cpu paper docs clean
 .DEFAULT_GOAL := demo
 
 # torch comes first, because resolving everything at once may fetch another build of it
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[compress,dev]"
@@ -55,7 +56,7 @@ fuzz: $(INSTALLED)  ## hostile input to every reader; findings go to OUT/fuzz
 # own environment
 SERVING := .venv-serving
 SERVING_INSTALLED := $(SERVING)/.installed
-$(SERVING_INSTALLED): pyproject.toml integration/serving/requirements.txt
+$(SERVING_INSTALLED): pyproject.toml integration/serving/requirements.txt $(KERNELS)
 	$(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/pip install --quiet --no-deps \
 	    --requirement integration/serving/requirements.txt
@@ -92,6 +93,11 @@ REAL_OPTIONS ?=
 bench-real: $(REAL_MODEL)  ## every method and recipe on the real model: OUT/real.jsonl
 	$(QUIET) $(BIN)/python integration/benchmarks/real.py --out $(OUT)/real.jsonl \
 	    --only '$(ONLY)' $(REAL_OPTIONS)
+
+bench-cpu: $(SERVING_INSTALLED)  ## the CPU kernels against vLLM's own: OUT/cpu-kernels.jsonl
+	mkdir -p $(OUT)
+	VLLM_LOGGING_LEVEL=ERROR $(SERVING)/bin/python integration/benchmarks/cpu_kernels.py \
+	    --out $(OUT)/cpu-kernels.jsonl
 
 paper: $(INSTALLED)  ## the paper's synthetic experiment: CSV and plots in OUT/paper
 	$(QUIET) $(BIN)/python integration/paper/experiment.py $(OUT)/paper

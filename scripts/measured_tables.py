@@ -5,7 +5,8 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. The files
 in docs/measurements are unchanged output of ``make bench-quality``, ``make
-bench-quantization`` and ``make bench-real``; docs/measurements.md has the conditions.
+bench-quantization``, ``make bench-real`` and ``make bench-cpu``; docs/measurements.md
+has the conditions.
 """
 
 import argparse
@@ -17,13 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from integration.benchmarks import quality, quantization, real_table, trade_off
+from integration.benchmarks import (
+    cpu_kernels,
+    quality,
+    quantization,
+    real_table,
+    trade_off,
+)
 from llmc_attnmask.oneshot.shipped import recipes
 
 ROOT = Path(__file__).parents[1]
 MEASUREMENTS = ROOT / "docs" / "measurements"
 REAL = MEASUREMENTS / "real.jsonl"
 SECOND = MEASUREMENTS / "second.jsonl"
+CPU_KERNELS = MEASUREMENTS / "cpu-kernels.jsonl"
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 _TABLE = re.compile(
     r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL
@@ -105,6 +113,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipped-block-60": lambda: _as_written(quality, "shipped-block-60"),
     "quantization": lambda: _as_written(quantization, "quantization"),
 }
+TABLES["cpu-kernels"] = lambda: cpu_kernels.markdown(cpu_kernels.read_rows(CPU_KERNELS))
+TABLES["cpu-kernels-summary"] = lambda: cpu_kernels.markdown(
+    cpu_kernels.read_rows(CPU_KERNELS), tokens=[1, 4, 16, 512]
+)
+TABLES["cpu-bandwidth"] = lambda: cpu_kernels.bandwidth(
+    cpu_kernels.read_rows(CPU_KERNELS)
+)
 TRADE_OFFS = {  # name of the table -> file of ``trade_off.py``, which is drawn as well
     path.stem: path for path in sorted(MEASUREMENTS.glob("trade-off-*.json"))
 }
