@@ -254,7 +254,7 @@ def test_commands_print_output_in_the_form_shown(block):
     )
     rows = [row for row in rows if row != [""]]
     assert all(len(row) == len(header) for row in rows)
-    if "kernels of the 2:4 layers" in title[0]:
+    if "kernels of the sparse layers" in title[0]:
         table = KernelTable()
         table.expect("one more")  # a complete table would be logged and emptied
         for count, kind, *rest in rows:

@@ -180,6 +180,8 @@ def markdown(rows: list[Row], tokens: Sequence[int] = ()) -> str:
     for name in ("bf16", "int8"):
         for count in tokens or sorted({row["tokens"] for row in rows}):
             found = [r for r in rows if (r["type"], r["tokens"]) == (name, count)]
+            if not found:
+                continue
             cells = []
             for kind in KINDS:
                 ratios = [row[kind]["ratio"] for row in found]
