@@ -6,14 +6,16 @@ x86-64, the wheel has no library, and layers are served dense. The system's comp
 package, which pip then fetches for the build.
 """
 
+import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,8 +29,9 @@ FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions"),
     # Each kernel runs only where serving/kernels/cpu/machine.py finds what it needs.
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
-    *("-mavx512vnni", "-mavx512vbmi2", "-mpopcnt"),
+    "-mpopcnt",
 )
+MORE_FLAGS = {"any_mask": ("-mavx512vbmi2",)}
 
 
 class KernelsHook(BuildHookInterface):
@@ -41,25 +44,32 @@ class KernelsHook(BuildHookInterface):
         return ["ziglang"] if wanted() and not system_compiler() else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        root = Path(self.root)
-        library = root / SOURCES / LIBRARY
+        sources = Path(self.root) / SOURCES
+        library = sources / LIBRARY
         command = compiler() if wanted() else None
-        if command is None and wanted():
-            self.app.display_warning(
-                "no C++ compiler was found: the package is built without its CPU "
-                "kernels, and vLLM serves its checkpoints dense on CPUs"
-            )
         if command is None:
+            if wanted():
+                self.app.display_warning(
+                    "no C++ compiler that knows AVX-512 was found: the package is "
+                    "built without its CPU kernels, and vLLM serves its checkpoints "
+                    "dense on CPUs"
+                )
             if version == "editable":
                 library.unlink(missing_ok=True)  # of an earlier installation
             return
-        if not _is_fresh(library, root):
-            compile_library(command, root / SOURCES, library)
-        if version == "editable":  # which finds it beside its sources
+        if version == "editable":  # found beside its sources
+            compile_library(command, sources, library)
             return
+        self._folder = TemporaryDirectory()
+        built = Path(self._folder.name, LIBRARY)
+        compile_library(command, sources, built)
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-linux_{platform.machine()}"
-        build_data["force_include"][str(library)] = str(SOURCES / LIBRARY)
+        build_data["force_include"][str(built)] = str(SOURCES / LIBRARY)
+
+    def finalize(self, *_: Any) -> None:
+        if hasattr(self, "_folder"):
+            self._folder.cleanup()
 
 
 def wanted() -> bool:
@@ -68,10 +78,28 @@ def wanted() -> bool:
     return here and os.environ.get(SWITCH) != "0"
 
 
+@functools.cache
 def system_compiler() -> list[str] | None:
-    """Return the command of the system's C++ compiler, or None."""
-    names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
-    return next(([name] for name in names if name and shutil.which(name)), None)
+    """Return the command of the system's C++ compiler, or None if it is too old."""
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        command = shlex.split(name)
+        if command and shutil.which(command[0]) and _compiles(command):
+            return command
+    return None
+
+
+def _compiles(command: Sequence[str]) -> bool:
+    """Return whether a compiler knows the kernels' instructions and headers."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "probe.cpp")
+        file.write_text("#include <immintrin.h>\n#include <type_traits>\n")
+        flags = [*FLAGS, *MORE_FLAGS["any_mask"]]
+        done = subprocess.run(
+            [*command, *flags, "-c", str(file), "-o", f"{file}.o"],
+            capture_output=True,
+            check=False,
+        )
+    return done.returncode == 0
 
 
 def compiler() -> list[str] | None:
@@ -97,8 +125,11 @@ def compile_library(
         files = sorted(sources.glob("*.cpp"))
         objects = [Path(folder, file.stem).with_suffix(".o") for file in files]
 
+        define = f'-DATTNMASK_SOURCES="{_fingerprint(sources)}"'
+
         def compiled(file: Path, out: Path) -> None:
-            _run([*command, *FLAGS, *extra, "-c", str(file), "-o", str(out)])
+            flags = [*flags_of(file), define, *extra]
+            _run([*command, *flags, "-c", str(file), "-o", str(out)])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compiled, files, objects))
@@ -106,7 +137,8 @@ def compile_library(
         _run(
             [*command, *extra, "-shared", *map(str, objects), "-o", str(linked), "-ldl"]
         )
-        partial = library.with_suffix(".partial")  # a cut-off copy is never loaded
+        # a cut-off copy is never loaded, nor mixed with that of another build
+        partial = library.with_suffix(f".{os.getpid()}")
         shutil.copyfile(linked, partial)
         partial.replace(library)
 
@@ -120,8 +152,18 @@ def _run(command: list[str]) -> None:
         )
 
 
-def _is_fresh(library: Path, root: Path) -> bool:
-    sources = (*(root / SOURCES).glob("*.?pp"), root / Path(__file__).name)
-    return library.is_file() and library.stat().st_mtime > max(
-        source.stat().st_mtime for source in sources
-    )
+def flags_of(file: Path) -> tuple[str, ...]:
+    """Return the options for a source; only its kernels may use its instructions."""
+    more = (flags for name, flags in MORE_FLAGS.items() if file.name.startswith(name))
+    return (*FLAGS, *(flag for flags in more for flag in flags))
+
+
+def _fingerprint(sources: Path) -> str:
+    # the package is not imported, as its dependencies are not there during a build
+    path = Path(__file__).parent / SOURCES / "sources.py"
+    spec = spec_from_file_location("sources", path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: str = module.fingerprint(sources)
+    return found

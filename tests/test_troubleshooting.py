@@ -15,7 +15,8 @@ INTERNAL = {
     "... inputs are not divisible by 4, so there are no groups of four",
     "the bitmask is ...; expected torch.uint8",
     "more than two of four entries are not +0.0",
-    "the weight is ... ...; expected a contiguous matrix in bfloat16 or int8",
+    "the weight is ... ... on ...; expected a contiguous matrix in bfloat16 or int8",
+    "x is ... with ..., for a weight of ...",
     "... inputs; expected at most ... in int8",
     "a sparse CPU kernel has no memory for its activations",
     "... failed its check: ...",  # in the table of the log

@@ -27,10 +27,9 @@ def generate(model: str, options: dict[str, Any], lora: str | None) -> list[Any]
         model,
         dtype="bfloat16",
         max_model_len=128,
-        enforce_eager=True,
         gpu_memory_utilization=0.2,  # of the RAM, which other processes use, too
         enable_lora=lora is not None,
-        **options,
+        **({"enforce_eager": True} | options),
     )
     outputs = engine.generate(
         PROMPTS,

@@ -28,7 +28,7 @@ ENVIRONMENT = {
 }
 WITHOUT_PLUGIN = {"VLLM_PLUGINS": ""}
 DENSE = {"LLMC_ATTNMASK_KERNEL": "dense"}
-SPARSE = {"LLMC_ATTNMASK_KERNEL": "sparse"}  # whatever is faster here
+SPARSE = {"LLMC_ATTNMASK_KERNEL": "sparse"}  # even where dense is faster
 INTERPRETED = {"TRITON_INTERPRET": "1", "LLMC_ATTNMASK_KERNEL": "triton"}
 TWO_RANKS = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 TP = {"tensor_parallel_size": 2}
@@ -74,6 +74,11 @@ RUNS = {
         ],
     ),
     "timed": Run({}, ["bf16-packed", "int8-dense"]),
+    "compiled": Run(
+        SPARSE | {"TORCHDYNAMO_DISABLE": "0"},
+        ["unstructured-int8-dense"],
+        {"enforce_eager": False},
+    ),
     "stock lora": Run(WITHOUT_PLUGIN, ["bf16-dense"], lora="adapter"),
     "dense lora": Run(DENSE, ["bf16-packed"], lora="adapter"),
     "sparse lora": Run(SPARSE, ["bf16-packed"], lora="adapter"),

@@ -132,7 +132,9 @@ def test_the_weight_cache_is_refused_with_advice() -> None:
     model.q_proj.quant_method = SparseLinearMethod(
         None, name="q_proj", packed_parts=0, structures=["2:4"], table=KernelTable()
     )
-    with pytest.raises(ValueError, match=r"q_proj is 2:4.*without --load-format ipc"):
+    with pytest.raises(
+        ValueError, match=r"q_proj is sparse.*without --load-format ipc"
+    ):
         cache.check_ipc_quant_support(model)
 
 

@@ -47,7 +47,7 @@ def test_sparse_kernels_answer_like_the_same_weights_served_dense(
     assert_close(outputs["sparse"].result().results[model], stock)
 
 
-def assert_close(found: list, stock: list) -> None:
+def assert_close(found: list, stock: list, within: float = CLOSE) -> None:
     """Compare logprobs, up to the first token where two are about as likely."""
     compared = 0
     for ours, theirs in zip(found, stock, strict=True):
@@ -55,11 +55,11 @@ def assert_close(found: list, stock: list) -> None:
             zip(ours["logprobs"], theirs["logprobs"], strict=True)
         ):
             for token in first.keys() & reference.keys():
-                assert first[token] == pytest.approx(reference[token], abs=CLOSE)
+                assert first[token] == pytest.approx(reference[token], abs=within)
                 compared += 1
             if ours["tokens"][step] != theirs["tokens"][step]:
                 best = sorted(reference.values())[-2:]
-                assert best[1] - best[0] < CLOSE
+                assert best[1] - best[0] < within
                 break
     assert compared > 3 * LOGPROBS
 
@@ -97,7 +97,7 @@ def test_by_default_a_layer_is_sparse_if_that_is_faster_here(outputs: Outputs) -
         elif kernel == "avx512":
             assert re.fullmatch(r"2:4, \d+\.\d x as fast as dense", reason)
         else:
-            assert re.fullmatch(r"sparse would have 0\.\d x dense's speed", reason)
+            assert re.fullmatch(r"2:4 would have [01]\.\d\d x dense's speed", reason)
 
 
 def lacks() -> str | None:
@@ -142,6 +142,14 @@ def test_the_decode_kernel_in_the_interpreter_answers_like_stock_vllm(
             assert first[token] == pytest.approx(reference[token], abs=0.15)
 
 
+def test_torch_compile_takes_the_sparse_layers(outputs: Outputs) -> None:
+    model = "unstructured-int8-dense"
+    found = outputs["compiled"].result().results[model]
+    # norms and activations are fused, and rounded less often
+    assert_close(found, outputs["stock"].result().results[model], within=0.1)
+
+
+@pytest.mark.skipif(lacks() is not None, reason="this machine cannot run the kernels")
 def test_dummy_weights_are_pruned_and_served_sparse(outputs: Outputs) -> None:
     output = outputs["made up"].result()
     row = r"4 +(\w+) +\d+ x \d+ +packed +avx512 +2:4; random weights, pruned at load"

@@ -9,8 +9,7 @@ It is a top-level key that transformers and vLLM keep and ignore:
     }
 
 ``targets`` are module names, spelled as in the names of the checkpoint's tensors.
-``unstructured`` is absent if it would be empty. Earlier versions of this package, which
-serve only 2:4 layers, ignore it.
+``unstructured`` is absent if it would be empty.
 """
 
 import reprlib

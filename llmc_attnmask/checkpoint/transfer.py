@@ -166,7 +166,7 @@ def is_two_of_four(tensor: StoredTensor) -> bool:
 
 
 def zeros_at_start(tensor: StoredTensor) -> float:
-    """Return the share of +0.0 in the first megabytes of a stored weight."""
+    """Return the share of +0.0 in the first megabyte or so of a stored weight."""
     for _, block in tensor.blocks(tensor.itemsize):
         return float((block.view(_INTEGERS[tensor.itemsize]) == 0).float().mean())
     return 0.0

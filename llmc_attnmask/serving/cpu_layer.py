@@ -33,6 +33,7 @@ class Packed(NamedTuple):
     sparse: weights.Weight | None
     sums: Tensor | None  # int32 [rows], of an int8 weight
     dense: Tensor | None  # [rows, K], if dense is faster
+    ratio: float | None  # how many times as fast as dense sparse is, if timed
 
 
 def merged(widths: Sequence[int], structures: Sequence[Structure]) -> list[Rows]:

@@ -4,6 +4,7 @@ vLLM loads all weights before it processes the first. A layer is packed by its w
 loader instead, so that memory holds one dense layer at a time, not all of them.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from llmc_attnmask.serving.kernels.select import Choice, keep_dense
 from llmc_attnmask.serving.rival import Rival
 from llmc_attnmask.serving.scales import by_row
 
+GAIN = 1.03  # times dense's speed; below, noise would decide
 TOKENS = (1, 5, 17)  # of the check: in one pass, and by tiles
 
 
@@ -46,7 +48,7 @@ class CpuPacking:
         :param shards: in how many tensors the weight arrives, unless in one
         :param choose: selects the layer's kernel
         """
-        self.layer = layer
+        self._layer = weakref.ref(layer)  # vLLM keeps weight loaders longer
         self.stock = stock
         self.parts = parts
         self.shards = shards
@@ -54,17 +56,28 @@ class CpuPacking:
         self._choice: Choice | None = None
         self._packed: list[Packed] = []
         self._arrived: set[Any] = set()
+        self._stays_dense = False
         weight = getattr(layer, "weight", None)
         if weight is not None:
             self._load: Callable[..., None] = weight.weight_loader
             weight.weight_loader = self._loaded
 
-    def _loaded(self, parameter: Parameter, tensor: Tensor, *shard: Any) -> None:
-        self._load(parameter, tensor, *shard)
-        given = shard[0] if shard else getattr(tensor, "shard_id", None)
-        self._arrived.add(given)
+    @property
+    def layer(self) -> Any:
+        """The layer."""
+        return self._layer()
+
+    # vLLM's reload binds arguments by these names
+    def _loaded(
+        self, param: Parameter, loaded_weight: Tensor, *shard: Any, **named: Any
+    ) -> None:
+        self._load(param, loaded_weight, *shard, **named)
+        if param.is_meta or self._stays_dense:  # a reload that counts entries, or any
+            return
+        given = named.get("loaded_shard_id", getattr(loaded_weight, "shard_id", None))
+        self._arrived.add(shard[0] if shard else given)
         # without an id, the tensor was the whole layer's
-        if given is None or len(self._arrived) == self.shards:
+        if None in self._arrived or len(self._arrived) == self.shards:
             self._pack()
 
     @property
@@ -81,17 +94,20 @@ class CpuPacking:
         if layer.weight.dtype == torch.int8:
             scale = by_row(layer.weight_scale.data, layer.logical_widths)
         served = CpuLayer(layer, self.stock, self._packed, scale)
-        first = next(part.sparse for part in self._packed if part.sparse is not None)
-        tensor = next(form for form in first[2:] if form is not None)
-        for name in ("weight", "weight_scale", "input_scale", "input_zero_point"):
+        for name in ("weight_scale", "input_scale", "input_zero_point"):
             if hasattr(layer, name):
                 delattr(layer, name)
-        # LoRA reads the device from a parameter of this name
-        layer.weight_packed = Parameter(tensor, requires_grad=False)
-        self._packed.clear()
+        # LoRA reads the device from it; vLLM's own layers keep it as well
+        layer.weight = Parameter(layer.weight.new_empty(0), requires_grad=False)
+        self._packed, self._choice = [], None  # a reload packs again
         return served
 
+    def keep_dense(self) -> None:
+        """Load the layer as its stock method does from now on."""
+        self._stays_dense = True
+
     def _pack(self) -> None:
+        self._arrived = set()
         choice = self._choose(self.layer)
         self._choice = choice
         if choice.few != "avx512":
@@ -103,36 +119,38 @@ class CpuPacking:
         except WrongError as wrong:
             self._choice = keep_dense(f"{choice.label} failed its check: {wrong}")
             return
-        ratios = [f"{ratio:.1f}" for ratio in rival.ratios] if rival else []
+        found = " and ".join(map(self._described, self._packed))
         if all(part.sparse is None for part in self._packed):
-            self._packed.clear()
-            self._choice = keep_dense(
-                f"sparse would have {' and '.join(ratios)} x dense's speed"
-            )
+            self._packed = []
+            self._choice = keep_dense(found)
             return
-        found = " and ".join(
-            f"{rows.structure} ({rows.last - rows.first} rows)"
-            if len(self.parts) > 1
-            else rows.structure
-            for rows in self.parts
-        )
-        speed = f", {' and '.join(ratios)} x as fast as dense" if ratios else ""
         note = f"; {made_up.NOTE}" if made_up.NOTE in choice.reason else ""
-        self._choice = replace(choice, reason=f"{found}{speed}{note}")
+        self._choice = replace(choice, reason=found + note)
         self.layer.weight.data = weight.new_empty(0)
+
+    def _described(self, part: Packed) -> str:
+        text: str = part.rows.structure
+        if len(self.parts) > 1:
+            text += f" ({part.rows.last - part.rows.first} rows)"
+        if part.ratio is None:
+            return text
+        if part.sparse is None:
+            return f"{text} would have {part.ratio:.2f} x dense's speed"
+        return f"{text}, {part.ratio:.1f} x as fast as dense"
 
 
 def _packed(weight: Tensor, rows: Rows, rival: Rival | None) -> Packed:
     part = weight[rows.first : rows.last]
     if rows.structure == "dense":
-        return Packed(rows, None, None, part.clone())
+        return Packed(rows, None, None, part.clone(), None)
     make = weights.two_of_four if rows.structure == "2:4" else weights.any_mask
     sparse = make(part)
     sums = part.sum(1, dtype=torch.int32) if weight.dtype == torch.int8 else None
     _check(part, sparse, sums)
-    if rival is not None and rival.wins(sparse, part):
-        return Packed(rows, None, None, part.clone())
-    return Packed(rows, sparse, sums, None)
+    ratio = rival.ratio(sparse, part) if rival is not None else None
+    if ratio is not None and ratio < GAIN:
+        return Packed(rows, None, None, part.clone(), ratio)
+    return Packed(rows, sparse, sums, None, ratio)
 
 
 def _check(weight: Tensor, sparse: weights.Weight, sums: Tensor | None) -> None:

@@ -29,6 +29,7 @@ from llmc_attnmask.serving.cpu_layer import CpuLayer, Rows, Structure, merged
 from llmc_attnmask.serving.cpu_packing import CpuPacking
 from llmc_attnmask.serving.gpu_layer import GpuLayer, UnfitError
 from llmc_attnmask.serving.kernels import select
+from llmc_attnmask.serving.kernels.cpu import machine as cpu
 from llmc_attnmask.serving.loading import PARTS, ShardLoader
 from llmc_attnmask.serving.table import KernelTable, Row
 
@@ -80,7 +81,7 @@ class SparseLinearMethod(LinearMethodBase):
         :raises ValueError: always
         """
         raise ValueError(
-            f"{self.name} is 2:4, and every process prepares its weights for the "
+            f"{self.name} is sparse, and every process prepares its weights for the "
             "sparse kernels itself; serve it without --load-format ipc_cache and "
             "without vllm preload"
         )
@@ -137,6 +138,8 @@ class SparseLinearMethod(LinearMethodBase):
         self._log(choice)
         self._tell_compile_cache(choice)
         if self.served is None:
+            if self.cpu is not None:
+                self.cpu.keep_dense()
             self.stock.process_weights_after_loading(layer)
             layer.quant_method = self.stock
 
@@ -203,7 +206,11 @@ class SparseLinearMethod(LinearMethodBase):
         return "8-bit per token"
 
     def _parts(self) -> list[Rows]:
-        return merged(self.widths, self.structures)
+        parts = merged(self.widths, self.structures)
+        if len(parts) > 1 and cpu.unmeasured(select.Machine.detect().flags):
+            # vLLM's dense kernels for AMX expect a whole layer
+            return merged(self.widths, ["unstructured"])
+        return parts
 
     def _crowded(self, weight: Tensor) -> bool:
         """Return whether a part that should be 2:4 is not."""
@@ -216,7 +223,7 @@ class SparseLinearMethod(LinearMethodBase):
     def _make_up(self, weight: Tensor) -> None:
         for rows in self._parts():
             if rows.structure != "dense":
-                made_up.prune(weight[rows.first : rows.last])
+                made_up.prune(weight[rows.first : rows.last], rows.structure)
 
     def _log(self, choice: select.Choice) -> None:
         if get_tensor_model_parallel_rank():

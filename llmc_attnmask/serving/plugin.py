@@ -15,7 +15,7 @@ logger = logging.getLogger("vllm.llmc_attnmask")  # vLLM's handlers and level
 
 
 def register() -> None:
-    """Let this process's vLLM serve this package's 2:4 checkpoints.
+    """Let this process's vLLM serve this package's sparse checkpoints.
 
     Other checkpoints are served as before.
 

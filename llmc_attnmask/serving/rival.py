@@ -1,8 +1,10 @@
 """Time sparse CPU kernels against vLLM's dense ones, once per shape, at load."""
 
+import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from llmc_attnmask.serving.kernels.cpu.op import cpu_sparse_linear
 
 ROWS = 4096  # at most; more take the same time per row
 REPEATS = 5
-CACHE = 64 << 20  # bytes; read in between, as other layers' weights are while serving
-
+TOLERANCE = 0.05  # of a form's size: about the same speed
+LARGEST_CACHE = 2 << 30  # bytes
 
 _known: dict[tuple[object, ...], list["Timed"]] = {}
 
@@ -31,9 +33,10 @@ class Timed:
 
     def settles(self, bytes_per_entry: float) -> bool:
         """Return whether a form of this size would win or lose in the same way."""
+        relative = bytes_per_entry / self.bytes_per_entry
         if self.ratio >= 1:
-            return bytes_per_entry <= self.bytes_per_entry
-        return bytes_per_entry >= self.bytes_per_entry
+            return relative <= 1 + TOLERANCE
+        return relative >= 1 - TOLERANCE
 
 
 @dataclass
@@ -42,10 +45,11 @@ class Rival:
 
     layer: Any
     stock: LinearMethodBase
-    ratios: list[float] = field(default_factory=list)  # of the parts so far
 
-    def wins(self, sparse: weights.Weight, weight: Tensor) -> bool:
-        """Return whether dense is faster.
+    def ratio(self, sparse: weights.Weight, weight: Tensor) -> float:
+        """Return how many times as fast as dense the sparse kernel is.
+
+        It is that of another layer of this shape if that settles the question.
 
         :param sparse: the form of the weight
         :param weight: [rows, K]
@@ -55,13 +59,12 @@ class Rival:
         size = sparse.nbytes / weight.numel()
         timed = next((t for t in _known.get(key, []) if t.settles(size)), None)
         if timed is None:
-            timed = Timed(self._ratio(sparse, weight), size)
+            timed = Timed(self._timed(sparse, weight), size)
             _known.setdefault(key, []).append(timed)
-        self.ratios.append(timed.ratio)
-        return timed.ratio < 1
+        return timed.ratio
 
     @torch.no_grad()
-    def _ratio(self, sparse: weights.Weight, weight: Tensor) -> float:
+    def _timed(self, sparse: weights.Weight, weight: Tensor) -> float:
         if len(weight) > ROWS:
             weight = weight[:ROWS]
             make = weights.any_mask if sparse.tiles is None else weights.two_of_four
@@ -81,12 +84,27 @@ class Rival:
 
         calls: list[Callable[[], Tensor]] = [lambda: twin(x), ours]
         times: list[list[float]] = [[], []]
-        other = torch.zeros(CACHE, dtype=torch.uint8)
+        other = torch.zeros(2 * cache_bytes(), dtype=torch.uint8)
         for _ in range(REPEATS):
             for call, taken in zip(calls, times, strict=True):
-                other.add_(1)
+                other.add_(1)  # so that weights come from memory, as while serving
                 start = time.perf_counter()
                 call()
                 taken.append(time.perf_counter() - start)
         dense, sparse_time = (sorted(taken)[REPEATS // 2] for taken in times)
         return dense / sparse_time
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Return the size of all last-level caches of this machine; 32 MB if unknown."""
+    found: dict[str, int] = {}
+    for folder in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
+        try:
+            size = (folder / "size").read_text().strip()
+            shared = (folder / "shared_cpu_list").read_text()
+        except OSError:
+            continue
+        if size.endswith("K"):
+            found[shared] = int(size[:-1]) << 10
+    return min(sum(found.values()) or 32 << 20, LARGEST_CACHE)

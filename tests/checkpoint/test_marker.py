@@ -27,7 +27,7 @@ def test_unstructured_layers_are_named_beside_the_2of4_ones():
     found = json.loads(json.dumps(config))
     assert marker.read(found) == TARGETS[:1]
     assert marker.read_unstructured(found) == TARGETS[1:]
-    marker.write(config, [], TARGETS)  # an earlier version finds nothing to serve
+    marker.write(config, [], TARGETS)
     assert marker.read(config) == []
     assert marker.read_unstructured({}) == []
 

@@ -42,7 +42,9 @@ class Machine:
         has_triton = find_spec("triton") is not None
         if not torch.cuda.is_available() or torch.version.hip:
             triton = has_triton and interpreted()
-            return cls("cpu", None, False, triton, False, cpu.flags())
+            other = torch.accelerator.is_available()  # layers are on that
+            flags = frozenset() if other else cpu.flags()
+            return cls("cpu", None, False, triton, False, flags)
         return cls(
             "cuda",
             torch.cuda.get_device_capability(),

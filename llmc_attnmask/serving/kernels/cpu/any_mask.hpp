@@ -21,6 +21,22 @@
 
 namespace attnmask {
 
+inline void expand_onto(__m512i& unit, uint32_t mask, __m512i bf16_values) {
+  unit = _mm512_mask_expand_epi16(unit, mask, bf16_values);
+}
+
+inline void expand_onto(__m512i& unit, uint64_t mask, __m512i int8_values) {
+  unit = _mm512_mask_expand_epi8(unit, mask, int8_values);
+}
+
+inline __m512i compress(uint32_t mask, __m512i bf16_unit) {
+  return _mm512_maskz_compress_epi16(mask, bf16_unit);
+}
+
+inline __m512i compress(uint64_t mask, __m512i int8_unit) {
+  return _mm512_maskz_compress_epi8(mask, int8_unit);
+}
+
 // Put the next values at the set bits of a unit, zeros elsewhere. Reads 64 bytes.
 template <class Type>
 inline __m512i expand(typename Type::Mask mask, const typename Type::Entry* values) {
@@ -31,7 +47,7 @@ inline __m512i expand(typename Type::Mask mask, const typename Type::Entry* valu
   // expansion gets a register that was zeroed for it.
   __m512i unit = _mm512_setzero_si512();
   asm("" : "+v"(unit));
-  Type::expand(unit, mask, packed);
+  expand_onto(unit, mask, packed);
   return unit;
 }
 
@@ -69,7 +85,7 @@ class Packer {
           const __m512i entries = unit(group, step);
           const Mask mask = Type::nonzero(entries);
           alignas(64) Entry packed[kUnitBytes / sizeof(Entry)];
-          _mm512_store_si512(packed, Type::compress(mask, entries));
+          _mm512_store_si512(packed, compress(mask, entries));
           std::memcpy(value, packed, Type::count(mask) * sizeof(Entry));
           masks[group * steps + step] = mask;
           value += Type::count(mask);
@@ -105,12 +121,13 @@ struct AnyMask {
   static constexpr int kFew = 16;       // tokens of one pass
   static constexpr int kGroup = 12;     // tokens that share a tile in registers
   static constexpr int64_t kSlab = 128;
-  static constexpr int64_t kTile = kSlab * 2 * kUnitBytes;  // bytes of two expanded slabs
+  static constexpr int64_t kLongSlab = 1024;
+  static constexpr int64_t kTileBytesPerStep = 2 * kUnitBytes;  // two expanded units
   static constexpr int64_t kAhead = 8192;  // bytes of values; hides the memory's latency
 
   const Mask* masks;      // [row groups, steps]
   const Entry* values;    // of all row groups, then 64 bytes
-  const int64_t* starts;  // [row groups + 1], of their values
+  const int64_t* starts;  // [row groups], of their values
   int64_t rows, columns;
 
   int64_t token_bytes() const { return columns * int64_t{sizeof(Entry)}; }

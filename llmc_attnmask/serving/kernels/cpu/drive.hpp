@@ -19,6 +19,9 @@
 namespace attnmask {
 
 constexpr int64_t kBlock = 512;  // tokens
+// From this many on, slabs are long: sums are loaded and stored less often. Before that they
+// are short, as the next one's values are fetched while this one is multiplied.
+constexpr int64_t kManyTokens = 128;
 
 // Call f with the constant of the same value as n, from 1 to Largest.
 template <int Largest, class F>
@@ -56,7 +59,6 @@ template <class Weight>
 int many_tokens(const Weight& weight, const char* x, int64_t tokens, const Output& out) {
   using Step = typename Weight::Step;
   using Sum = typename Weight::Sum;
-  constexpr int64_t kSlab = Weight::kSlab;
   thread_local Scratch shared;
   const int64_t steps = weight.steps(), bytes = weight.token_bytes();
   const int64_t largest = tokens < kBlock ? tokens : kBlock;
@@ -66,24 +68,25 @@ int many_tokens(const Weight& weight, const char* x, int64_t tokens, const Outpu
     const int64_t here = tokens - first < kBlock ? tokens - first : kBlock;
     const int64_t groups = up(here, Weight::kGroup);  // of sizes that differ by at most 1
     const auto start = [=](int64_t group) { return here * group / groups; };
+    const int64_t full = here < kManyTokens ? Weight::kSlab : Weight::kLongSlab;
     const auto depth = [=](int64_t slab) {
-      return steps - slab < kSlab ? steps - slab : kSlab;
+      return steps - slab < full ? steps - slab : full;
     };
     parallel(groups, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         const int64_t token = start(group), count = start(group + 1) - token;
-        for (int64_t slab = 0; slab < steps; slab += kSlab) {
+        for (int64_t slab = 0; slab < steps; slab += full) {
           const int64_t from = slab * int64_t{sizeof(Step)};
-          const int64_t full = depth(slab) * int64_t{sizeof(Step)};
+          const int64_t size = depth(slab) * int64_t{sizeof(Step)};
           arrange<Step>(x + (first + token) * bytes + from, bytes,
-                        bytes - from < full ? bytes - from : full, count, depth(slab),
+                        bytes - from < size ? bytes - from : size, count, depth(slab),
                         Weight::kFlip, arranged + slab * here + token * depth(slab));
         }
       }
     });
     parallel(up(weight.row_groups(), 2), [&](int64_t begin, int64_t end) {
       thread_local Scratch scratch;
-      const int64_t tile = Weight::kTile;
+      const int64_t tile = full * Weight::kTileBytesPerStep;
       auto* memory = static_cast<char*>(scratch.get(tile + here * 2 * sizeof(Sum)));
       if (!memory) {
         __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
@@ -92,7 +95,7 @@ int many_tokens(const Weight& weight, const char* x, int64_t tokens, const Outpu
       auto* sums = reinterpret_cast<Sum*>(memory + tile);
       for (int64_t pair = begin; pair < end; ++pair) {
         typename Weight::Reader reader(weight, pair, memory);
-        for (int64_t slab = 0; slab < steps; slab += kSlab) {
+        for (int64_t slab = 0; slab < steps; slab += full) {
           reader.read(slab, depth(slab));
           for (int64_t group = 0; group < groups; ++group) {
             const int64_t token = start(group);

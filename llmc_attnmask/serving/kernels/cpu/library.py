@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmc_attnmask.serving.kernels.cpu.sources import fingerprint
+
 PATH = Path(__file__).with_name("libattnmask_cpu.so")
 _OUT_OF_MEMORY = 1
+_STALE = "it was compiled from other sources; install the package again"
 _NAMES = {torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
@@ -24,7 +27,7 @@ def missing() -> str | None:
         load()
     except OSError as error:
         if not PATH.exists():
-            return "built without CPU kernels: no C++ compiler was found"
+            return "built without CPU kernels"
         return f"its library cannot be loaded: {error}"
     return None
 
@@ -36,6 +39,11 @@ def load() -> ctypes.CDLL:
     :raises OSError: if there is none, or if it does not fit this system
     """
     loaded = ctypes.CDLL(str(PATH))
+    if not hasattr(loaded, "attnmask_sources"):
+        raise OSError(_STALE)
+    loaded.attnmask_sources.restype = ctypes.c_char_p
+    if loaded.attnmask_sources().decode() != fingerprint(PATH.parent):
+        raise OSError(_STALE)
     int8 = [c_void_p] * 4  # scales, row sums, token scales, zero points
     for kernel, forms in (("two_of_four", 1), ("any_mask", 3)):
         for name, scales in (("bf16", []), ("int8", int8)):
@@ -64,6 +72,12 @@ def function(kernel: str, dtype: torch.dtype, step: str = "") -> Callable[..., i
     """
     # an attribute, not an item, which would be another object without argument types
     found: Callable[..., int] = getattr(load(), f"{kernel}_{_NAMES[dtype]}{step}")
+    return found
+
+
+def threads() -> int:
+    """Return the number of threads that kernels run on."""
+    found: int = load().attnmask_threads()
     return found
 
 

@@ -62,6 +62,11 @@ def _run(
     zero_points: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
+    if x.shape[1] != columns or (bias is not None and len(bias) != rows):
+        given = "no bias" if bias is None else f"a bias of {len(bias)}"
+        raise ValueError(
+            f"x is {list(x.shape)} with {given}, for a weight of {rows} x {columns}"
+        )
     x = x.contiguous()
     out = x.new_empty(x.shape[0], rows, dtype=torch.bfloat16)
     forms = (masks, values, starts) if tiles is None else (tiles,)

@@ -34,12 +34,6 @@ struct Bf16 {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
   }
   static int count(Mask mask) { return __builtin_popcount(mask); }
-  static void expand(__m512i& background, Mask mask, __m512i packed) {
-    background = _mm512_mask_expand_epi16(background, mask, packed);
-  }
-  static __m512i compress(Mask mask, __m512i unit) {
-    return _mm512_maskz_compress_epi16(mask, unit);
-  }
   static Mask nonzero(__m512i unit) { return _mm512_test_epi16_mask(unit, unit); }
 };
 
@@ -57,12 +51,6 @@ struct Int8 {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weights));
   }
   static int count(Mask mask) { return __builtin_popcountll(mask); }
-  static void expand(__m512i& background, Mask mask, __m512i packed) {
-    background = _mm512_mask_expand_epi8(background, mask, packed);
-  }
-  static __m512i compress(Mask mask, __m512i unit) {
-    return _mm512_maskz_compress_epi8(mask, unit);
-  }
   static Mask nonzero(__m512i unit) { return _mm512_test_epi8_mask(unit, unit); }
 };
 
@@ -89,13 +77,27 @@ struct Output {
 
   void store(int64_t token, int64_t row, __m512i sums) const {
     const __mmask16 valid = lanes(row);
-    const int32_t shift = 128 + (zero_points ? zero_points[token] : 0);
     const __m512i of_rows = _mm512_maskz_loadu_epi32(valid, row_sums + row);
-    sums = _mm512_sub_epi32(sums, _mm512_mullo_epi32(_mm512_set1_epi32(shift), of_rows));
+    const __m512i shift = _mm512_set1_epi32(128);
+    sums = _mm512_sub_epi32(sums, _mm512_mullo_epi32(shift, of_rows));
+    __m512 found = _mm512_cvtepi32_ps(sums);
+    if (zero_points) {
+      // Activations far from zero have zero points of any size: their products with the
+      // rows' sums need more than 32 bits, and are exact in float64.
+      const __m512d zero = _mm512_set1_pd(zero_points[token]);
+      const auto half = [&](__m256i sum, __m256i of_row) {
+        return _mm512_cvtpd_ps(_mm512_sub_pd(
+            _mm512_cvtepi32_pd(sum), _mm512_mul_pd(zero, _mm512_cvtepi32_pd(of_row))));
+      };
+      const __m256 low = half(_mm512_castsi512_si256(sums), _mm512_castsi512_si256(of_rows));
+      const __m256 high = half(_mm512_extracti64x4_epi64(sums, 1),
+                               _mm512_extracti64x4_epi64(of_rows, 1));
+      found = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
     const __m512 scales =
         _mm512_mul_ps(_mm512_maskz_loadu_ps(valid, channel_scales + row),
                       _mm512_set1_ps(token_scales[token]));
-    store(token, row, _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales));
+    store(token, row, _mm512_mul_ps(found, scales));
   }
 
  private:

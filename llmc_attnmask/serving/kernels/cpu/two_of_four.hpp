@@ -71,7 +71,8 @@ struct TwoOfFour {
   static constexpr int64_t kUnits = 32 / Shuffle::kBits;            // of a tile
   static constexpr int64_t kTileBytes = (1 + kUnits) * kUnitBytes;  // of 16 rows
   static constexpr int64_t kSlab = 16 * kUnits;
-  static constexpr int64_t kTile = 0;      // slabs are used where they lie
+  static constexpr int64_t kLongSlab = 128 * kUnits;
+  static constexpr int64_t kTileBytesPerStep = 0;  // slabs are used where they lie
   static constexpr int64_t kAhead = 4096;  // bytes; hides the memory's latency
 
   const char* tiles;  // [pairs of row groups, tiles, 2, kTileBytes]

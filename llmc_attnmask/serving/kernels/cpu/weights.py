@@ -83,10 +83,11 @@ def any_mask(weight: Tensor) -> Weight:
 
 
 def _checked(weight: Tensor) -> tuple[int, int]:
-    if weight.ndim != 2 or weight.dtype not in DTYPES or not weight.is_contiguous():
+    fits = weight.ndim == 2 and weight.dtype in DTYPES and weight.is_contiguous()
+    if not fits or weight.device.type != "cpu":
         raise ValueError(
-            f"the weight is {weight.dtype} {list(weight.shape)}; expected a contiguous "
-            "matrix in bfloat16 or int8"
+            f"the weight is {weight.dtype} {list(weight.shape)} on {weight.device}; "
+            "expected a contiguous matrix in bfloat16 or int8 on the CPU"
         )
     rows, columns = weight.shape
     if weight.dtype == torch.int8 and columns > LARGEST_COLUMNS:

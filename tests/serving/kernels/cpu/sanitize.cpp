@@ -134,7 +134,10 @@ bool right(int64_t rows, int64_t columns, int64_t tokens, double density, bool t
 
 }  // namespace
 
+extern "C" int omp_get_max_threads();
+
 int main() {
+  if (omp_get_max_threads() != 3) return 2;
   for (const int64_t tokens : {1, 2, 7, 16, 17, 30, 515})
     for (const int64_t rows : {1, 15, 33, 48})
       for (const int64_t columns : {1, 3, 4, 36, 100, 545}) {

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmc_attnmask.serving.kernels.cpu import machine, weights
+from llmc_attnmask.serving.kernels.cpu import library, machine, weights
 from llmc_attnmask.serving.kernels.cpu.op import cpu_sparse_linear
 
 KINDS = [(dtype, kind) for dtype in weights.DTYPES for kind in ("2:4", "any")]
@@ -131,6 +131,16 @@ def test_every_number_of_tokens_is_right(
     assert_close(*product(weight, x, kind, None, True))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_kernels_run_on_torchs_threads(count: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        assert library.threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("dtype", "kind"), KINDS)
 def test_bits_do_not_depend_on_the_number_of_threads(
     dtype: torch.dtype, kind: str
@@ -220,6 +230,27 @@ def test_the_largest_int8_sums_do_not_overflow() -> None:
         form = weights.any_mask(weight)
         found = cpu_sparse_linear(x, *form, channel, sums, token, zeros)
         assert_close(found, torch.full((1, 16), columns * 128.0 * (128 + zero)), found)
+
+
+@pytest.mark.parametrize("kind", ["2:4", "any"])
+def test_zero_points_far_from_the_range_are_exact(kind: str) -> None:
+    weight = torch.zeros(16, 4096, dtype=torch.int8)
+    weight.view(-1, 4)[:, :2] = 127  # of activations in [100, 101], for example
+    x = torch.full((1, 4096), 100, dtype=torch.int8)
+    zeros = torch.tensor([-25628], dtype=torch.int32)
+    sums = weight.sum(1, dtype=torch.int32)
+    ones = torch.ones(16), sums, torch.full((1,), 1e-6), zeros
+    found = cpu_sparse_linear(x, *form_of(weight, kind), *ones)
+    expected = torch.full((1, 16), 2048 * 127 * (100 + 25628) * 1e-6)
+    assert_close(found, expected.double(), expected)
+
+
+def test_tensors_of_other_sizes_are_refused() -> None:
+    form = weights.any_mask(torch.zeros(20, 40).bfloat16())
+    x = torch.zeros(2, 40).bfloat16()
+    for narrow, bias in ((x[:, :39], None), (x, x[0])):
+        with pytest.raises(ValueError, match=r"for a weight of 20 x 40"):
+            cpu_sparse_linear(narrow, *form, bias=bias)
 
 
 @pytest.mark.parametrize(("dtype", "kind"), KINDS)

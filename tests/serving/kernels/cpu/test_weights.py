@@ -1,5 +1,7 @@
 """What the kernels read is what was given, and nothing else is accepted."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -50,3 +52,17 @@ def test_int8_rows_whose_sums_could_overflow_are_refused() -> None:
     weight = torch.zeros(1, weights.LARGEST_COLUMNS + 4, dtype=torch.int8)
     with pytest.raises(ValueError, match="at most 65536 in int8"):
         weights.any_mask(weight)
+
+
+def test_a_library_of_other_sources_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "kernel.cpp").write_text("// changed since")
+    copy = tmp_path / library.PATH.name
+    copy.write_bytes(library.PATH.read_bytes())
+    monkeypatch.setattr(library, "PATH", copy)
+    library.load.cache_clear()
+    try:
+        assert "compiled from other sources; install" in str(library.missing())
+    finally:
+        library.load.cache_clear()
