@@ -155,7 +155,10 @@ def _run(command: list[str]) -> None:
 def flags_of(file: Path) -> tuple[str, ...]:
     """Return the options for a source; only its kernels may use its instructions."""
     more = (flags for name, flags in MORE_FLAGS.items() if file.name.startswith(name))
-    return (*FLAGS, *(flag for flags in more for flag in flags))
+    # Each file has a namespace of its own: the linker would merge what they share, and
+    # a kernel would get functions with another one's instructions.
+    own = f"-Dattnmask=attnmask_{file.stem}"
+    return (*FLAGS, *(flag for flags in more for flag in flags), own)
 
 
 def _fingerprint(sources: Path) -> str:
