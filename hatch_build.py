@@ -35,7 +35,7 @@ MORE_FLAGS = {"any_mask": ("-mavx512vbmi2",)}
 
 
 class KernelsHook(BuildHookInterface):
-    """Builds the library beside its sources, and adds it to the wheel."""
+    """Adds the library to the wheel, or to the sources of an editable installation."""
 
     PLUGIN_NAME = "custom"
 
@@ -110,15 +110,12 @@ def compiler() -> list[str] | None:
     return found
 
 
-def compile_library(
-    command: Sequence[str], sources: Path, library: Path, extra: Sequence[str] = ()
-) -> None:
+def compile_library(command: Sequence[str], sources: Path, library: Path) -> None:
     """Compile every kernel and link them.
 
     :param command: of a compiler that takes GCC's options
     :param sources: folder of the .cpp files
     :param library: file to write
-    :param extra: further options
     :raises RuntimeError: with the compiler's messages, if it fails
     """
     with TemporaryDirectory() as folder:
@@ -128,15 +125,12 @@ def compile_library(
         define = f'-DATTNMASK_SOURCES="{_fingerprint(sources)}"'
 
         def compiled(file: Path, out: Path) -> None:
-            flags = [*flags_of(file), define, *extra]
-            _run([*command, *flags, "-c", str(file), "-o", str(out)])
+            _run([*command, *flags_of(file), define, "-c", str(file), "-o", str(out)])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compiled, files, objects))
         linked = Path(folder, library.name)
-        _run(
-            [*command, *extra, "-shared", *map(str, objects), "-o", str(linked), "-ldl"]
-        )
+        _run([*command, "-shared", *map(str, objects), "-o", str(linked), "-ldl"])
         # a cut-off copy is never loaded, nor mixed with that of another build
         partial = library.with_suffix(f".{os.getpid()}")
         shutil.copyfile(linked, partial)

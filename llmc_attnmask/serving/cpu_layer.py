@@ -36,6 +36,15 @@ class Packed(NamedTuple):
     ratio: float | None  # how many times as fast as dense sparse is, if timed
 
 
+class Inputs(NamedTuple):
+    """What a layer is given, in the forms that its parts may take."""
+
+    x: Tensor  # bf16 [tokens, K]
+    quantized: Tensor  # int8 [tokens, K] for an int8 weight, otherwise x
+    scales: Tensor | None  # float32 [tokens], of ``quantized``
+    zeros: Tensor | None  # int32 [tokens], of ``quantized``; None if symmetric
+
+
 def merged(widths: Sequence[int], structures: Sequence[Structure]) -> list[Rows]:
     """Join neighboring parts of the same structure.
 
@@ -99,44 +108,29 @@ class CpuLayer:
             scales = scales.view(-1).expand(len(x)).contiguous()
             if zeros is not None:
                 zeros = zeros.view(-1).expand(len(x)).contiguous()
-        outs = []
-        for part in self.parts:
-            own = None if bias is None else bias[part.first : part.last]
-            outs.append(part(x, quantized, scales, zeros, own))
+        inputs = Inputs(x, quantized, scales, zeros)
+        outs = [part(inputs, _own(bias, part.rows)) for part in self.parts]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{type(part).__name__} {part.first}:{part.last}" for part in self.parts
+            f"{type(part).__name__} {part.rows.first}:{part.rows.last}"
+            for part in self.parts
         )
 
 
 class _Sparse:
     def __init__(self, part: Packed, scale: Tensor | None) -> None:
         assert part.sparse is not None
-        self.first, self.last = part.rows.first, part.rows.last
-        self.columns = part.sparse.columns
-        self.tiles = part.sparse.tiles
-        self.masks = part.sparse.masks
-        self.values = part.sparse.values
-        self.starts = part.sparse.starts
+        self.rows = part.rows
+        self.weight = part.sparse
         self.sums = part.sums
-        self.scale = None if scale is None else scale[self.first : self.last].clone()
+        self.scale = _own(scale, part.rows)
 
-    def __call__(
-        self,
-        x: Tensor,
-        quantized: Tensor,
-        scales: Tensor | None,
-        zeros: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def __call__(self, inputs: Inputs, bias: Tensor | None) -> Tensor:
+        _, quantized, scales, zeros = inputs
         return cpu_sparse_linear(
-            quantized,
-            self.last - self.first,
-            self.columns,
-            *(self.tiles, self.masks, self.values, self.starts),
-            *(self.scale, self.sums, scales, zeros, bias),
+            quantized, *self.weight, self.scale, self.sums, scales, zeros, bias
         )
 
 
@@ -145,16 +139,13 @@ class _Dense:
         self, layer: Any, stock: LinearMethodBase, part: Packed, scale: Tensor | None
     ) -> None:
         assert part.dense is not None
-        self.first, self.last = part.rows.first, part.rows.last
-        own = None if scale is None else scale[self.first : self.last].clone()
-        self.twin = DenseTwin(layer, stock, part.dense, own)
+        self.rows = part.rows
+        self.twin = DenseTwin(layer, stock, part.dense, _own(scale, part.rows))
 
-    def __call__(
-        self,
-        x: Tensor,
-        quantized: Tensor,
-        scales: Tensor | None,
-        zeros: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        return self.twin(x, bias)
+    def __call__(self, inputs: Inputs, bias: Tensor | None) -> Tensor:
+        return self.twin(inputs.x, bias)
+
+
+def _own(of_rows: Tensor | None, rows: Rows) -> Tensor | None:
+    """Return a part's share of what a layer has for every row."""
+    return None if of_rows is None else of_rows[rows.first : rows.last]

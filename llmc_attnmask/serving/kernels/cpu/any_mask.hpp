@@ -197,7 +197,8 @@ struct AnyMask {
     }
 
     template <int T>
-    __attribute__((noinline)) void add(const Step* x, int64_t depth, int64_t group, bool first, Sum* out) const {
+    __attribute__((noinline)) void add(const Step* x, int64_t depth, int64_t group,
+                                       bool first, Sum* out) const {
       // While the first tokens are multiplied, the next slab's values are fetched.
       const char* next = group < 2 ? reinterpret_cast<const char*>(value_[group])
                                    : reinterpret_cast<const char*>(x + depth * T);

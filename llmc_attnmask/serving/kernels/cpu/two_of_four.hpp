@@ -186,7 +186,8 @@ struct TwoOfFour {
     void read(int64_t slab, int64_t) { slab_ = tiles_ + slab / kUnits * 2 * kTileBytes; }
 
     template <int T>
-    __attribute__((noinline)) void add(const Step* x, int64_t depth, int64_t group, bool first, Sum* out) const {
+    __attribute__((noinline)) void add(const Step* x, int64_t depth, int64_t group,
+                                       bool first, Sum* out) const {
       Sum sums[1][T][2];
 #pragma GCC unroll 8
       for (int token = 0; token < T; ++token)
