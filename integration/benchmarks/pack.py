@@ -1,10 +1,11 @@
 """Measure the speed and memory with which ``pack`` and ``unpack`` convert a checkpoint.
 
-It writes a synthetic sharded 2:4 checkpoint in bfloat16, copies its files with shutil,
-packs it and unpacks it again. Each runs in its own process, ``--repeats`` times in
-turn, and the fastest run counts. What is written stays in the page cache, because none
-of the three calls fsync; with ``--sync``, the time until ``sync`` returns is included.
-On a busy machine the ratios mean little: copying hardly needs a processor.
+It writes a synthetic sharded checkpoint in bfloat16, 2:4 or, for sparse-bitmask, with
+60 % zeros, copies its files with shutil, packs it and unpacks it again. Each runs in
+its own process, ``--repeats`` times in turn, and the fastest run counts. What is
+written stays in the page cache, because none of the three calls fsync; with ``--sync``,
+the time until ``sync`` returns is included. On a busy machine the ratios mean little:
+copying hardly needs a processor.
 """
 
 import argparse
@@ -35,7 +36,7 @@ _LAYERS_PER_SHARD = 4
 _MEASURED = """
 import json, os, re, shutil, sys, time
 from pathlib import Path
-action, source, target, sync = sys.argv[1:]
+action, source, target, sync, storage = sys.argv[1:]
 if action == "copy":
     def run():
         Path(target).mkdir()
@@ -44,8 +45,9 @@ if action == "copy":
 else:
     import llmc_attnmask
     convert = getattr(llmc_attnmask, action)
+    options = {"storage": storage} if action == "pack" else {}
     def run():
-        convert(source, target)
+        convert(source, target, **options)
 def peak_mb():
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024 / 1e6
@@ -64,7 +66,7 @@ print(json.dumps({
 """
 
 
-def synthesize(directory: Path, gigabytes: float) -> int:
+def synthesize(directory: Path, gigabytes: float, storage: str) -> int:
     """Write a Llama-shaped checkpoint of about this size; returns its bytes."""
     directory.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +82,7 @@ def synthesize(directory: Path, gigabytes: float) -> int:
         for layer in range(first, min(first + _LAYERS_PER_SHARD, layers)):
             for module, shape in _SHAPES.items():
                 tensors[f"model.layers.{layer}.{module}.weight"] = _sparse(
-                    shape, generator
+                    shape, generator, storage
                 )
         save_file(tensors, directory / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
@@ -89,14 +91,20 @@ def synthesize(directory: Path, gigabytes: float) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def _sparse(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+def _sparse(
+    shape: tuple[int, int], generator: torch.Generator, storage: str
+) -> torch.Tensor:
     weight = torch.randn(shape, generator=generator).bfloat16()
+    if storage == "sparse-bitmask":
+        return weight.masked_fill(torch.rand(shape, generator=generator) < 0.6, 0.0)
     order = torch.rand(weight.numel() // 4, 4, generator=generator).argsort(1)
     return weight.masked_fill((order > 1).view(shape), 0.0)
 
 
-def measure(action: str, source: Path, target: Path, sync: bool) -> dict[str, float]:
-    command = [sys.executable, "-c", _MEASURED, action, source, target, sync]
+def measure(
+    action: str, source: Path, target: Path, sync: bool, storage: str
+) -> dict[str, float]:
+    command = [sys.executable, "-c", _MEASURED, action, source, target, sync, storage]
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=True
     )
@@ -123,11 +131,13 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sync", action="store_true")
+    storages = ["sparse-24-bitmask", "sparse-bitmask"]
+    parser.add_argument("--storage", choices=storages, default=storages[0])
     parser.add_argument("--folder", type=Path, help="where to write. [default: /tmp]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         dense = Path(folder) / "dense"
-        size = synthesize(dense, args.gigabytes)
+        size = synthesize(dense, args.gigabytes, args.storage)
         runs: dict[str, list[dict[str, float]]] = {}
         for repeat in range(args.repeats):
             names = [Path(folder) / f"{x}{repeat}" for x in ("copy", "pack", "unpack")]
@@ -137,7 +147,7 @@ def main() -> None:
                 ("pack", dense, packed),
                 ("unpack", packed, restored),
             ):
-                result = measure(action, source, target, args.sync)
+                result = measure(action, source, target, args.sync, args.storage)
                 runs.setdefault(action, []).append(result)
             if digests(restored) != digests(dense):
                 raise SystemExit("the round trip changed a tensor")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.layouts.bits import bits_of
 from llmc_attnmask.serving.kernels import activations
 
 SHAPES = {  # rows, columns, as vLLM fuses the layers
@@ -73,7 +73,7 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype, device: str) -> W
     dense = random_values(rows, columns, dtype, device)
     choice = torch.randint(len(_PAIRS), (rows, columns // 4), device=device)
     pruned = ~_PAIRS.to(device)[choice].view(rows, columns)
-    layout.bits_of(dense).masked_fill_(pruned, 0)
+    bits_of(dense).masked_fill_(pruned, 0)
     scale = None
     if dtype.itemsize == 1:
         scale = torch.rand(rows, device=device) * 0.01 + 0.001

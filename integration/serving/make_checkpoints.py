@@ -26,10 +26,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.config import packed_config
 from llmc_attnmask.checkpoint.convert import to_dense, to_packed
-from llmc_attnmask.checkpoint.store import mark
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
 from llmc_attnmask.oneshot.compress import compress
 from llmc_attnmask.oneshot.planned_recipe import PlannedRecipe
 from llmc_attnmask.oneshot.prune import save
@@ -79,7 +78,7 @@ def biased(folder: Path) -> PreTrainedModel:
 
 
 def make_unstructured(out: Path, name: str, quantization: list) -> None:
-    """Write NAME-dense, whose layers have densities of their own."""
+    """Write NAME-dense and NAME-packed, whose layers have densities of their own."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     windows = calibration_windows(load_texts(BUILTIN), tokenizer, 4, 128)
     model = shipped()
@@ -91,7 +90,8 @@ def make_unstructured(out: Path, name: str, quantization: list) -> None:
         )
     ]
     compress(model, tokenizer, [*modifiers, *quantization], windows)
-    mark(save(model, tokenizer, out / f"{name}-dense"))
+    dense = save(model, tokenizer, out / f"{name}-dense")
+    to_packed(dense, out / f"{name}-packed", storage=sparse_bitmask.NAME)
 
 
 def make_adapter(folder: Path) -> None:
@@ -143,13 +143,14 @@ def pack_each(directory: Path, output: Path) -> None:
     targets = [
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
-        if name.endswith("_proj.weight") and not layout.crowded_groups(tensor)
+        if name.endswith("_proj.weight")
+        and not sparse_24_bitmask.crowded_groups(tensor)
     ]
     for target in targets:
-        parts = layout.pack(tensors.pop(f"{target}.weight"))._asdict()
+        parts = sparse_24_bitmask.pack(tensors.pop(f"{target}.weight"))._asdict()
         tensors.update({f"{target}.{part}": parts[part] for part in parts})
     (output / "config.json").write_text(
-        json.dumps(packed_config(config, targets, sparsity=0.1))
+        json.dumps(packed_config(config, sparse_24_bitmask.NAME, targets, 0.1))
     )
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
 

@@ -63,14 +63,14 @@ RUNS = {
     ),
     "dense": Run(
         DENSE,
-        [*(f"{name}-packed" for name in PACKED), "fp8-packed", "unstructured-dense"],
+        [*(f"{name}-packed" for name in PACKED), "fp8-packed", "unstructured-packed"],
     ),
     "sparse": Run(
         SPARSE,
         [
             *(f"{name}-packed" for name in PACKED),
             *("bf16-dense", "int8-dense", "fp8-packed"),
-            *("unstructured-dense", "unstructured-int8-dense"),
+            *("unstructured-dense", "unstructured-packed", "unstructured-int8-packed"),
         ],
     ),
     "timed": Run({}, ["bf16-packed", "int8-dense"]),

@@ -81,7 +81,12 @@ def _layer(dtype: torch.dtype) -> tuple[SparseLinearMethod, Any]:
     weight.view(torch.int8).view(-1, 4)[:, :2] = 0
     values, indices = packing.pack(weight)
     method = SparseLinearMethod(
-        None, name="layer", packed_parts=0, structures=["2:4"], table=KernelTable()
+        None,
+        name="layer",
+        storage="dense",
+        packed_parts=0,
+        structures=["2:4"],
+        table=KernelTable(),
     )
     method.served = GpuLayer(select.NO_LIMIT)
     method.served.quantize = activations.quantizer(dtype, GPU)

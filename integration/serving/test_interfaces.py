@@ -130,7 +130,12 @@ def test_the_weight_cache_is_refused_with_advice() -> None:
     model = nn.Module()
     model.q_proj = nn.Module()
     model.q_proj.quant_method = SparseLinearMethod(
-        None, name="q_proj", packed_parts=0, structures=["2:4"], table=KernelTable()
+        None,
+        name="q_proj",
+        storage="dense",
+        packed_parts=0,
+        structures=["2:4"],
+        table=KernelTable(),
     )
     with pytest.raises(
         ValueError, match=r"q_proj is sparse.*without --load-format ipc"
@@ -146,6 +151,7 @@ def test_a_compiled_graph_is_reused_only_with_the_kernels_it_was_made_for() -> N
             method = SparseLinearMethod(
                 None,
                 name="layer",
+                storage="dense",
                 packed_parts=0,
                 structures=["2:4"],
                 table=KernelTable(),

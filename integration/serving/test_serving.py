@@ -67,29 +67,34 @@ def assert_close(found: list, stock: list, within: float = CLOSE) -> None:
 def test_the_log_says_which_kernel_each_layer_got(outputs: Outputs) -> None:
     log = outputs["dense"].result().log
     assert log.count("llmc-attnmask: kernels of the sparse layers") == 7
-    row = r"4 +qkv_proj +512 x 192 +packed +dense +LLMC_ATTNMASK_KERNEL=dense"
+    row = (
+        r"4 +qkv_proj +512 x 192 +sparse-24-bitmask +dense +LLMC_ATTNMASK_KERNEL=dense"
+    )
     assert re.search(row, log)
 
 
 def test_the_log_says_what_the_parts_of_a_fused_layer_are(outputs: Outputs) -> None:
     log = outputs["sparse"].result().log
-    assert log.count("llmc-attnmask: kernels of the sparse layers") == 10
+    assert log.count("llmc-attnmask: kernels of the sparse layers") == 11
     if (lacking := lacks()) is not None:
         assert lacking in log
         return
     for row in (
-        r"4 +gate_up_proj +768 x 192 +packed +avx512 +2:4",
-        r"4 +qkv_proj +.*packed +avx512 +2:4 \(384 rows\) and dense \(128 rows\)",
+        r"4 +gate_up_proj +768 x 192 +sparse-24-bitmask +avx512 +2:4",
+        r"4 +qkv_proj +.*-24-bitmask +avx512 +2:4 \(384 rows\) and dense \(128 rows\)",
         r"4 +down_proj +192 x 384 +dense +avx512 +unstructured",
+        r"4 +down_proj +192 x 384 +sparse-bitmask +avx512 +unstructured",
         r"4 +qkv_proj +.* unstructured \(256 rows\) and dense \(256 rows\)",
-        r"4 +o_proj +.*packed +dense +no sparse kernel for float8_e4m3fn on CPUs",
+        r"4 +o_proj +.*-24-bitmask +dense +no sparse kernel for float8_e4m3fn on CPUs",
     ):
         assert re.search(row, log), row
 
 
 def test_by_default_a_layer_is_sparse_if_that_is_faster_here(outputs: Outputs) -> None:
     log = outputs["timed"].result().log
-    rows = re.findall(r"4 +\w+_proj +\d+ x \d+ +(?:packed|dense) +(\w+) +(.*)", log)
+    rows = re.findall(
+        r"4 +\w+_proj +\d+ x \d+ +(?:sparse-24-bitmask|dense) +(\w+) +(.*)", log
+    )
     assert len(rows) == 8
     for kernel, reason in rows:
         if (lacking := lacks()) is not None:
@@ -152,7 +157,7 @@ def test_torch_compile_takes_the_sparse_layers(outputs: Outputs) -> None:
 @pytest.mark.skipif(lacks() is not None, reason="this machine cannot run the kernels")
 def test_dummy_weights_are_pruned_and_served_sparse(outputs: Outputs) -> None:
     output = outputs["made up"].result()
-    row = r"4 +(\w+) +\d+ x \d+ +packed +avx512 +2:4; random weights, pruned at load"
+    row = r"4 +(\w+) +\d+ x \d+ +sparse-24-bitmask +avx512 +2:4; random weights, pru"
     kinds = ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
     assert re.findall(row, output.log) == kinds
     assert all(

@@ -3,21 +3,27 @@
 import reprlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from llmc_attnmask.checkpoint import layout, marker
+from llmc_attnmask.checkpoint import marker
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
 
-Storage = Literal["dense", "sparse-24-bitmask"]
+PackedStorage = Literal["sparse-24-bitmask", "sparse-bitmask"]
+Storage = Literal["dense", PackedStorage]
 
 # The last compressed-tensors that vLLM's native 2:4 was built on. Its reader and this
-# package's agree on the layout, whichever version is installed.
+# package's agree on the layouts, whichever version is installed.
 _VERSION = "0.13.0"
+_STRUCTURES = {  # as compressed-tensors calls them
+    sparse_24_bitmask.NAME: marker.STRUCTURE,
+    sparse_bitmask.NAME: marker.UNSTRUCTURED,
+}
 
 
 def sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the non-empty ``sparsity_config`` of a checkpoint, or None.
 
-    :raises ValueError: for a storage that is neither dense nor sparse-24-bitmask
+    :raises ValueError: for a storage that is not one of ``Storage``
     """
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
@@ -26,27 +32,32 @@ def sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not sparsity:
         return None
     found = sparsity.get("format") if isinstance(sparsity, Mapping) else sparsity
-    if found not in ("dense", layout.NAME):
+    if found not in get_args(Storage):
         raise ValueError(
             f"config.json has a sparsity_config with format {reprlib.repr(found)}; "
-            f'expected "dense" or "{layout.NAME}"'
+            f"expected {', '.join(_STRUCTURES)} or dense"
         )
     return sparsity
 
 
-def is_packed(config: Mapping[str, Any]) -> bool:
-    """Return whether the storage is sparse-24-bitmask.
+def packed_storage(config: Mapping[str, Any]) -> PackedStorage | None:
+    """Return the storage of a packed checkpoint, or None if it is stored dense.
 
     :raises ValueError: for other sparse storages
     """
     sparsity = sparsity_config(config)
-    return sparsity is not None and sparsity["format"] == layout.NAME
+    return sparsity["format"] if sparsity and sparsity["format"] != "dense" else None
 
 
 def packed_config(
-    config: Mapping[str, Any], targets: Sequence[str], sparsity: float
+    config: Mapping[str, Any],
+    storage: PackedStorage,
+    targets: Sequence[str],
+    sparsity: float,
 ) -> dict[str, Any]:
-    """Return a dense-stored checkpoint's config as it is with its 2:4 layers packed.
+    """Return a dense-stored checkpoint's config as it is with sparse layers packed.
+
+    The marker keeps the layers whose structure the storage does not tell.
 
     :param targets: names of the packed modules, each one because servers fuse layers
     :param sparsity: share of zeros in the whole checkpoint
@@ -58,17 +69,18 @@ def packed_config(
     if method != "compressed-tensors":
         raise ValueError(
             f"config.json says quant_method {reprlib.repr(method)}; expected "
-            "compressed-tensors or no quantization; 2:4 storage works with nothing else"
+            f"compressed-tensors or no quantization; {storage} works with nothing else"
         )
-    dense = [t for t in marker.read(changed) or [] if t not in set(targets)]
-    marker.write(changed, dense, marker.read_unstructured(changed))
+    if storage == sparse_24_bitmask.NAME:
+        others = [t for t in marker.read(changed) or [] if t not in set(targets)]
+        marker.write(changed, others, marker.read_unstructured(changed))
     changed["quantization_config"] = {
         "version": _VERSION,
         **quantization,
         "quant_method": method,
         "sparsity_config": {
-            "format": layout.NAME,
-            "sparsity_structure": marker.STRUCTURE,
+            "format": storage,
+            "sparsity_structure": _STRUCTURES[storage],
             "targets": list(targets),
             "ignore": [],
             "global_sparsity": sparsity,

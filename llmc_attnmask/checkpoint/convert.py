@@ -7,7 +7,7 @@ copied.
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import methodcaller
@@ -17,7 +17,12 @@ from typing import Any
 from tqdm import tqdm
 
 from llmc_attnmask.checkpoint import marker
-from llmc_attnmask.checkpoint.config import dense_config, is_packed, packed_config
+from llmc_attnmask.checkpoint.config import (
+    PackedStorage,
+    dense_config,
+    packed_config,
+    packed_storage,
+)
 from llmc_attnmask.checkpoint.io.atomic import check_new, new_folder
 from llmc_attnmask.checkpoint.io.files import (
     CONFIG,
@@ -29,30 +34,14 @@ from llmc_attnmask.checkpoint.io.files import (
 from llmc_attnmask.checkpoint.io.folders import check_apart, copy_others
 from llmc_attnmask.checkpoint.io.threads import in_threads
 from llmc_attnmask.checkpoint.io.writer import ShardWriter
-from llmc_attnmask.checkpoint.linears import (
-    decoder_linears,
-    mixed_groups,
-    packed_integers,
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
+from llmc_attnmask.checkpoint.selection import (
+    CheckpointWarning,
+    packed_layers,
+    to_pack,
+    two_of_four_layers,
 )
-from llmc_attnmask.checkpoint.transfer import (
-    Copy,
-    Pack,
-    Transfer,
-    Unpack,
-    is_two_of_four,
-    not_two_of_four,
-    zeros_at_start,
-)
-
-SPARSE = 0.125  # share of zeros from which a layer counts as sparse
-
-
-class CheckpointWarning(UserWarning):
-    """Layers are not stored the way that was requested."""
-
-
-class NothingToPackError(ValueError):
-    """A checkpoint has no layer that can be packed."""
+from llmc_attnmask.checkpoint.transfers.base import Copy, Transfer, Unpack
 
 
 @dataclass(frozen=True)
@@ -66,44 +55,38 @@ class Conversion:
 
 
 def to_packed(
-    directory: str | Path, output: str | Path, *, only_2of4: bool = False
+    directory: str | Path,
+    output: str | Path,
+    *,
+    storage: PackedStorage = "sparse-24-bitmask",
+    only_2of4: bool = False,
 ) -> Conversion:
     """Pack weights and config; ``report.conversion.pack`` documents the arguments."""
     check_new(Path(output))
     check_apart(Path(directory), Path(output))
+    if only_2of4 and storage != sparse_24_bitmask.NAME:
+        raise ValueError(
+            f"--only-2of4 chooses layers for {sparse_24_bitmask.NAME}; {storage} packs "
+            "every sparse layer, so leave it out"
+        )
     checkpoint = open_checkpoint(directory)
-    if is_packed(checkpoint.config):
+    if packed_storage(checkpoint.config):
         raise ValueError(
             f"{directory} is already packed; `unpack` stores it dense again"
         )
-    linears = decoder_linears(checkpoint)
-    if only_2of4:
-        sparse = set(two_of_four_layers(checkpoint))
-    else:
-        # a checkpoint that names its 2:4 layers was pruned in part, by a plan perhaps
-        named = marker.read(checkpoint.config)
-        sparse = set(linears if named is None else named)
-        if named and sparse.isdisjoint(linears) and not packed_integers(checkpoint):
-            raise ValueError(
-                f"{directory}: config.json names {min(sparse)} as 2:4, and the decoder "
-                "layers have no such Linear, nor any other that it names; correct the "
-                f"names under {marker.KEY!r}, or pack whatever is 2:4 with --only-2of4"
-            )
-        for module in sparse & linears.keys():
-            if linears[module].shape[1] % 4:
-                raise not_two_of_four(linears[module])
-    chosen = _uniform(sparse, checkpoint)
-    layers = [module for module in linears if module in chosen]
-    if not layers:
-        raise NothingToPackError(_nothing_to_pack(checkpoint))
-    zeros = sum(prod(linears[layer].shape) // 2 for layer in layers)
+    packs = to_pack(checkpoint, storage, only_2of4)
+    zeros = sum(pack.zeros for pack in packs)
     entries = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    config = packed_config(checkpoint.config, layers, round(zeros / entries, 6))
-    modules = {linears[layer].name: layer for layer in layers}
-    transfers: dict[str, list[Transfer]] = {
-        shard: [
-            Pack(modules[t.name], t) if t.name in modules else Copy(t) for t in tensors
-        ]
+    layers = [pack.module for pack in packs]
+    config = dict(checkpoint.config)
+    if storage == sparse_bitmask.NAME and marker.read(config) is None:
+        weights = {pack.module: pack.tensor for pack in packs}
+        named = two_of_four_layers(weights)
+        marker.write(config, named, [x for x in layers if x not in set(named)])
+    config = packed_config(config, storage, layers, round(zeros / entries, 6))
+    by_weight: dict[str, Transfer] = {pack.tensor.name: pack for pack in packs}
+    transfers = {
+        shard: [by_weight.get(t.name) or Copy(t) for t in tensors]
         for shard, tensors in checkpoint.shards.items()
     }
     return _convert(checkpoint, Path(output), config, layers, transfers)
@@ -118,117 +101,33 @@ def to_dense(directory: str | Path, output: str | Path) -> Conversion:
     check_apart(Path(directory), Path(output))
     checkpoint = open_checkpoint(directory)
     packed = packed_layers(checkpoint)
-    parts = {t.name for u in packed for t in (u.bitmask, u.shape)}
-    starts = {u.compressed.name: u for u in packed}
-    transfers: dict[str, list[Transfer]] = {
-        shard: [starts.get(t.name) or Copy(t) for t in tensors if t.name not in parts]
+    starts: dict[str, Transfer] = {u.parts["compressed"].name: u for u in packed}
+    parts = {t.name for u in packed for t in u.parts.values()}
+    transfers = {
+        shard: [
+            starts.get(t.name) or Copy(t)
+            for t in tensors
+            if t.name in starts or t.name not in parts
+        ]
         for shard, tensors in checkpoint.shards.items()
     }
     layers = [u.module for u in packed]
-    config = dense_config(checkpoint.config, layers)
+    config = dense_config(checkpoint.config, *_structures(checkpoint.config, packed))
     return _convert(checkpoint, Path(output), config, layers, transfers)
 
 
-def two_of_four_layers(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of the decoder's dense-stored Linears that are 2:4."""
-    linears = decoder_linears(checkpoint)
-    answers = in_threads(is_two_of_four, linears.values())
-    progress = tqdm(answers, "finding 2:4 layers", total=len(linears), leave=False)
-    return [module for module, yes in zip(linears, progress, strict=True) if yes]
-
-
-def unstructured_layers(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[str]:
-    """Return the names of the decoder's dense-stored Linears that are sparse otherwise.
-
-    :param two_of_four: names of the 2:4 ones
-    """
-    linears = decoder_linears(checkpoint)
-    others = {name: linears[name] for name in linears if name not in two_of_four}
-    return [
-        module
-        for module, share in zip(
-            others, in_threads(zeros_at_start, others.values()), strict=True
-        )
-        if share >= SPARSE
-    ]
-
-
-def packed_layers(checkpoint: Checkpoint) -> list[Unpack]:
-    """Return the packed layers of a checkpoint whose config says that it is packed.
-
-    Their headers have been checked.
-
-    :raises ValueError: if there are none, parts are missing or do not fit together
-    """
-    if not is_packed(checkpoint.config):
-        raise ValueError(
-            f"{checkpoint.directory} is not packed: config.json has no sparsity_config "
-            "with format sparse-24-bitmask; its storage is dense already"
-        )
-    found = packed_parts(checkpoint)
-    if not found:
-        raise ValueError(
-            f"{checkpoint.directory} says that it is packed, but has no tensor named "
-            "*.compressed"
-        )
-    return found
-
-
-def packed_parts(checkpoint: Checkpoint) -> list[Unpack]:
-    """Return the packed layers of a checkpoint, whatever its config says.
-
-    Their headers have been checked.
-
-    :raises ValueError: if parts are missing or do not fit together
-    """
-    found = []
-    kinds = ("compressed", "bitmask", "shape")
-    for name, tensor in checkpoint.tensors.items():
-        module, _, kind = name.rpartition(".")
-        if kind not in kinds[:2]:
-            continue
-        parts = [checkpoint.tensors.get(f"{module}.{kind}") for kind in kinds]
-        missing = [k for k, part in zip(kinds, parts, strict=True) if part is None]
-        if missing:
-            raise ValueError(
-                f"{name} in {tensor.file} has no {module}.{missing[0]} beside it; the "
-                "checkpoint is incomplete"
-            )
-        if kind == "compressed":
-            found.append(Unpack(module, *(part for part in parts if part)))
-            found[-1].check()
-    return found
-
-
-def _uniform(sparse: Set[str], checkpoint: Checkpoint) -> set[str]:
-    """Return the sparse modules without those of groups that are only partly sparse."""
-    modules = [
-        name.rpartition(".")[0]
-        for name, tensor in checkpoint.tensors.items()
-        if len(tensor.shape) == 2
-    ]
-    kept = set(sparse)
-    for inside, outside in mixed_groups(sparse, modules):
-        kept -= set(inside)
-        warnings.warn(
-            f"{', '.join(inside)} stay dense: servers fuse them with "
-            f"{', '.join(outside)}, which cannot be packed",
-            CheckpointWarning,
-            stacklevel=3,
-        )
-    return kept
-
-
-def _nothing_to_pack(checkpoint: Checkpoint) -> str:
-    if packed_integers(checkpoint):
-        return (
-            f"nothing in {checkpoint.directory} can be packed: its weights are "
-            "integers packed into words (W4A16), which no server reads in a 2:4 storage"
-        )
-    return (
-        f"nothing in {checkpoint.directory} can be packed: no Linear of its decoder "
-        "layers is 2:4 together with every layer that servers fuse it with"
-    )
+def _structures(
+    config: Mapping[str, Any], packed: Sequence[Unpack]
+) -> tuple[list[str], list[str]]:
+    """Return the names of 2:4 and of unstructured layers that the marker will have."""
+    named, unstructured = marker.read(config) or [], marker.read_unstructured(config)
+    known = {*named, *unstructured}
+    for layer in packed:
+        if layer.storage == sparse_24_bitmask.NAME:
+            named.append(layer.module)
+        elif layer.module not in known:
+            unstructured.append(layer.module)
+    return named, unstructured
 
 
 def _convert(

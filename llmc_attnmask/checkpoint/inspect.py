@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmc_attnmask.checkpoint import layout
-from llmc_attnmask.checkpoint.convert import packed_parts
 from llmc_attnmask.checkpoint.io.files import StoredTensor, TensorSpec, open_checkpoint
-from llmc_attnmask.checkpoint.transfer import Unpack
+from llmc_attnmask.checkpoint.selection import packed_parts
+from llmc_attnmask.checkpoint.transfers.base import Unpack
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -20,8 +19,8 @@ class LayerInfo:
     """One weight matrix on disk."""
 
     name: str  # module path
-    # dtype of the dense weight, followed by "sparse-24-bitmask" if it is stored so;
-    # "packed" for integers packed into words
+    # dtype of the dense weight, followed by its storage unless that is dense; "packed"
+    # for integers packed into words
     format: str
     shape: tuple[int, ...]  # of the dense matrix; of the words if "packed"
     sparsity: float | None  # share of entries that are zero; None if packed
@@ -40,7 +39,9 @@ def inspect(directory: str | Path) -> list[LayerInfo]:
     :raises ValueError: if one cannot be read or its tensors do not fit together
     """
     checkpoint = open_checkpoint(directory)
-    packed = {layer.compressed.name: layer for layer in packed_parts(checkpoint)}
+    packed = {
+        layer.parts["compressed"].name: layer for layer in packed_parts(checkpoint)
+    }
     layers: list[LayerInfo] = []
     for tensors in checkpoint.shards.values():
         for tensor in sorted(tensors, key=lambda tensor: tensor.name):
@@ -52,16 +53,17 @@ def inspect(directory: str | Path) -> list[LayerInfo]:
 
 
 def _packed(layer: Unpack) -> LayerInfo:
-    parts = (layer.compressed, layer.bitmask, layer.shape)
     (spec,) = layer.outputs
-    zeros = sum(_zeros(rows, spec.torch_dtype) for _, rows in layer.rows())
+    found = _Found(spec)
+    for _, rows in layer.rows():
+        found.add(rows)
     return LayerInfo(
         name=layer.module,
-        format=f"{_dtype(spec)} {layout.NAME}",
+        format=f"{_dtype(spec)} {layer.storage}",
         shape=spec.shape,
-        sparsity=zeros / max(1, prod(spec.shape)),
-        two_of_four=True,
-        bytes=sum(part.bytes for part in parts),
+        sparsity=found.zeros / max(1, prod(spec.shape)),
+        two_of_four=found.two_of_four,
+        bytes=sum(part.bytes for part in layer.parts.values()),
     )
 
 
@@ -71,22 +73,34 @@ def _dense(tensor: StoredTensor) -> LayerInfo | None:
         return None
     if kind == "weight_packed":
         return LayerInfo(module, "packed", tensor.shape, None, None, tensor.bytes)
-    dtype = tensor.torch_dtype
-    in_groups = tensor.shape[1] % 4 == 0
-    zeros, crowded = 0, not in_groups
-    for _, block in tensor.blocks(tensor.itemsize * (4 if in_groups else 1)):
-        bits = block.view(_BITS[tensor.itemsize])
-        zeros += _zeros(bits, dtype)
-        if not crowded:
-            crowded = bool((bits.view(-1, 4).bool().sum(-1) > 2).any())
+    found = _Found(tensor)
+    for _, block in tensor.blocks(tensor.itemsize * (4 if found.two_of_four else 1)):
+        found.add(block.view(_BITS[tensor.itemsize]))
     return LayerInfo(
         name=module,
         format=_dtype(tensor),
         shape=tensor.shape,
-        sparsity=zeros / max(1, prod(tensor.shape)),
-        two_of_four=not crowded,
+        sparsity=found.zeros / max(1, prod(tensor.shape)),
+        two_of_four=found.two_of_four,
         bytes=tensor.bytes,
     )
+
+
+class _Found:
+    """What the blocks of a matrix have shown so far."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._dtype = spec.torch_dtype
+        self.two_of_four = spec.shape[1] % 4 == 0
+        self.zeros = 0
+
+    def add(self, bits: Tensor) -> None:
+        """
+        :param bits: consecutive entries as integers, whole groups of four inputs
+        """
+        self.zeros += _zeros(bits, self._dtype)
+        if self.two_of_four:
+            self.two_of_four = bool((bits.view(-1, 4).bool().sum(-1) <= 2).all())
 
 
 def _dtype(tensor: TensorSpec) -> str:

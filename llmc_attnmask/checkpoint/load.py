@@ -1,4 +1,4 @@
-"""Load a transformers model from either storage, one tensor after another."""
+"""Load a transformers model from any storage, one tensor after another."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmc_attnmask.checkpoint.config import dense_config, is_packed
-from llmc_attnmask.checkpoint.convert import packed_layers
+from llmc_attnmask.checkpoint.config import dense_config, packed_storage
 from llmc_attnmask.checkpoint.io.files import TensorSpec, open_checkpoint
+from llmc_attnmask.checkpoint.selection import packed_layers
 from llmc_attnmask.checkpoint.source import (
     read_config,
     read_weights,
@@ -28,7 +28,7 @@ _HUB = ("revision", "cache_dir", "token", "local_files_only")
 
 
 def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a checkpoint of either storage, quantized or not.
+    """Load a checkpoint of any storage, quantized or not.
 
     For a dense-stored checkpoint this gives the same as
     ``AutoModelForCausalLM.from_pretrained``, which would fill the packed layers of a
@@ -48,7 +48,7 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     directory = Path(model)
     if directory.is_dir() and not trust:
         read_weights(directory, config)
-    if not is_packed(stored(config)):
+    if not packed_storage(stored(config)):
         with reading_errors(model):
             made: Any = AutoModelForCausalLM.from_pretrained(
                 model,
@@ -63,7 +63,7 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     checkpoint = open_checkpoint(directory)
     packed = packed_layers(checkpoint)
     state: dict[str, Any] = {}
-    parts = {t.name for u in packed for t in (u.compressed, u.bitmask, u.shape)}
+    parts = {t.name for u in packed for t in u.parts.values()}
     for tensor in checkpoint.tensors.values():
         if tensor.name not in parts:
             state[tensor.name] = _Lazy(tensor, tensor.load)

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmc_attnmask.checkpoint.config import is_packed
+from llmc_attnmask.checkpoint.config import sparsity_config
 from llmc_attnmask.checkpoint.io.files import CONFIG, Checkpoint, open_checkpoint
 from llmc_attnmask.checkpoint.io.json_files import read_mapping
 
@@ -41,7 +41,7 @@ def read_config(model: str | Path, **kwargs: Any) -> PreTrainedConfig:
     with reading_errors(model):
         kwargs = {"trust_remote_code": False, **kwargs}
         config: PreTrainedConfig = AutoConfig.from_pretrained(model, **kwargs)
-        is_packed(stored(config))
+        sparsity_config(stored(config))
     return config
 
 

@@ -210,20 +210,22 @@ def report(directory: o.Directory, as_json: o.Json = False) -> None:
 def pack(
     directory: o.DenseDirectory,
     output: o.NewDirectory,
+    storage: o.PackedStorage = "sparse-24-bitmask",
     only_2of4: o.Only2Of4 = False,
     as_json: o.Json = False,
 ) -> None:
-    """Store 2:4 layers as sparse-24-bitmask, byte-exact."""
+    """Store sparse layers without their zeros, byte-exact."""
     from llmc_attnmask.report.conversion import pack as run
 
-    _show_conversion(run(directory, output, only_2of4=only_2of4), as_json)
+    packed = run(directory, output, storage=storage, only_2of4=only_2of4)
+    _show_conversion(packed, as_json)
 
 
 @app.command()
 def unpack(
     directory: o.PackedDirectory, output: o.NewDirectory, as_json: o.Json = False
 ) -> None:
-    """Store sparse-24-bitmask layers dense, byte-exact."""
+    """Store packed layers dense, byte-exact."""
     from llmc_attnmask.report.conversion import unpack as run
 
     _show_conversion(run(directory, output), as_json)

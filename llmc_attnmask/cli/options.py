@@ -33,9 +33,18 @@ Seed = Annotated[
     Option(help="Seed for builtin:self and for modifiers whose recipe sets none."),
 ]
 Storage = Annotated[
-    Literal["dense", "sparse-24-bitmask"] | None,
+    Literal["dense", "sparse-24-bitmask", "sparse-bitmask"] | None,
     Option(
-        help="Storage of 2:4 layers; by default what the recipe asks for, or dense."
+        help="Storage of 2:4 layers, or with sparse-bitmask of all sparse ones; by "
+        "default what the recipe asks for, or dense."
+    ),
+]
+PackedStorage = Annotated[
+    Literal["sparse-24-bitmask", "sparse-bitmask"],
+    Option(
+        "--storage",
+        help="sparse-24-bitmask holds layers that are 2:4; sparse-bitmask holds layers "
+        "with zeros anywhere.",
     ),
 ]
 OffloadActivations = Annotated[

@@ -69,8 +69,9 @@ class ActivationSmoothingModifier(StoredModifier):
     - on_calibration_end
         - remove_hooks()
 
-    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
-        to the storage that another modifier of the recipe names, or else to "dense"
+    :param storage: how sparse layers are saved: "dense", "sparse-24-bitmask" or
+        "sparse-bitmask". Defaults to the storage that another modifier of the recipe
+        names, or else to "dense"
     """
 
     requires_calibration_data: bool = True

@@ -63,8 +63,9 @@ class ALPSPruningModifier(StoredModifier):
     :param targets: Linears to prune, by name, "re:" pattern or class
     :param ignore: Linears to leave dense, in the same notation. Defaults to the output
         layer
-    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
-        to the storage that another modifier of the recipe names, or else to "dense"
+    :param storage: how sparse layers are saved: "dense", "sparse-24-bitmask" or
+        "sparse-bitmask". Defaults to the storage that another modifier of the recipe
+        names, or else to "dense"
     """
 
     requires_calibration_data: bool = True

@@ -92,8 +92,9 @@ class AttentionMatrixPruningModifier(StoredModifier):
         machine gives the same bytes
     :param offload_activations: where calibration activations are kept: "cpu", in
         memory, or "disk", in TMPDIR or /var/tmp. The result is the same
-    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
-        to the storage that another modifier of the recipe names, or else to "dense"
+    :param storage: how sparse layers are saved: "dense", "sparse-24-bitmask" or
+        "sparse-bitmask". Defaults to the storage that another modifier of the recipe
+        names, or else to "dense"
     """
 
     requires_calibration_data: bool = True

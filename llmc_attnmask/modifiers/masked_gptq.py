@@ -38,8 +38,9 @@ class MaskedGPTQModifier(GPTQModifier, StoredModifier):
     - on_sequential_epoch_end
         - quantize_weight of ``llmc_attnmask.solvers.gptq``
 
-    :param storage: how 2:4 layers are saved: "dense" or "sparse-24-bitmask". Defaults
-        to the storage that another modifier of the recipe names, or else to "dense"
+    :param storage: how sparse layers are saved: "dense", "sparse-24-bitmask" or
+        "sparse-bitmask". Defaults to the storage that another modifier of the recipe
+        names, or else to "dense"
     """
 
     keeps_masks: ClassVar[bool] = True

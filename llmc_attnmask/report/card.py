@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from llmc_attnmask.checkpoint.config import is_packed
+from llmc_attnmask.checkpoint.config import packed_storage
 from llmc_attnmask.checkpoint.io.files import CONFIG
 from llmc_attnmask.checkpoint.io.json_files import read_mapping
 from llmc_attnmask.report import view
@@ -31,7 +31,7 @@ def render(report: Report, directory: Path) -> str:
         name=_name(report["base_model"]),
         base=report["base_model"],
         on_hub=_on_hub(report["base_model"]),
-        packed=is_packed(config),
+        storage=packed_storage(config),
         quantized=bool((config.get("quantization_config") or {}).get("config_groups")),
         two_of_four=sum(bool(x["two_of_four"]) for x in report["checkpoint"]),
         zeros=view.decoder_zeros(report),

@@ -10,9 +10,9 @@ from collections.abc import Set
 from dataclasses import dataclass
 from math import prod
 
-from llmc_attnmask.checkpoint.convert import packed_parts
 from llmc_attnmask.checkpoint.io.files import Checkpoint, TensorSpec
 from llmc_attnmask.checkpoint.linears import decoder_linears, mixed_groups
+from llmc_attnmask.checkpoint.selection import packed_parts
 
 _SPARSE_SIZES = {1, 2}  # bytes per value for which sparse kernels exist
 
@@ -35,7 +35,7 @@ def bytes_per_token(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[Token
     """
     dense = decoder_linears(checkpoint)
     packed = {layer.module: layer.outputs[0] for layer in packed_parts(checkpoint)}
-    sparse = (dense.keys() & two_of_four) | packed.keys()
+    sparse = (dense.keys() | packed.keys()) & two_of_four
     for inside, _ in mixed_groups(sparse, [*dense, *packed]):
         sparse -= set(inside)
     found = []

@@ -79,7 +79,7 @@ class SparseConfig(compressed_tensors.CompressedTensorsConfig):
         self.sparsity = replace(
             self.sparsity,
             packed=renamed(self.sparsity.packed),
-            dense=renamed(self.sparsity.dense),
+            two_of_four=renamed(self.sparsity.two_of_four),
             unstructured=renamed(self.sparsity.unstructured),
             ignore=renamed(self.sparsity.ignore),
         )
@@ -105,6 +105,7 @@ class SparseConfig(compressed_tensors.CompressedTensorsConfig):
         return SparseLinearMethod(
             stock,
             name=prefix,
+            storage=self.sparsity.storage,
             packed_parts=sum(map(self.sparsity.is_packed, parts)),
             structures=[self.sparsity.structure(part) for part in parts],
             table=self.table,

@@ -23,14 +23,14 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask
 from llmc_attnmask.serving import made_up
 from llmc_attnmask.serving.cpu_layer import CpuLayer, Rows, Structure, merged
 from llmc_attnmask.serving.cpu_packing import CpuPacking
 from llmc_attnmask.serving.gpu_layer import GpuLayer, UnfitError
 from llmc_attnmask.serving.kernels import select
 from llmc_attnmask.serving.kernels.cpu import machine as cpu
-from llmc_attnmask.serving.loading import PARTS, ShardLoader
+from llmc_attnmask.serving.loading import ShardLoader
 from llmc_attnmask.serving.table import KernelTable, Row
 
 
@@ -46,17 +46,20 @@ class SparseLinearMethod(LinearMethodBase):
         stock: LinearMethodBase,
         *,
         name: str,
+        storage: str,
         packed_parts: int,
         structures: Sequence[Structure],
         table: KernelTable,
     ) -> None:
         """
         :param stock: the method that the layer would have if it were stored dense
-        :param packed_parts: how many of the layer's parts the checkpoint stores packed
+        :param storage: of the layer's packed parts, as config.json calls it
+        :param packed_parts: how many parts that are
         :param structures: of the layer's parts
         """
         self.stock = stock
         self.name = name
+        self.storage = storage
         self.packed_parts = packed_parts
         self.structures = structures
         self.table = table
@@ -109,22 +112,24 @@ class SparseLinearMethod(LinearMethodBase):
         storable = (*select.DTYPES, torch.float32)
         if weight is None or weight.ndim != 2 or weight.dtype not in storable:
             raise ValueError(
-                f"{self.name} is stored as {layout.NAME}, which holds weights of 8, "
+                f"{self.name} is stored as {self.storage}, which holds weights of 8, "
                 "16 or 32 bits, but is quantized in another way; pack the checkpoint "
                 "again"
             )
         self.loader = ShardLoader(
             self.name,
+            self.storage,
             self.packed_parts,
             weight.device,
             lambda dense, shard: layer.weight.weight_loader(
                 layer.weight, dense, *(() if shard is None else (shard,))
             ),
         )
-        dtypes = (weight.dtype, torch.uint8, torch.int64)
-        for part, dtype in zip(PARTS, dtypes, strict=True):
+        dtypes = {"compressed": weight.dtype, "bitmask": torch.uint8}
+        for part in self.loader.parts:
             # empty, because the loader takes what the checkpoint has under this name
-            parameter = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            empty = torch.empty(0, dtype=dtypes.get(part, torch.int64))
+            parameter = Parameter(empty, requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": self.loader.loader(part)})
             layer.register_parameter(part, parameter)
 
@@ -132,7 +137,7 @@ class SparseLinearMethod(LinearMethodBase):
         if self.loader is not None:
             if not _dummy_weights():
                 self.loader.check_complete()
-            for part in PARTS:
+            for part in self.loader.parts:
                 delattr(layer, part)
         choice = self._serve(layer)
         self._log(choice)
@@ -215,7 +220,7 @@ class SparseLinearMethod(LinearMethodBase):
     def _crowded(self, weight: Tensor) -> bool:
         """Return whether a part that should be 2:4 is not."""
         return any(
-            bool(layout.crowded_groups(weight[rows.first : rows.last]))
+            bool(sparse_24_bitmask.crowded_groups(weight[rows.first : rows.last]))
             for rows in self._parts()
             if rows.structure == "2:4"
         )
@@ -230,7 +235,7 @@ class SparseLinearMethod(LinearMethodBase):
             return
         shape = f"{self.rows} x {self.columns}"
         kind = self.name.rpartition(".")[2]
-        storage = "packed" if self.packed_parts else "dense"
+        storage = self.storage if self.packed_parts else "dense"
         self.table.add(
             self.name,
             Row(kind, shape, storage, choice.label, choice.reason),

@@ -7,27 +7,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
 
-PARTS = ("compressed", "bitmask", "shape")  # of one shard, as the checkpoint names them
 Deliver = Callable[[Tensor, Any], None]
+_LAYOUTS: dict[str, Any] = {
+    layout.NAME: layout for layout in (sparse_24_bitmask, sparse_bitmask)
+}
 
 
 class ShardLoader:
-    """Collects the three tensors of a shard, in any order, and delivers it dense.
+    """Collects the tensors of a shard, in any order, and delivers it dense.
 
     It delivers the whole shard, as a checkpoint that is stored dense has it. The loader
     of the dense weight then takes each rank's part of it.
     """
 
-    def __init__(self, name: str, shards: int, device: torch.device, deliver: Deliver):
+    def __init__(
+        self,
+        name: str,
+        storage: str,
+        shards: int,
+        device: torch.device,
+        deliver: Deliver,
+    ):
         """
         :param name: the layer's name, for messages
+        :param storage: as config.json calls it
         :param shards: how many of the layer's parts are packed
         :param device: where to unpack
         :param deliver: called with each dense shard [rows, columns] and its id
         """
         self.name = name
+        self._layout = _LAYOUTS[storage]
+        # the tensors of one shard, as the checkpoint names them
+        self.parts: tuple[str, ...] = self._layout.Packed._fields
         self.shards = shards
         self.device = device
         self.deliver = deliver
@@ -35,7 +48,7 @@ class ShardLoader:
         self._waiting: dict[Any, dict[str, Tensor]] = {}
 
     def loader(self, part: str) -> Callable[..., None]:
-        """Return the weight loader of one of ``PARTS``, with vLLM's signature."""
+        """Return the weight loader of one of ``parts``, with vLLM's signature."""
         return partial(self._receive, part)
 
     def _receive(
@@ -45,7 +58,7 @@ class ShardLoader:
             shard = getattr(tensor, "shard_id", None)
         parts = self._waiting.setdefault(shard, {})
         parts[part] = tensor
-        if len(parts) < len(PARTS):
+        if len(parts) < len(self.parts):
             return
         del self._waiting[shard]
         dense = self._unpacked(parts, shard)
@@ -57,11 +70,10 @@ class ShardLoader:
     def _unpacked(self, parts: dict[str, Tensor], shard: Any) -> Tensor:
         device = torch.device("cpu") if self.device.type == "meta" else self.device
         try:
-            return layout.unpack(
-                parts["compressed"].to(device),
-                parts["bitmask"].to(device),
-                parts["shape"],
-            )
+            # the shape is read on the CPU
+            there = {k: p if k == "shape" else p.to(device) for k, p in parts.items()}
+            dense: Tensor = self._layout.unpack(**there)
+            return dense
         except ValueError as error:
             raise ValueError(f"{self._shard(shard)} cannot be unpacked: {error}") from (
                 error
@@ -73,7 +85,7 @@ class ShardLoader:
         :raises ValueError: if tensors are missing; the message names them
         """
         for shard, parts in self._waiting.items():
-            missing = [part for part in PARTS if part not in parts]
+            missing = [part for part in self.parts if part not in parts]
             raise ValueError(
                 f"{self._shard(shard)} is incomplete: the checkpoint has no "
                 f"{', '.join(missing)} for it; download or pack it again"

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.layouts.bits import bits_of
 
 NOTE = "random weights, pruned at load"
 UNSTRUCTURED = 0.6  # share of zeros
@@ -26,7 +26,7 @@ def prune(weight: Tensor, structure: Literal["2:4", "unstructured"] = "2:4") -> 
     :param weight: [rows, K], one or two bytes per entry, contiguous; K a multiple of 4
         for 2:4
     """
-    bits = layout.bits_of(weight)
+    bits = bits_of(weight)
     if structure == "unstructured":
         generator = torch.Generator(weight.device).manual_seed(0)
         for block in bits.view(-1).split(_ENTRIES):

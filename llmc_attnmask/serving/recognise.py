@@ -2,12 +2,13 @@
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import regex
 
-from llmc_attnmask.checkpoint import layout, marker
+from llmc_attnmask.checkpoint import marker
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
 
 METHOD = "llmc_attnmask"  # name of this package's quantization method in vLLM
 QUANTIZATION = "quantization_config"
@@ -22,9 +23,10 @@ class Sparsity:
     They are named, or described by "re:" patterns or the class "Linear".
     """
 
-    packed: tuple[str, ...] = ()  # stored as sparse-24-bitmask
-    dense: tuple[str, ...] = ()  # 2:4, stored with their zeros
-    unstructured: tuple[str, ...] = ()  # stored with their zeros
+    two_of_four: tuple[str, ...] = ()  # by the marker
+    unstructured: tuple[str, ...] = ()  # by the marker
+    packed: tuple[str, ...] = ()  # stored as ``storage``
+    storage: str = "dense"
     ignore: tuple[str, ...] = ()  # not packed, whatever ``packed`` says
 
     def is_packed(self, name: str) -> bool:
@@ -36,10 +38,13 @@ class Sparsity:
         )
 
     def structure(self, name: str) -> Literal["2:4", "unstructured", "dense"]:
-        """Return the structure of the module of this name, in either storage."""
-        if name in self.dense or self.is_packed(name):
+        """Return the structure of the module of this name, in any storage."""
+        packed = self.is_packed(name)
+        if name in self.two_of_four or (
+            packed and self.storage == sparse_24_bitmask.NAME
+        ):
             return "2:4"
-        return "unstructured" if name in self.unstructured else "dense"
+        return "unstructured" if packed or name in self.unstructured else "dense"
 
     def is_sparse(self, name: str) -> bool:
         """Return whether the module of this name is sparse."""
@@ -87,20 +92,28 @@ def recognise(quantization: Mapping[str, Any]) -> Sparsity | None:
     """
     if quantization.get("quant_method") not in ("compressed-tensors", METHOD):
         return None
-    dense = tuple(marker.read(quantization) or ())
-    packed: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
+    found = Sparsity(
+        two_of_four=tuple(marker.read(quantization) or ()),
+        unstructured=tuple(marker.read_unstructured(quantization)),
+    )
     sparsity = quantization.get(SPARSITY)
-    if (
-        isinstance(sparsity, Mapping)
-        and sparsity.get("format") == layout.NAME
+    if isinstance(sparsity, Mapping) and _is_ours(sparsity):
+        found = replace(
+            found,
+            packed=_names(sparsity, "targets"),
+            storage=sparsity["format"],
+            ignore=_names(sparsity, "ignore"),
+        )
+    return found if found.packed or found.two_of_four or found.unstructured else None
+
+
+def _is_ours(sparsity: Mapping[str, Any]) -> bool:
+    if sparsity.get("format") == sparse_bitmask.NAME:
+        return True  # the structure is at most a summary of all layers
+    return (
+        sparsity.get("format") == sparse_24_bitmask.NAME
         and sparsity.get("sparsity_structure") == marker.STRUCTURE
-    ):
-        packed = _names(sparsity, "targets")
-        ignore = _names(sparsity, "ignore")
-    unstructured = tuple(marker.read_unstructured(quantization))
-    found = Sparsity(packed, dense, unstructured, ignore)
-    return found if packed or dense or unstructured else None
+    )
 
 
 def _names(sparsity: Mapping[str, Any], key: str) -> tuple[str, ...]:

@@ -8,8 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc_attnmask.checkpoint import layout, marker, transfer
-from llmc_attnmask.checkpoint.convert import CheckpointWarning, to_dense, to_packed
+from llmc_attnmask.checkpoint import marker
+from llmc_attnmask.checkpoint.convert import to_dense, to_packed
+from llmc_attnmask.checkpoint.io.writer import ShardWriter
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
+from llmc_attnmask.checkpoint.selection import CheckpointWarning
 from tests.support.checkpoints import (
     NAMES,
     Q,
@@ -24,14 +27,17 @@ from tests.support.checkpoints import (
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
+@pytest.mark.parametrize("storage", ["sparse-24-bitmask", "sparse-bitmask"])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
 )
-def test_a_round_trip_restores_the_sha256_of_every_tensor(tmp_path, shards, dtype):
+def test_a_round_trip_restores_the_sha256_of_every_tensor(
+    tmp_path, shards, dtype, storage
+):
     dense = write(tmp_path / "dense", decoder(dtype), shards)
-    packed = to_packed(dense, tmp_path / "packed")
+    packed = to_packed(dense, tmp_path / "packed", storage=storage)
     assert sorted(packed.layers) == sorted(NAMES)
     restored = to_dense(tmp_path / "packed", tmp_path / "restored")
     assert digests(tmp_path / "restored") == digests(dense)
@@ -67,9 +73,35 @@ def test_round_trips_work_for_any_shape_and_sharding(
     assert digests(folder / "restored") == digests(dense)
 
 
-def test_packed_tensors_follow_the_layout(tmp_path):
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 70)),
+    dtype=st.sampled_from([torch.bfloat16, torch.int8, torch.float32]),
+    density=st.sampled_from([0, 0.01, 0.5, 0.875]),
+    shards=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_any_mask_survives_a_round_trip(
+    tmp_path_factory, shape, dtype, density, shards, seed
+):
+    folder = tmp_path_factory.mktemp("any")
+    random = torch.Generator().manual_seed(seed)
+    tensors = {"norm.weight": torch.ones(3)}
+    for i in range(3):
+        weight = torch.randint(1, 100, shape, generator=random)
+        rank = torch.rand(weight.numel(), generator=random).argsort().view(shape)
+        weight[rank >= int(density * weight.numel())] = 0
+        tensors[f"h.{i}.fc.weight"] = weight.to(dtype)
+    dense = write(folder / "dense", tensors, shards)
+    packed = to_packed(dense, folder / "packed", storage="sparse-bitmask")
+    assert len(packed.layers) == 3
+    to_dense(folder / "packed", folder / "restored")
+    assert digests(folder / "restored") == digests(dense)
+
+
+@pytest.mark.parametrize("layout", [sparse_24_bitmask, sparse_bitmask])
+def test_packed_tensors_follow_the_layout(tmp_path, layout):
     dense = write(tmp_path / "dense", decoder())
-    to_packed(dense, tmp_path / "packed")
+    to_packed(dense, tmp_path / "packed", storage=layout.NAME)
     tensors = read(tmp_path / "packed")
     for name in NAMES:
         expected = layout.pack(read(dense)[f"{name}.weight"])
@@ -103,6 +135,38 @@ def test_an_unquantized_packed_checkpoint_has_only_a_sparsity_config(tmp_path):
     config = config_of(tmp_path / "restored")
     assert sorted(marker.read(config)) == sorted(NAMES)
     assert "quantization_config" not in config
+
+
+def test_a_checkpoint_packed_with_any_mask_still_says_what_is_2of4(tmp_path):
+    tensors = decoder()
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.weight"][:, :6] = 0
+    tensors[f"{name}.weight"][:, 6:10] = 1
+    dense = write(tmp_path / "dense", tensors)
+    to_packed(dense, tmp_path / "packed", storage="sparse-bitmask")
+    to_dense(tmp_path / "packed", tmp_path / "restored")
+    packed, restored = (config_of(tmp_path / name) for name in ("packed", "restored"))
+    sparsity = packed.pop("quantization_config")["sparsity_config"]
+    assert sorted(sparsity.pop("targets")) == sorted(NAMES)
+    assert 0 < sparsity.pop("global_sparsity") < 0.5
+    assert sparsity == {
+        "format": "sparse-bitmask",
+        "sparsity_structure": "unstructured",
+        "ignore": [],
+        "registry_requires_subclass": False,
+    }
+    assert packed == restored
+    assert sorted(marker.read(restored)) == sorted(set(NAMES) - {name})
+    assert marker.read_unstructured(restored) == [name]
+
+
+def test_a_marker_is_kept_when_any_mask_is_packed(tmp_path):
+    config = {"model_type": "llama"}
+    marker.write(config, NAMES[2:], NAMES[:2])
+    dense = write(tmp_path / "dense", decoder(), config=config)
+    to_packed(dense, tmp_path / "packed", storage="sparse-bitmask")
+    to_dense(tmp_path / "packed", tmp_path / "restored")
+    assert config_of(tmp_path / "restored") == config
 
 
 def test_a_quantization_config_keeps_its_contents(tmp_path):
@@ -144,13 +208,16 @@ def test_the_index_names_the_tensors_of_the_shards(tmp_path):
         assert index["metadata"] == {"total_size": size, "total_parameters": 7}
 
 
+@pytest.mark.parametrize("storage", ["sparse-24-bitmask", "sparse-bitmask"])
 @pytest.mark.parametrize(
     ("dtype", "share"), [(torch.bfloat16, 0.5625), (torch.int8, 0.625)]
 )
-def test_packed_weights_take_the_documented_share_of_the_disk(tmp_path, dtype, share):
-    tensors = {"layers.0.up_proj.weight": two_of_four(256, 512, dtype)}
+def test_packed_weights_take_the_documented_share_of_the_disk(
+    tmp_path, dtype, share, storage
+):
+    tensors = {"layers.0.up_proj.weight": two_of_four(256, 2048, dtype)}
     dense = write(tmp_path / "dense", tensors)
-    to_packed(dense, tmp_path / "packed")
+    to_packed(dense, tmp_path / "packed", storage=storage)
     before, after = (
         (tmp_path / folder / "model.safetensors").stat().st_size
         for folder in ("dense", "packed")
@@ -158,10 +225,11 @@ def test_packed_weights_take_the_documented_share_of_the_disk(tmp_path, dtype, s
     assert share <= after / before <= share * 1.01
 
 
-def test_parts_in_different_shards_are_found(tmp_path):
+@pytest.mark.parametrize("layout", [sparse_24_bitmask, sparse_bitmask])
+def test_parts_in_different_shards_are_found(tmp_path, layout):
     packed = layout.pack(two_of_four(4, 8))
     parts = {f"h.0.fc.{kind}": value for kind, value in packed._asdict().items()}
-    sparsity = {"format": "sparse-24-bitmask", "targets": ["h.0.fc"]}
+    sparsity = {"format": layout.NAME, "targets": ["h.0.fc"]}
     config = {"quantization_config": {"sparsity_config": sparsity}}
     folder = write(tmp_path / "packed", parts, shards=3, config=config)
     to_dense(folder, tmp_path / "restored")
@@ -228,8 +296,8 @@ def test_a_failure_halfway_leaves_nothing(tmp_path, monkeypatch, how):
             raise error or KeyboardInterrupt
         return original(*arguments)
 
-    original = transfer.ShardWriter.write
-    monkeypatch.setattr(transfer.ShardWriter, "write", full)
+    original = ShardWriter.write
+    monkeypatch.setattr(ShardWriter, "write", full)
     (tmp_path / "out").mkdir()
     with pytest.raises(OSError if error else KeyboardInterrupt):
         to_packed(dense, tmp_path / "out")

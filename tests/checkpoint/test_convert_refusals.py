@@ -81,10 +81,63 @@ def change(packed: Path, name: str, new) -> None:
     save_file(tensors, packed / "model.safetensors")
 
 
+def long_shape(packed: Path) -> None:
+    change(packed, f"{Q}.shape", lambda shape: shape.repeat(2, 1))
+
+
 def unknown_format(packed: Path) -> None:
+    change_format(packed, "marlin-24")
+
+
+def other_format(packed: Path) -> None:
     config = config_of(packed)
-    config["quantization_config"]["sparsity_config"]["format"] = "sparse-bitmask"
+    now = config["quantization_config"]["sparsity_config"]["format"]
+    others = {"sparse-bitmask", "sparse-24-bitmask"} - {now}
+    change_format(packed, *others)
+
+
+def change_format(packed: Path, name: str) -> None:
+    config = config_of(packed)
+    config["quantization_config"]["sparsity_config"]["format"] = name
     (packed / "config.json").write_text(json.dumps(config))
+
+
+def no_offsets(packed: Path) -> None:
+    change(packed, f"{Q}.row_offsets", lambda _: None)
+
+
+def offsets_that_go_back(packed: Path) -> None:
+    change(packed, f"{Q}.row_offsets", lambda offsets: offsets.flip(0))
+
+
+def offsets_past_the_end(packed: Path) -> None:
+    change(packed, f"{Q}.row_offsets", lambda offsets: offsets + 2**60)
+
+
+def too_few_offsets(packed: Path) -> None:
+    change(packed, f"{Q}.row_offsets", lambda offsets: offsets[1:])
+
+
+def wrong_offsets_dtype(packed: Path) -> None:
+    change(packed, f"{Q}.row_offsets", lambda offsets: offsets.int())
+
+
+def cut_values(packed: Path) -> None:
+    change(packed, f"{Q}.compressed", lambda values: values[:-1])
+
+
+def more_values(packed: Path) -> None:
+    change(packed, f"{Q}.compressed", lambda values: values.repeat(2))
+
+
+def one_bit_more(packed: Path) -> None:
+    change(packed, f"{Q}.bitmask", _with_a_bit_more)
+
+
+def _with_a_bit_more(mask: torch.Tensor) -> torch.Tensor:
+    mask = mask.clone()
+    mask[-1, -1] = 255
+    return mask
 
 
 def no_packed_tensors(packed: Path) -> None:
@@ -97,12 +150,14 @@ def no_packed_tensors(packed: Path) -> None:
         (corrupt_bitmask, rf"{Q} in .*model\.safetensors: .* exactly two bits"),
         (wrong_shape, rf"{Q} in .*: .* shape \[20, 20\] disagree"),
         (wrong_bitmask_shape, rf"{Q} in .*: .*disagree"),
-        (wrong_shape_dtype, rf"{Q} in .*: shape is I32"),
-        (wrong_bitmask_dtype, rf"{Q} in .*: bitmask is I8; expected U8"),
+        (wrong_shape_dtype, rf"{Q} in .*: the part shape is I32; exp"),
+        (wrong_bitmask_dtype, rf"{Q} in .*: the part bitmask is I8; expected U8"),
         (no_bitmask, rf"{Q}\.compressed in .* has no {Q}\.bitmask"),
         (no_values, rf"{Q}\.bitmask in .* has no {Q}\.compressed"),
         (wide_values, rf"{Q} in .*: .*of 8 bytes per entry"),
-        (unknown_format, "format 'sparse-bitmask'; expected"),
+        (long_shape, rf"{Q} in .*: the part shape has 4 entries; expected two"),
+        (unknown_format, "format 'marlin-24'; expected sparse-24-bitmask, sparse-"),
+        (other_format, r"stored as sparse-24-bitmask, but config.json says sparse-b"),
         (no_packed_tensors, r"no tensor named \*\.compressed"),
     ],
 )
@@ -112,3 +167,51 @@ def test_a_corrupt_packed_checkpoint_is_refused(tmp_path, corrupt, message):
     with pytest.raises(ValueError, match=message):
         to_dense(tmp_path / "packed", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "packed"}
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "message"),
+    [
+        (one_bit_more, rf"{Q} in .*safetensors: .* bits set, but there are"),
+        (
+            corrupt_bitmask,
+            rf"{Q} in .*: a row starts at value .* according to the b",
+        ),
+        (cut_values, rf"{Q} in .*: .* bits set, but there are \d+ values"),
+        (more_values, rf"{Q} in .*: .* bits set, but there are \d+ values"),
+        (offsets_that_go_back, rf"{Q} in .*: a row starts at value"),
+        (offsets_past_the_end, rf"{Q} in .*: a row starts at value 11529215046068469"),
+        (too_few_offsets, rf"{Q} in .*disagree; expected \[n\]"),
+        (wrong_offsets_dtype, rf"{Q} in .*: the part row_offsets is I32; expected I64"),
+        (wrong_shape, rf"{Q} in .*: .* shape \[20, 20\] .*disagree"),
+        (wrong_bitmask_shape, rf"{Q} in .*: .*disagree"),
+        (wrong_shape_dtype, rf"{Q} in .*: the part shape is I32; exp"),
+        (no_bitmask, rf"{Q}\.compressed in .* has no {Q}\.bitmask"),
+        (no_values, rf"{Q}\.bitmask in .* has no {Q}\.compressed"),
+        (no_offsets, rf"{Q}\.compressed in .* has no {Q}\.row_offsets"),
+        (wide_values, rf"{Q} in .*: .*of 8 bytes per entry"),
+        (other_format, r"stored as sparse-bitmask, but config.json says sparse-24-b"),
+    ],
+)
+def test_a_corrupt_checkpoint_with_any_mask_is_refused(tmp_path, corrupt, message):
+    dense = write(tmp_path / "dense", decoder())
+    to_packed(dense, tmp_path / "packed", storage="sparse-bitmask")
+    corrupt(tmp_path / "packed")
+    with pytest.raises(ValueError, match=message):
+        to_dense(tmp_path / "packed", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "packed"}
+
+
+def test_a_weight_that_changes_while_it_is_packed_is_noticed(tmp_path, monkeypatch):
+    dense = write(tmp_path / "dense", decoder())
+    # as if it had been counted before the change
+    monkeypatch.setattr("llmc_attnmask.checkpoint.scan.entries", lambda _: 5)
+    with pytest.raises(ValueError, match=r"had 5 entries .* the file changed while"):
+        to_packed(dense, tmp_path / "packed", storage="sparse-bitmask")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_choosing_2of4_layers_for_a_storage_of_any_mask_is_refused(tmp_path):
+    dense = write(tmp_path / "dense", decoder())
+    with pytest.raises(ValueError, match="--only-2of4 chooses layers for sparse-24-b"):
+        to_packed(dense, tmp_path / "o", storage="sparse-bitmask", only_2of4=True)

@@ -7,13 +7,10 @@ import warnings
 import pytest
 import torch
 
-from llmc_attnmask.checkpoint import layout, marker
-from llmc_attnmask.checkpoint.convert import (
-    CheckpointWarning,
-    NothingToPackError,
-    to_dense,
-    to_packed,
-)
+from llmc_attnmask.checkpoint import marker
+from llmc_attnmask.checkpoint.convert import to_dense, to_packed
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask
+from llmc_attnmask.checkpoint.selection import CheckpointWarning, NothingToPackError
 from tests.support.checkpoints import NAMES, Q, decoder, digests, two_of_four, write
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -26,7 +23,7 @@ def test_a_layer_that_is_not_2of4_is_named(tmp_path):
     weight[15] = 1
     dense = write(tmp_path / "dense", tensors)
     message = rf"{re.escape(Q)}\.weight in .* is not 2:4: 5 of its 64 groups .*--only"
-    with pytest.raises(layout.NotTwoOfFourError, match=message):
+    with pytest.raises(sparse_24_bitmask.NotTwoOfFourError, match=message):
         to_packed(dense, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
@@ -44,7 +41,9 @@ def test_the_layers_that_the_marker_names_are_packed_and_must_be_2of4(tmp_path):
     assert sorted(conversion.layers) == sorted(named)
     marker.write(config, [*named, "model.layers.0.mlp.down_proj"])
     (dense / "config.json").write_text(json.dumps(config))
-    with pytest.raises(layout.NotTwoOfFourError, match=r"0\.mlp\.down_proj.* is not"):
+    with pytest.raises(
+        sparse_24_bitmask.NotTwoOfFourError, match=r"0\.mlp\.down_proj.* is not"
+    ):
         to_packed(dense, tmp_path / "again")
     marker.write(config, ["layers.9.mlp.down_proj"])
     (dense / "config.json").write_text(json.dumps(config))
@@ -55,7 +54,9 @@ def test_the_layers_that_the_marker_names_are_packed_and_must_be_2of4(tmp_path):
 def test_a_number_of_inputs_not_divisible_by_four_is_named(tmp_path):
     tensors = {"h.0.fc.weight": torch.zeros(2, 6), "h.1.fc.weight": torch.zeros(2, 8)}
     dense = write(tmp_path / "dense", tensors)
-    with pytest.raises(layout.NotTwoOfFourError, match=r"h\.0\.fc.* 6 inputs are not"):
+    with pytest.raises(
+        sparse_24_bitmask.NotTwoOfFourError, match=r"h\.0\.fc.* 6 inputs are not"
+    ):
         to_packed(dense, tmp_path / "packed")
     conversion = to_packed(dense, tmp_path / "packed", only_2of4=True)
     assert conversion.layers == ["h.1.fc"]
@@ -111,7 +112,9 @@ def test_minus_zero_as_a_pruned_entry_is_not_2of4(tmp_path):
     weight = two_of_four(4, 8).masked_fill(torch.zeros(4, 8).bool(), 0)
     weight[weight == 0] = -0.0
     dense = write(tmp_path / "dense", {"h.0.fc.weight": weight})
-    with pytest.raises(layout.NotTwoOfFourError, match=r"that are not \+0\.0"):
+    with pytest.raises(
+        sparse_24_bitmask.NotTwoOfFourError, match=r"that are not \+0\.0"
+    ):
         to_packed(dense, tmp_path / "packed")
 
 
@@ -126,3 +129,25 @@ def test_a_dense_model_has_nothing_to_pack(tmp_path):
     dense = write(tmp_path / "dense", {"h.0.fc.weight": torch.ones(4, 8)})
     with pytest.raises(NothingToPackError, match=r"no Linear of its decoder .* is 2:4"):
         to_packed(dense, tmp_path / "packed", only_2of4=True)
+
+
+def test_any_mask_is_packed_where_an_eighth_is_zero(tmp_path):
+    names = {"model.layers.0.mlp.up_proj": 8, "model.layers.0.mlp.down_proj": 7}
+    tensors = {"lm_head.weight": torch.zeros(4, 16)}
+    for name, zeros in names.items():
+        tensors[f"{name}.weight"] = torch.ones(4, 16)
+        tensors[f"{name}.weight"].view(-1)[-zeros:] = 0
+    dense = write(tmp_path / "dense", tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # gate_proj, fused with up_proj, may be dense
+        packed = to_packed(dense, tmp_path / "packed", storage="sparse-bitmask")
+    assert packed.layers == ["model.layers.0.mlp.up_proj"]
+    to_dense(tmp_path / "packed", tmp_path / "restored")
+    assert digests(tmp_path / "restored") == digests(dense)
+
+
+def test_minus_zero_is_no_zero_of_any_mask(tmp_path):
+    weight = torch.full((4, 8), -0.0)
+    dense = write(tmp_path / "dense", {"h.0.fc.weight": weight})
+    with pytest.raises(NothingToPackError, match=r"in no Linear .* are 12\.5% of"):
+        to_packed(dense, tmp_path / "packed", storage="sparse-bitmask")

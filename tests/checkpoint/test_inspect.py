@@ -3,7 +3,8 @@ import torch
 from safetensors.torch import save_file
 
 from llmc_attnmask.checkpoint.inspect import LayerInfo, inspect
-from llmc_attnmask.checkpoint.layout import pack
+from llmc_attnmask.checkpoint.layouts import sparse_bitmask
+from llmc_attnmask.checkpoint.layouts.sparse_24_bitmask import pack
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 
 
@@ -64,4 +65,27 @@ def test_a_truncated_file_is_named(tmp_path):
     content = (MODEL_DIR / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:1000])
     with pytest.raises(ValueError, match=r"model\.safetensors is not a readable"):
+        inspect(tmp_path)
+
+
+def test_a_layer_packed_with_any_mask_is_described_by_its_contents(tmp_path):
+    weight = torch.tensor([[1.0, 0, 2, 2, 3, 0, 0, 0]], dtype=torch.bfloat16)
+    tensors = {}
+    for name, rows in (("a.q_proj", weight), ("a.k_proj", weight[:, 4:])):
+        parts = sparse_bitmask.pack(rows)._asdict()
+        tensors |= {f"{name}.{kind}": part for kind, part in parts.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    k, q = sorted(inspect(tmp_path), key=lambda layer: layer.name)
+    assert q == LayerInfo(
+        name="a.q_proj",
+        format="bfloat16 sparse-bitmask",
+        shape=(1, 8),
+        sparsity=0.5,
+        two_of_four=False,
+        bytes=8 + 1 + 16 + 8,
+    )
+    assert k.two_of_four and k.sparsity == 0.75
+    tensors["a.q_proj.row_offsets"].fill_(7)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"a\.q_proj in .* starts at value 7"):
         inspect(tmp_path)

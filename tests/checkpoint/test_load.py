@@ -21,12 +21,14 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     prune_2of4(MODEL_DIR, folder / "dense")
     to_packed(folder / "dense", folder / "packed")
+    to_packed(folder / "dense", folder / "any mask", storage="sparse-bitmask")
     return folder
 
 
-def test_a_packed_model_equals_the_dense_one(folders):
+@pytest.mark.parametrize("storage", ["packed", "any mask"])
+def test_a_packed_model_equals_the_dense_one(folders, storage):
     dense = AutoModelForCausalLM.from_pretrained(folders / "dense")
-    packed = load(folders / "packed")
+    packed = load(folders / storage)
     for (name, a), (_, b) in zip(
         dense.state_dict().items(), packed.state_dict().items(), strict=True
     ):
@@ -100,7 +102,8 @@ def resident(kind: str) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_peak_memory_is_the_dense_model_and_one_shard(tmp_path):
+@pytest.mark.parametrize("storage", ["sparse-24-bitmask", "sparse-bitmask"])
+def test_peak_memory_is_the_dense_model_and_one_shard(tmp_path, storage):
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=512,
@@ -114,7 +117,7 @@ def test_peak_memory_is_the_dense_model_and_one_shard(tmp_path):
     model.save_pretrained(tmp_path / "model", max_shard_size=shard)
     del model
     prune_2of4(tmp_path / "model", tmp_path / "dense")
-    to_packed(tmp_path / "dense", tmp_path / "packed")
+    to_packed(tmp_path / "dense", tmp_path / "packed", storage=storage)
     load(tmp_path / "packed")  # imports and caches of the first call do not count
     gc.collect()
     before = resident("VmRSS")

@@ -1,4 +1,4 @@
-"""Compare with the last compressed-tensors that wrote the layout that vLLM reads."""
+"""Compare with the last compressed-tensors that vLLM's native 2:4 was built on."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmc_attnmask.checkpoint import layout
 from llmc_attnmask.checkpoint.convert import to_packed
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.checkpoints import prune_2of4, raw, read, two_of_four
@@ -24,9 +24,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import compressed_tensors
-from compressed_tensors.compressors.sparse_compressors.sparse_24_bitmask import (
-    Sparse24BitMaskCompressor,
-)
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import SparsityCompressionConfig
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
@@ -35,12 +33,11 @@ print(compressed_tensors.__version__)
 config = json.loads((folder / "packed" / "config.json").read_text())
 quantization = config["quantization_config"]
 sparsity = quantization.pop("sparsity_config")
-sparsity = SparsityCompressionConfig.load_from_registry(
-    sparsity.pop("format"), **sparsity
-)
+format = sparsity.pop("format")
+sparsity = SparsityCompressionConfig.load_from_registry(format, **sparsity)
 if "config_groups" in quantization:
     QuantizationConfig.model_validate(quantization)
-compressor = Sparse24BitMaskCompressor(config=sparsity)
+compressor = BaseCompressor.load_from_registry(format, config=sparsity)
 tensors = load_file(folder / "tensors.safetensors")
 names = {name.removesuffix(".weight") for name in tensors}
 save_file(compressor.compress(tensors, names), folder / "compressed.safetensors")
@@ -74,13 +71,14 @@ def run(release: Path, folder: Path) -> None:
     assert done.stdout.split()[-1] == RELEASE
 
 
-def test_the_layout_is_byte_equal_and_read_back(release, tmp_path):
+@pytest.mark.parametrize("layout", [sparse_24_bitmask, sparse_bitmask])
+def test_the_layout_is_byte_equal_and_read_back(release, tmp_path, layout):
     dense = prune_2of4(MODEL_DIR, tmp_path / "dense")
     # upstream takes -128 for the smallest magnitude: its own compression may lose it
     extreme = torch.tensor([[-128, 0, 1, 0, 0, 0, 2, -128]], dtype=torch.int8)
     named = read(dense) | {"model.layers.0.extreme_proj.weight": extreme}
     save_file(named, dense / "model.safetensors")
-    to_packed(dense, tmp_path / "packed")
+    to_packed(dense, tmp_path / "packed", storage=layout.NAME)
     tensors = {
         f"{dtype}.{rows}x{columns}.weight": two_of_four(rows, columns, dtype)
         for dtype in DTYPES
@@ -92,7 +90,7 @@ def test_the_layout_is_byte_equal_and_read_back(release, tmp_path):
     save_file(tensors, tmp_path / "tensors.safetensors")
     run(release, tmp_path)
     theirs = load_file(tmp_path / "compressed.safetensors")
-    assert len(theirs) == 3 * len(tensors)
+    assert len(theirs) == len(layout.Packed._fields) * len(tensors)
     for name, weight in tensors.items():
         ours = layout.pack(weight)._asdict()
         for kind, value in ours.items():
@@ -106,10 +104,17 @@ def test_the_layout_is_byte_equal_and_read_back(release, tmp_path):
         assert raw(decompressed[name]) == raw(weight), name
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
-def test_quantized_checkpoints_are_read_back(release, tmp_path, scheme):
+@pytest.mark.parametrize(
+    ("scheme", "storage"),
+    [
+        ("W8A8", "sparse-24-bitmask"),
+        ("W8A8", "sparse-bitmask"),
+        ("FP8_DYNAMIC", "sparse-24-bitmask"),
+    ],
+)
+def test_quantized_checkpoints_are_read_back(release, tmp_path, scheme, storage):
     dense = prune(MODEL_DIR, written(tmp_path, scheme), tmp_path / "dense", **QUICK)
-    to_packed(dense, tmp_path / "packed")
+    to_packed(dense, tmp_path / "packed", storage=storage)
     save_file({"a.weight": two_of_four(4, 8)}, tmp_path / "tensors.safetensors")
     run(release, tmp_path)
     decompressed = load_file(tmp_path / "decompressed.safetensors")

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from llmc_attnmask import cli
 from llmc_attnmask.checkpoint import marker
-from llmc_attnmask.checkpoint.config import is_packed
+from llmc_attnmask.checkpoint.config import packed_storage
 from llmc_attnmask.checkpoint.convert import to_dense, to_packed
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.io.files import open_checkpoint
@@ -68,6 +68,7 @@ def checkpoint(folder: Folder) -> None:
         for convert in (
             to_packed,
             lambda a, b: to_packed(a, b, only_2of4=True),
+            lambda a, b: to_packed(a, b, storage="sparse-bitmask"),
             to_dense,
         ):
             output = Path(base) / "out"
@@ -118,7 +119,7 @@ def quantization(config: Any) -> None:
     if not isinstance(config, dict):
         return  # vLLM never gets that far
     attempt(lambda: marker.read(config), "config.json")
-    attempt(lambda: is_packed(config), "config.json")
+    attempt(lambda: packed_storage(config), "config.json")
     changed = copy.deepcopy(config)
     attempt(lambda: annotate(changed), "config.json")
     found = changed.get("quantization_config")

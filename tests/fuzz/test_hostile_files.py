@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmc_attnmask.checkpoint import layout
-from llmc_attnmask.checkpoint.convert import CheckpointWarning, to_dense, to_packed
+from llmc_attnmask.checkpoint.convert import to_dense, to_packed
 from llmc_attnmask.checkpoint.inspect import inspect
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask
+from llmc_attnmask.checkpoint.selection import CheckpointWarning
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.checkpoints import (
     Q,
@@ -132,7 +133,9 @@ def test_empty_parts_are_compared_like_any_others(tmp_path):
 
 def test_a_layer_in_both_storages_is_refused(tmp_path):
     weight = two_of_four(4, 8)
-    parts = {f"{Q}.{kind}": v for kind, v in layout.pack(weight)._asdict().items()}
+    parts = {
+        f"{Q}.{kind}": v for kind, v in sparse_24_bitmask.pack(weight)._asdict().items()
+    }
     folder = write(tmp_path / "dense", {f"{Q}.weight": weight, **parts})
     with pytest.raises(ValueError, match=r"q_proj stored both dense and packed"):
         to_packed(folder, tmp_path / "out")
@@ -144,7 +147,9 @@ def test_minus_zero_is_counted_as_a_zero_but_named_as_an_obstacle_to_packing(tmp
     folder = write(tmp_path / "dense", {f"{Q}.weight": weight})
     (layer,) = inspect(folder)
     assert layer.sparsity == 0.5 and layer.two_of_four is False
-    with pytest.raises(layout.NotTwoOfFourError, match=r"2 entries are -0\.0, as W"):
+    with pytest.raises(
+        sparse_24_bitmask.NotTwoOfFourError, match=r"2 entries are -0\.0, as W"
+    ):
         to_packed(folder, tmp_path / "out")
 
 

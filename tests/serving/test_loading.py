@@ -3,17 +3,22 @@ import itertools
 import pytest
 import torch
 
-from llmc_attnmask.checkpoint import layout
-from llmc_attnmask.serving.loading import PARTS, ShardLoader
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
+from llmc_attnmask.serving.loading import ShardLoader
 from tests.support.kernels.matrices import random_2of4
 
 CPU = torch.device("cpu")
+LAYOUTS = (sparse_24_bitmask, sparse_bitmask)
 
 
-def _loader(shards: int) -> tuple[ShardLoader, dict]:
+def _loader(shards: int, layout=sparse_24_bitmask) -> tuple[ShardLoader, dict]:
     delivered = {}
     loader = ShardLoader(
-        "qkv_proj", shards, CPU, lambda dense, shard: delivered.update({shard: dense})
+        "qkv_proj",
+        layout.NAME,
+        shards,
+        CPU,
+        lambda dense, shard: delivered.update({shard: dense}),
     )
     return loader, delivered
 
@@ -22,11 +27,19 @@ def _receive(loader: ShardLoader, part: str, tensor: torch.Tensor, *shard) -> No
     loader.loader(part)(torch.nn.Parameter(torch.empty(0)), tensor, *shard)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(PARTS), ids=str)
-def test_a_shard_is_delivered_when_its_last_part_arrives(order):
+@pytest.mark.parametrize(
+    ("layout", "order"),
+    [
+        (layout, order)
+        for layout in LAYOUTS
+        for order in itertools.permutations(layout.Packed._fields)
+    ],
+    ids=str,
+)
+def test_a_shard_is_delivered_when_its_last_part_arrives(layout, order):
     weight = random_2of4(4, 16, torch.bfloat16)
     packed = layout.pack(weight)._asdict()
-    loader, delivered = _loader(1)
+    loader, delivered = _loader(1, layout)
     for part in order:
         assert not delivered
         _receive(loader, part, packed[part])
@@ -34,11 +47,12 @@ def test_a_shard_is_delivered_when_its_last_part_arrives(order):
     loader.check_complete()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("on_tensor", [True, False])
-def test_shards_may_be_interleaved(on_tensor):
+def test_shards_may_be_interleaved(on_tensor, layout):
     weights = {shard: random_2of4(4, 16, torch.int8) for shard in ("q", "k", 0)}
-    loader, delivered = _loader(3)
-    for part in PARTS:
+    loader, delivered = _loader(3, layout)
+    for part in layout.Packed._fields:
         for shard, weight in weights.items():
             tensor = layout.pack(weight)._asdict()[part]
             if on_tensor:  # as vLLM's newer loaders do it
@@ -54,7 +68,7 @@ def test_shards_may_be_interleaved(on_tensor):
 
 def test_a_missing_part_is_named():
     loader, _ = _loader(1)
-    packed = layout.pack(random_2of4(4, 16, torch.bfloat16))
+    packed = sparse_24_bitmask.pack(random_2of4(4, 16, torch.bfloat16))
     _receive(loader, "compressed", packed.compressed, "k")
     with pytest.raises(ValueError, match=r"part k of qkv_proj .* no bitmask, shape"):
         loader.check_complete()
@@ -62,7 +76,9 @@ def test_a_missing_part_is_named():
 
 def test_a_missing_shard_is_counted():
     loader, _ = _loader(2)
-    for part, tensor in layout.pack(random_2of4(4, 16, torch.int8))._asdict().items():
+    for part, tensor in (
+        sparse_24_bitmask.pack(random_2of4(4, 16, torch.int8))._asdict().items()
+    ):
         _receive(loader, part, tensor, "q")
     with pytest.raises(ValueError, match=r"2 packed parts .* has 1"):
         loader.check_complete()
@@ -70,8 +86,20 @@ def test_a_missing_shard_is_counted():
 
 def test_a_broken_bitmask_is_reported_with_its_layer():
     loader, _ = _loader(1)
-    packed = layout.pack(random_2of4(4, 16, torch.bfloat16))
+    packed = sparse_24_bitmask.pack(random_2of4(4, 16, torch.bfloat16))
     _receive(loader, "compressed", packed.compressed, "v")
     _receive(loader, "shape", packed.shape, "v")
     with pytest.raises(ValueError, match="part v of qkv_proj cannot be unpacked"):
         _receive(loader, "bitmask", packed.bitmask ^ 1, "v")
+
+
+def test_row_offsets_that_go_back_are_reported_with_their_layer():
+    loader, _ = _loader(1, sparse_bitmask)
+    packed = sparse_bitmask.pack(random_2of4(4, 16, torch.bfloat16))._asdict()
+    offsets = packed.pop("row_offsets")
+    for part, tensor in packed.items():
+        _receive(loader, part, tensor, "v")
+    with pytest.raises(
+        ValueError, match="part v of qkv_proj cannot be unpacked: a row"
+    ):
+        _receive(loader, "row_offsets", offsets.flip(0), "v")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask
 from llmc_attnmask.serving import made_up
 from tests.support.kernels.matrices import DTYPES, random_2of4, random_values
 
@@ -14,7 +14,7 @@ def test_the_two_smallest_of_every_four_are_zeroed_in_place(dtype, monkeypatch):
     before = weight.float().view(-1, 4)
     made_up.prune(weight)
     after = weight.float().view(-1, 4)
-    assert layout.crowded_groups(weight) == 0
+    assert sparse_24_bitmask.crowded_groups(weight) == 0
     assert torch.equal(after[after != 0], before[after != 0])
     dropped = before.abs().masked_fill(after != 0, 0).amax(-1)
     kept = before.abs().masked_fill(after == 0, torch.inf).amin(-1)
@@ -24,9 +24,9 @@ def test_the_two_smallest_of_every_four_are_zeroed_in_place(dtype, monkeypatch):
 def test_negative_zeros_become_positive_zeros():
     # rounding to fp8 produces such zeros
     weight = torch.full((4, 8), -0.0).to(torch.float8_e4m3fn)
-    assert layout.crowded_groups(weight)
+    assert sparse_24_bitmask.crowded_groups(weight)
     made_up.prune(weight)
-    assert not layout.crowded_groups(weight)
+    assert not sparse_24_bitmask.crowded_groups(weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

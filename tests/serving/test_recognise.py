@@ -24,7 +24,9 @@ def test_a_dense_checkpoint_gets_a_quantization_config_that_names_this_package()
     marker.write(config, NAMES)
     assert annotate(config)
     assert config["quantization_config"]["quant_method"] == METHOD
-    assert recognise(config["quantization_config"]) == Sparsity(dense=tuple(NAMES))
+    assert recognise(config["quantization_config"]) == Sparsity(
+        two_of_four=tuple(NAMES)
+    )
 
 
 def test_a_quantized_checkpoint_keeps_its_quantization_config():
@@ -33,7 +35,7 @@ def test_a_quantized_checkpoint_keeps_its_quantization_config():
     assert annotate(config)
     found = config["quantization_config"]
     assert found["quant_method"] == "compressed-tensors" and found["a"] == 1
-    assert recognise(found) == Sparsity(dense=tuple(NAMES))
+    assert recognise(found) == Sparsity(two_of_four=tuple(NAMES))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,9 @@ def test_one_checkpoint_may_have_packed_and_dense_layers():
     marker.write(config, ["lm_head"])
     annotate(config)
     found = recognise(config["quantization_config"])
-    assert found == Sparsity(packed=tuple(NAMES), dense=("lm_head",))
+    assert found == Sparsity(
+        two_of_four=("lm_head",), packed=tuple(NAMES), storage="sparse-24-bitmask"
+    )
     assert found.is_sparse("lm_head") and not found.is_packed("lm_head")
     assert found.is_packed(NAMES[0])
     assert not found.is_sparse("model.layers.0.mlp.down_proj")
@@ -62,7 +66,7 @@ def test_one_checkpoint_may_have_packed_and_dense_layers():
         {"quant_method": "compressed-tensors", "sparsity_config": {}},
         {"quant_method": "compressed-tensors"},
         _quantization(targets=[]),
-        _quantization(format="sparse-bitmask"),
+        _quantization(format="marlin-24"),
         _quantization(sparsity_structure="unstructured"),
         _quantization() | {"quant_method": "fp8"},
     ],
@@ -82,3 +86,21 @@ def test_patterns_classes_and_ignored_names_match():
 def test_a_malformed_marker_is_an_error():
     with pytest.raises(ValueError, match=marker.KEY):
         annotate({marker.KEY: {"version": 99}})
+
+
+def test_the_marker_says_which_layers_stored_with_any_mask_are_2of4():
+    structure = {"format": "sparse-bitmask", "sparsity_structure": "unstructured"}
+    config = {"quantization_config": _quantization(**structure)}
+    marker.write(config, NAMES[:1], NAMES[1:])
+    annotate(config)
+    found = recognise(config["quantization_config"])
+    assert found.storage == "sparse-bitmask" and all(map(found.is_packed, NAMES))
+    assert [found.structure(name) for name in NAMES] == ["2:4", "unstructured"]
+
+
+def test_without_a_marker_layers_stored_with_any_mask_are_unstructured():
+    for structure in ("unstructured", "0:0", "2:4", None):
+        found = recognise(
+            _quantization(format="sparse-bitmask", sparsity_structure=structure)
+        )
+        assert [found.structure(name) for name in NAMES] == ["unstructured"] * 2

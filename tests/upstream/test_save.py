@@ -8,9 +8,10 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 from llmc_attnmask.checkpoint import marker
-from llmc_attnmask.checkpoint.convert import CheckpointWarning, to_dense
+from llmc_attnmask.checkpoint.convert import to_dense
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.load import load
+from llmc_attnmask.checkpoint.selection import CheckpointWarning
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from tests.support.checkpoints import config_of, digests, prune_2of4
@@ -145,10 +146,32 @@ def test_unstructured_layers_are_marked_as_such(tmp_path):
     assert all(name.endswith(("q_proj", "k_proj")) for name in marked)
 
 
+@pytest.mark.parametrize("scheme", [None, "W8A8"])
+def test_layers_with_any_mask_are_packed_if_the_recipe_requests_it(scheme, tmp_path):
+    recipe = written(tmp_path, scheme, rest=False)
+    text = recipe.read_text().replace('mask_structure: "2:4"', 'mask_structure: "0:0"')
+    recipe.write_text(text)
+    dense = prune(MODEL_DIR, recipe, tmp_path / "dense", **QUICK)
+    recipe.write_text(
+        text.replace("steps: 0", "steps: 0\n      storage: sparse-bitmask")
+    )
+    packed = prune(MODEL_DIR, recipe, tmp_path / "packed", **QUICK)
+    formats = {x.name: x.format for x in inspect(packed)}
+    stored = [name for name, storage in formats.items() if "sparse-bitmask" in storage]
+    assert len(stored) == 8  # q and k of four layers
+    assert all(name.endswith(("q_proj", "k_proj")) for name in stored)
+    to_dense(packed, tmp_path / "restored")
+    assert digests(tmp_path / "restored") == digests(dense)
+    if scheme is None:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+
+
 @pytest.mark.parametrize("storage", ["marlin-24", "sparse"])
 def test_an_unknown_storage_is_refused(storage, tmp_path):
     recipe = written(tmp_path, storage=storage)
-    with pytest.raises(ValueError, match="'dense' or 'sparse-24-bitmask'"):
+    with pytest.raises(
+        ValueError, match="'dense', 'sparse-24-bitmask' or 'sparse-bitmask'"
+    ):
         prune(MODEL_DIR, recipe, tmp_path / "out", **QUICK)
 
 
@@ -223,7 +246,9 @@ class TestAnExistingOutput:
         def fail(*_, **__):
             raise error
 
-        monkeypatch.setattr("llmc_attnmask.checkpoint.transfer.Pack.write", fail)
+        monkeypatch.setattr(
+            "llmc_attnmask.checkpoint.transfers.sparse_24_bitmask.Pack.write", fail
+        )
         with pytest.raises(type(error)):
             self.save(previous)
         assert self.content(previous) == before

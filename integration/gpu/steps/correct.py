@@ -26,7 +26,7 @@ from integration.gpu.weights import (
     random_tokens,
     random_weight,
 )
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.layouts.bits import bits_of
 
 ODD = ((1, 64, 256), (7, 96, 320), (33, 160, 1056), (65, 256, 2048))  # tokens first
 TOKENS = (1, 8, 16, 32, 64, 65, 100)
@@ -151,7 +151,7 @@ def poison(entries: int, device: str) -> None:
 def in_graph(packed: Packed, x: Tensor, scale: Tensor | None) -> Tensor:
     """Record a kernel with other tokens, replay it with these; return the output."""
     packed(x, scale)  # compiles, which must not happen while recording
-    own, bits = x.clone(), layout.bits_of(x)
+    own, bits = x.clone(), bits_of(x)
     bits.copy_(bits.roll(1, dims=-1))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -92,16 +92,19 @@ class StoredTensor(TensorSpec):
             self.read(source, 0, content)
         return content.view(self.torch_dtype).view(self.shape)
 
-    def blocks(self, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """Yield pairs of a first byte's position and the bytes, about a megabyte each.
+    def blocks(
+        self, unit: int = 1, size: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield pairs of a first byte's position and the bytes.
 
         The next block overwrites the bytes.
 
         :param unit: number of bytes that stay together, such as those of a row
+        :param size: of a block; by default about a megabyte
         """
         if not self.bytes:
             return
-        step = max(1, BLOCK // unit) * unit
+        step = max(1, (BLOCK if size is None else size) // unit) * unit
         buffer = torch.empty(min(step, self.bytes), dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as source:
             for start in range(0, self.bytes, step):

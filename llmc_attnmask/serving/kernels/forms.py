@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.layouts.bits import bits_of
 from llmc_attnmask.serving.kernels import cuda_decode, cusparselt, fragments, packing
 from llmc_attnmask.serving.kernels.select import Choice
 
@@ -66,7 +66,7 @@ def shares_values(compressed: Tensor, values: Tensor) -> bool:
     :param values: [rows, K/2], from ``packing.kept``
     """
     kept = cusparselt.kept_values(compressed, 2 * values.shape[1])
-    return torch.equal(layout.bits_of(kept), layout.bits_of(values))
+    return torch.equal(bits_of(kept), bits_of(values))
 
 
 def shared_span(compressed: Tensor, weight: Tensor) -> int | None:

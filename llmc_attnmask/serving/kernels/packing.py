@@ -14,7 +14,8 @@ Bytes relative to dense: 0.5625 in 16 bits, 0.625 in 8 bits.
 import torch
 from torch import Tensor
 
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask
+from llmc_attnmask.checkpoint.layouts.bits import bits_of
 
 GROUPS = 32  # groups that one read of ``indices`` serves; a chunk is two of these
 CHUNK = 2 * GROUPS * 4  # columns
@@ -55,7 +56,7 @@ def kept(weight: Tensor) -> tuple[Tensor, Tensor]:
     :raises ValueError: if a group has more than two nonzeros
     """
     rows, columns = weight.shape
-    values, bitmask, _ = layout.pack(weight)
+    values, bitmask, _ = sparse_24_bitmask.pack(weight)
     codes = torch.stack((bitmask & 15, bitmask >> 4), dim=-1).view(rows, -1)
     return values, _INDICES.to(weight.device)[codes[:, : columns // 4].int()]
 
@@ -82,7 +83,7 @@ def expand(values: Tensor, nibbles: Tensor) -> Tensor:
     """
     rows, half = values.shape
     indices = nibbles.long()
-    bits = layout.bits_of(values)
+    bits = bits_of(values)
     dense = bits.new_zeros(rows, half // 2, 4)
     dense.scatter_(
         -1, torch.stack([indices & 3, indices >> 2], -1), bits.view(rows, -1, 2)

@@ -5,14 +5,14 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.fuzz.inputs.json_texts import ODD_NUMBERS, json_text, values
-from tests.fuzz.inputs.tensors import MODULES, Q
+from tests.fuzz.inputs.tensors import MODULES, STORAGES, Q
 
 _targets = values | st.lists(
     st.sampled_from([*MODULES, "Linear", "re:.*", "re:(", "re:(.*)*x"]), max_size=2
 )
 
 _sparsity = values | st.fixed_dictionaries(
-    {"format": st.sampled_from(["dense", "sparse-24-bitmask"]) | values},
+    {"format": st.sampled_from(["dense", *STORAGES]) | values},
     optional={
         "targets": _targets,
         "ignore": _targets,
@@ -25,7 +25,10 @@ _note = values | st.fixed_dictionaries(
         "version": st.just(1) | values,
         "sparsity": values
         | st.fixed_dictionaries({"structure": st.just("2:4"), "targets": _targets}),
-    }
+    },
+    optional={
+        "unstructured": values | st.fixed_dictionaries({"targets": _targets}),
+    },
 )
 
 quantizations = values | st.fixed_dictionaries(
@@ -39,10 +42,13 @@ quantizations = values | st.fixed_dictionaries(
 )
 
 PACKED = {
-    "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "sparsity_config": {"format": "sparse-24-bitmask", "targets": [Q]},
+    storage: {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "sparsity_config": {"format": storage, "targets": [Q]},
+        }
     }
+    for storage in STORAGES
 }
 
 configs = st.one_of(
@@ -52,7 +58,7 @@ configs = st.one_of(
         optional={"quantization_config": quantizations, "llmc_attnmask": _note},
     ),
     st.just({}),
-    st.just(PACKED),
+    st.sampled_from(list(PACKED.values())),
 )
 
 LLAMA = {

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tests.fuzz.inputs.configs import PACKED, configs
 from tests.fuzz.inputs.json_texts import json_text, mutated, values
 from tests.fuzz.inputs.tensors import (
+    STORAGES,
     good_tensors,
     safetensors,
     tensor_names,
@@ -49,9 +50,9 @@ def folders(draw: st.DrawFn) -> Folder:
     Half of them are good except for one or two things.
     """
     if draw(st.booleans()):
-        packed = draw(st.booleans())
-        content = safetensors(good_tensors(packed))
-        good = json.dumps(PACKED if packed else {})
+        storage = draw(st.sampled_from(["dense", *STORAGES]))
+        content = safetensors(good_tensors(storage))
+        good = json.dumps(PACKED.get(storage, {}))
         config = draw(st.just(good) | st.just(good) | json_text(configs))
         files: Files = {
             "model.safetensors": draw(content | mutated(content)),

@@ -14,7 +14,10 @@ Q = "model.layers.0.self_attn.q_proj"
 
 MODULES = [Q, "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", ""]
 
+STORAGES = ("sparse-24-bitmask", "sparse-bitmask")
+
 _KINDS = ["weight", "compressed", "bitmask", "shape", "weight_packed", "bias", "[/x]"]
+_KINDS += ["row_offsets"]
 
 _SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "I64": 8}
 _SIZES |= {"F8_E4M3": 1, "BOOL": 1, "I32": 4, "U32": 4, "C64": 8}
@@ -41,7 +44,7 @@ def _entry(draw: st.DrawFn) -> tuple[str, dict[str, Any], bytes]:
 
 @st.composite
 def _packed(draw: st.DrawFn) -> list[tuple[str, dict[str, Any], bytes]]:
-    """Draw the three tensors of a packed layer, some of them wrong or missing."""
+    """Draw the tensors of a packed layer, some of them wrong or missing."""
     module = draw(st.sampled_from(MODULES))
     rows, groups = draw(st.integers(0, 4)), draw(st.integers(0, 5))
     dtype = draw(st.sampled_from(["BF16", "I8", "F32", "F64"]))
@@ -63,6 +66,20 @@ def _packed(draw: st.DrawFn) -> list[tuple[str, dict[str, Any], bytes]]:
             entry[1]["shape"] = draw(
                 st.sampled_from([entry[1]["shape"], [0, 2**63], [2**62, 0], [0]])
             )
+    if draw(st.booleans()):  # any mask: values without rows, and row offsets
+        count = draw(st.sampled_from([2, 2, 2, 1, 3])) * rows * groups
+        header = {"dtype": dtype, "shape": [count]}
+        entries[0] = ("compressed", header, bytes(count * _SIZES[dtype]))
+        entries[2][1]["shape"] = draw(st.sampled_from([[2], [2], [2, 1], []]))
+        step = draw(st.sampled_from([2 * groups, 2 * groups, 0, -1, 2**60]))
+        offsets = [row * step for row in range(rows)]
+        entries.append(
+            (
+                "row_offsets",
+                {"dtype": "I64", "shape": [rows]},
+                struct.pack(f"<{rows}q", *offsets),
+            )
+        )
     left_out = draw(st.integers(0, 8))
     return [
         (f"{module}.{kind}", header, data)
@@ -72,14 +89,14 @@ def _packed(draw: st.DrawFn) -> list[tuple[str, dict[str, Any], bytes]]:
 
 
 @st.composite
-def good_tensors(draw: st.DrawFn, packed: bool) -> list[Entry]:
-    """Draw the tensors of a checkpoint that is packed or can be packed."""
+def good_tensors(draw: st.DrawFn, storage: str) -> list[Entry]:
+    """Draw the tensors of a checkpoint that is packed or, if dense, can be packed."""
     dtype = draw(st.sampled_from(["BF16", "I8", "F32"]))
     size, rows, groups = _SIZES[dtype], draw(st.integers(1, 4)), draw(st.integers(1, 5))
     entries: list[Entry] = [("norm.weight", {"dtype": "F32", "shape": [1]}, bytes(4))]
     for module in MODULES[: draw(st.integers(1, 3))]:
         value = bytes([1] * size)
-        if not packed:
+        if storage == "dense":
             data = (value * 2 + bytes(2 * size)) * rows * groups
             header = {"dtype": dtype, "shape": [rows, 4 * groups]}
             entries.append((f"{module}.weight", header, data))
@@ -88,11 +105,16 @@ def good_tensors(draw: st.DrawFn, packed: bool) -> list[Entry]:
         shape = [rows, -(-groups // 2)]
         values = value * rows * groups * 2
         content = struct.pack("<2q", rows, 4 * groups)
+        by_row = storage == "sparse-24-bitmask"
+        kept = (rows, 2 * groups) if by_row else (rows * 2 * groups,)
         entries += [
-            (f"{module}.compressed", _header(dtype, rows, 2 * groups), values),
+            (f"{module}.compressed", _header(dtype, *kept), values),
             (f"{module}.bitmask", _header("U8", *shape), bytes(mask)),
-            (f"{module}.shape", _header("I64", 2, 1), content),
+            (f"{module}.shape", _header("I64", 2, *[1] * by_row), content),
         ]
+        if not by_row:
+            offsets = struct.pack(f"<{rows}q", *range(0, 2 * groups * rows, 2 * groups))
+            entries.append((f"{module}.row_offsets", _header("I64", rows), offsets))
     return entries
 
 

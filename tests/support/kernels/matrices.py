@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llmc_attnmask.checkpoint import layout
+from llmc_attnmask.checkpoint.layouts.bits import bits_of
 
 DTYPES = [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
 
@@ -19,4 +19,4 @@ def random_2of4(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     weight = random_values((rows, columns), dtype)
     order = torch.rand(rows, columns // 4, 4).argsort(-1)
     pruned = (order < 2).view(rows, columns) | (torch.rand(rows, columns) < 0.05)
-    return layout.bits_of(weight).masked_fill(pruned, 0).view(dtype)
+    return bits_of(weight).masked_fill(pruned, 0).view(dtype)

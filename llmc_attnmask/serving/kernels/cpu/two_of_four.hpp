@@ -57,7 +57,7 @@ struct Int8Shuffle {
 };
 
 // A group's bits with exactly two set, or 0 if more are: fewer are filled up like those of
-// the sparse-24-bitmask storage (llmc_attnmask/checkpoint/layout.py).
+// the sparse-24-bitmask storage (llmc_attnmask/checkpoint/layouts/sparse_24_bitmask.py).
 constexpr uint8_t kFilled[16] = {12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0};
 
 template <class Type, class Shuffle>

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmc_attnmask.checkpoint.layout import NotTwoOfFourError
+from llmc_attnmask.checkpoint.layouts.sparse_24_bitmask import NotTwoOfFourError
 from llmc_attnmask.serving.kernels.cpu import library
 
 ROWS = 16  # of a unit

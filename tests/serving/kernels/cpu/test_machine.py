@@ -1,3 +1,5 @@
+import platform
+
 import pytest
 import torch
 
@@ -33,3 +35,11 @@ def test_each_kernel_needs_its_own_instructions(
 def test_kernels_are_unmeasured_on_amx() -> None:
     assert machine.unmeasured(machine.flags_of(ZEN4)) is None
     assert "AMX" in str(machine.unmeasured(frozenset({"amx_tile"})))
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="the library is compiled for x86-64"
+)
+def test_the_library_of_this_environment_fits_its_sources() -> None:
+    # a stale one would silently leave out every test of the kernels
+    assert library.missing() is None

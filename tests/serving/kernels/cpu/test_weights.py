@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmc_attnmask.checkpoint.layout import NotTwoOfFourError
+from llmc_attnmask.checkpoint.layouts.sparse_24_bitmask import NotTwoOfFourError
 from llmc_attnmask.serving.kernels.cpu import library, weights
 
 pytestmark = pytest.mark.skipif(

@@ -4,8 +4,7 @@ compressed-tensors up to 0.14 wrote it, and vLLM up to 0.18.1 reads it. A weight
 becomes
 
 - ``compressed`` [R, C / 2]: the kept values, row by row, in the weight's dtype;
-- ``bitmask`` uint8 [R, ceil(C / 8)]: bit j % 8 of byte j // 8 is set where column j is
-  kept, and spare bits are zero;
+- ``bitmask`` uint8 [R, ceil(C / 8)]: the columns that are kept, as in ``bits.py``;
 - ``shape`` int64 [2, 1]: R and C.
 
 Exactly two entries of every four are kept; a group with more than two zeros keeps some
@@ -13,17 +12,20 @@ of them, the same ones as compressed-tensors on a CPU. Everything works on bits,
 NaN payloads, -0.0 and the int8 -128 survive.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-NAME = "sparse-24-bitmask"
+from llmc_attnmask.checkpoint.layouts.bits import (
+    bits_of,
+    mask_bytes,
+    row_blocks,
+)
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes per entry
-_BLOCK = 1 << 18  # entries at a time on a CPU; they stay in its cache
+NAME: Final = "sparse-24-bitmask"
 
 # The flags of a group of four form a code below 16; column j of the group is its bit j.
 # This table gives, by code, the code with exactly two bits set, or 0 if more are set.
@@ -64,9 +66,9 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
             f"{list(weight.shape)}, the shape of the weight"
         )
     compressed = weight.new_empty(rows, columns // 2)
-    bitmask = weight.new_empty(rows, _mask_bytes(columns), dtype=torch.uint8)
+    bitmask = weight.new_empty(rows, mask_bytes(columns), dtype=torch.uint8)
     unit = _unit_of(weight)
-    for block in _row_blocks(weight):
+    for block in row_blocks(weight):
         bits = bits_of(weight[block])
         # on integers, `bool` gives the same as `!= 0`, many times faster
         codes = unit.codes(bits.bool() if kept is None else kept[block])
@@ -98,7 +100,7 @@ def unpack(
     """
     rows, columns = _agreed_shape(compressed, bitmask, shape)
     weight = compressed.new_empty(rows, columns)
-    for block in _row_blocks(weight):
+    for block in row_blocks(weight):
         values = bits_of(compressed[block])
         _scatter(bitmask[block], values, bits_of(weight[block]), block)
     return weight
@@ -120,7 +122,7 @@ def crowded_groups(weight: Tensor) -> int:
                 0, unit.codes(bits_of(weight[block]).bool())
             ).sum()
         )
-        for block in _row_blocks(weight)
+        for block in row_blocks(weight)
     )
 
 
@@ -150,7 +152,7 @@ def check_shapes(
         raise ValueError(f"compressed is {list(compressed)}; expected two dimensions")
     rows, columns = compressed[0], compressed[1] * 2
     found = shape.tolist() if isinstance(shape, Tensor) else list(shape)
-    mask = [rows, _mask_bytes(columns)]
+    mask = [rows, mask_bytes(columns)]
     if found != [rows, columns] or list(bitmask) != mask or columns % 4:
         raise ValueError(
             f"compressed {list(compressed)}, bitmask {list(bitmask)} and shape {found} "
@@ -170,28 +172,6 @@ def _agreed_shape(
         raise ValueError(f"the bitmask is {bitmask.dtype}; expected torch.uint8")
     bits_of(compressed)
     return compressed.shape[0], compressed.shape[1] * 2
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """View the same memory as integers, which preserves NaN and -0.0.
-
-    :raises ValueError: if an entry does not have 1, 2 or 4 bytes
-    """
-    if tensor.element_size() not in _BITS:
-        raise ValueError(
-            f"{tensor.dtype} has {tensor.element_size()} bytes per entry; expected 1, "
-            "2 or 4"
-        )
-    return tensor.view(_BITS[tensor.element_size()])
-
-
-def _row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield the rows to do at a time: all on an accelerator, a cacheful on a CPU."""
-    if matrix.is_meta or not matrix.numel():
-        return
-    rows = len(matrix)
-    step = max(1, _BLOCK // matrix.shape[1]) if matrix.device.type == "cpu" else rows
-    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 @dataclass(frozen=True)
@@ -275,10 +255,6 @@ def _scatter(mask: Tensor, values: Tensor, out: Tensor, block: slice) -> None:
     out.zero_().view(-1, unit.columns).scatter_(
         1, unit.kept.index_select(0, codes), values.reshape(-1, half)
     )
-
-
-def _mask_bytes(columns: int) -> int:
-    return -(-columns // 8)
 
 
 def _refuse(wrong: Tensor, block: slice, unit: _Unit, found: str) -> None:

@@ -1,6 +1,3 @@
-import ast
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -8,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmc_attnmask.checkpoint import layout
-from llmc_attnmask.checkpoint.layout import (
+from llmc_attnmask.checkpoint.layouts import bits
+from llmc_attnmask.checkpoint.layouts.bits import bits_of
+from llmc_attnmask.checkpoint.layouts.sparse_24_bitmask import (
     NotTwoOfFourError,
     crowded_groups,
     pack,
@@ -49,7 +47,7 @@ def weights(draw):
 
 def where(kept: Tensor, weight: Tensor) -> Tensor:
     """Fill with +0.0 by way of bits: float8 has no masked_fill."""
-    bits = weight.view(layout._BITS[weight.element_size()])
+    bits = bits_of(weight)
     return bits.masked_fill(~kept, 0).view(weight.dtype)
 
 
@@ -74,7 +72,7 @@ def test_the_encoding_matches_its_documentation(weight):
     packed = pack(weight)
     expected = np.packbits(kept.numpy(), axis=-1, bitorder="little")
     assert (packed.bitmask.numpy() == expected).all()
-    bits = weight.view(layout._BITS[weight.element_size()])
+    bits = bits_of(weight)
     assert raw(packed.compressed) == raw(bits[kept])
     assert packed.compressed.dtype == weight.dtype
     assert packed.shape.tolist() == [[rows], [columns]]
@@ -123,7 +121,7 @@ def test_minus_zero_is_a_value():
 
 
 def test_rows_beyond_the_first_block_are_encoded_too(monkeypatch):
-    monkeypatch.setattr(layout, "_BLOCK", 24)
+    monkeypatch.setattr(bits, "_BLOCK", 24)
     weight = where(torch.arange(8).expand(11, 8) % 4 < 2, torch.randn(11, 8))
     assert raw(unpack(*pack(weight))) == raw(weight)
     weight[7, 6] = 1
@@ -194,13 +192,3 @@ def test_parts_that_do_not_fit_together_are_refused(change, message):
     assert unpack(**packed).sum() == 12
     with pytest.raises(ValueError, match=message):
         unpack(**(packed | change))
-
-
-def test_the_module_imports_only_torch():
-    tree = ast.parse(Path(layout.__file__).read_text())
-    imported = {
-        getattr(node, "module", None) or node.names[0].name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    }
-    assert imported == {"collections.abc", "dataclasses", "typing", "torch"}
