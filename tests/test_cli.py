@@ -184,3 +184,9 @@ def test_the_defaults_that_depend_on_the_model_or_recipe_are_in_the_help(call):
     """In brackets they would be taken for markup and vanish."""
     shown = "".join(call("prune", "--help")[1].replace("│", " ").split())
     assert "bydefault2048" in shown and "bydefaultwhattherecipeasksfor" in shown
+
+
+def test_bench_without_vllm_says_where_to_run_it(call):
+    code, _, err = call("bench", MODEL_DIR)
+    assert code == 1
+    assert "bench needs vLLM, which is not installed here" in err

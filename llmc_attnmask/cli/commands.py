@@ -194,6 +194,25 @@ def inspect(directory: o.Directory, as_json: o.Json = False) -> None:
 
 
 @app.command()
+def bench(directory: o.Directory, as_json: o.Json = False) -> None:
+    """Time the layers of a sparse checkpoint here, dense and sparse, as vLLM would."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        from llmc_attnmask.serving.bench.run import bench as run
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"bench needs vLLM, which is not installed here ({error}): run it in the "
+            'environment that serves the model, pip install vllm "llmc-attnmask[serve]"'
+        ) from None
+
+    found = run(directory)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        _out.print(tables.bench(found))
+
+
+@app.command()
 def report(directory: o.Directory, as_json: o.Json = False) -> None:
     """Rewrite report.html, which shows what was pruned and what it cost."""
     from llmc_attnmask.report.files import render

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llmc_attnmask.evaluation.perplexity import Evaluation
     from llmc_attnmask.evaluation.tasks import TaskResult
     from llmc_attnmask.oneshot.plan import Plan
+    from llmc_attnmask.serving.bench.result import Bench, Kind
 
 
 def perplexities(results: "list[Evaluation]", title: str, compare: bool) -> Table:
@@ -139,6 +140,44 @@ def curve(plan: "Plan") -> Table:
             f"{point.expected:+.1%}",
         )
     return table
+
+
+def bench(found: "Bench") -> Table:
+    """Make a table with a row per kind of layer, and one for all of them."""
+    table = Table(
+        title=plain(f"{found.model} on {found.machine}"),
+        caption=plain(
+            "Milliseconds of one step. dense: what vLLM uses here if layers are not "
+            f"sparse, {found.rival} of version {found.vllm}. Attention, norms and "
+            "communication are not included"
+            + f", nor are {found.left_out} Linears of experts"
+            * bool(found.left_out)
+        ),
+        show_lines=True,
+    )
+    for column in ("layers", "MB", "tokens", "dense", "sparse", "ratio"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for kind in found.kinds:
+        described = [
+            f"{kind.layers} x {kind.name}, {kind.rows} x {kind.columns}",
+            f"{kind.zeros:.0%} zeros, stored {kind.storage}",
+            f"{kind.kernel}: {kind.reason}",
+        ]
+        _add_times(table, described, kind)
+    _add_times(table, ["all"], found)
+    return table
+
+
+def _add_times(table: Table, described: list[str], of: "Kind | Bench") -> None:
+    sizes = (f"{size / 1e6:.1f}" for size in (of.dense_bytes, of.sparse_bytes))
+    table.add_row(
+        plain("\n".join(described)),
+        "\n".join(sizes),
+        "\n".join(str(time.tokens) for time in of.times),
+        "\n".join(f"{time.dense_ms:.3f}" for time in of.times),
+        "\n".join(f"{time.sparse_ms:.3f}" for time in of.times),
+        "\n".join(f"{time.ratio:.2f} x" for time in of.times),
+    )
 
 
 def plain(text: str) -> str:

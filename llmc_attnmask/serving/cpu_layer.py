@@ -112,6 +112,11 @@ class CpuLayer:
         outs = [part(inputs, _own(bias, part.rows)) for part in self.parts]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the weights."""
+        return sum(part.nbytes for part in self.parts)
+
     def __str__(self) -> str:
         return ", ".join(
             f"{type(part).__name__} {part.rows.first}:{part.rows.last}"
@@ -127,6 +132,10 @@ class _Sparse:
         self.sums = part.sums
         self.scale = _own(scale, part.rows)
 
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
     def __call__(self, inputs: Inputs, bias: Tensor | None) -> Tensor:
         _, quantized, scales, zeros = inputs
         return cpu_sparse_linear(
@@ -140,6 +149,7 @@ class _Dense:
     ) -> None:
         assert part.dense is not None
         self.rows = part.rows
+        self.nbytes = part.dense.nbytes
         self.twin = DenseTwin(layer, stock, part.dense, _own(scale, part.rows))
 
     def __call__(self, inputs: Inputs, bias: Tensor | None) -> Tensor:

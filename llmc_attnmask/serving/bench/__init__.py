@@ -1,0 +1,1 @@
+"""What sparse kernels would gain on this machine, layer by layer, without a server."""
