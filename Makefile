@@ -9,7 +9,7 @@ REAL_MODEL := .real-model
 SECOND_MODEL := .second-model
 KERNELS := hatch_build.py $(wildcard llmc_attnmask/serving/kernels/cpu/*.?pp)
 
-.PHONY: demo real-model second-model test test-fast fuzz test-serving lint bench-quality bench-quantization bench-real bench-cpu paper docs clean
+.PHONY: demo real-model second-model test test-fast fuzz test-serving lint bench-quality bench-quantization bench-real bench-cpu demo-serve paper docs clean
 .DEFAULT_GOAL := demo
 
 # torch comes first, because resolving everything at once may fetch another build of it
@@ -98,6 +98,20 @@ bench-cpu: $(SERVING_INSTALLED)  ## the CPU kernels against vLLM's own: OUT/cpu-
 	mkdir -p $(OUT)
 	VLLM_LOGGING_LEVEL=ERROR $(SERVING)/bin/python integration/benchmarks/cpu_kernels.py \
 	    --out $(OUT)/cpu-kernels.jsonl
+
+# REAL=1 also prunes the real model, once, which takes over an hour
+DEMO_SERVE := $(OUT)/demo-serve
+REAL_PRUNED := $(addprefix $(DEMO_SERVE)/real-,2of4 unstructured_60)
+REAL ?=
+DEMO_SERVE_OPTIONS ?=
+demo-serve: $(SERVING_INSTALLED) $(if $(REAL),$(REAL_PRUNED))  ## dense, 2:4 and 60 % zeros through vLLM: OUT/demo-serve
+	$(SERVING)/bin/python -m integration.demo_serve.run $(DEMO_SERVE) \
+	    $(if $(REAL),--real $(REAL_MODEL)/SmolLM2-135M-Instruct $(REAL_PRUNED)) $(DEMO_SERVE_OPTIONS)
+
+$(DEMO_SERVE)/real-%: | $(REAL_MODEL)
+	$(QUIET) $(BIN)/llmc-attnmask prune $(REAL_MODEL)/SmolLM2-135M-Instruct --output $@ \
+	    --recipe recipes/block_$*.yaml --num-samples 64 --max-length 512 \
+	    --dataset $(REAL_MODEL)/wikipedia-calibration.jsonl
 
 paper: $(INSTALLED)  ## the paper's synthetic experiment: CSV and plots in OUT/paper
 	$(QUIET) $(BIN)/python integration/paper/experiment.py $(OUT)/paper

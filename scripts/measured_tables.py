@@ -5,8 +5,8 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. The files
 in docs/measurements are unchanged output of ``make bench-quality``, ``make
-bench-quantization``, ``make bench-real`` and ``make bench-cpu``; docs/measurements.md
-has the conditions.
+bench-quantization``, ``make bench-real``, ``make bench-cpu`` and ``make demo-serve``;
+docs/measurements.md has the conditions.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from integration.benchmarks import (
     real_table,
     trade_off,
 )
+from integration.demo_serve import table as demo_serve
 from llmc_attnmask.oneshot.shipped import recipes
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ MEASUREMENTS = ROOT / "docs" / "measurements"
 REAL = MEASUREMENTS / "real.jsonl"
 SECOND = MEASUREMENTS / "second.jsonl"
 CPU_KERNELS = MEASUREMENTS / "cpu-kernels.jsonl"
+DEMO_SERVE = MEASUREMENTS / "demo-serve.jsonl"
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 _TABLE = re.compile(
     r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL
@@ -113,6 +115,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipped-block-60": lambda: _as_written(quality, "shipped-block-60"),
     "quantization": lambda: _as_written(quantization, "quantization"),
 }
+TABLES["demo-serve"] = lambda: demo_serve.markdown(demo_serve.read_rows(DEMO_SERVE))
 TABLES["cpu-kernels"] = lambda: cpu_kernels.markdown(cpu_kernels.read_rows(CPU_KERNELS))
 TABLES["cpu-kernels-summary"] = lambda: cpu_kernels.markdown(
     cpu_kernels.read_rows(CPU_KERNELS), tokens=[1, 4, 16, 512]

@@ -2,9 +2,9 @@
 
     python integration/serving/generate.py JOBS RESULTS
 
-JOBS is a JSON list of {"model": DIR, "options": {...of LLM}, "lora": DIR or null};
-RESULTS becomes a list of lists with one result per prompt: the tokens, and the logprobs
-of the likeliest ones at every step.
+JOBS is a JSON list of {"model": DIR, "options": {...of LLM}, "lora": DIR or null,
+"tokens": N}; RESULTS becomes a list of lists with one result per prompt: the tokens,
+and the logprobs of the likeliest ones at every step.
 """
 
 import gc
@@ -18,22 +18,23 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 PROMPTS = ["Return the number of", "def read(self):", "The file"]
-TOKENS = 6
 LOGPROBS = 3
 
 
-def generate(model: str, options: dict[str, Any], lora: str | None) -> list[Any]:
+def generate(
+    model: str, options: dict[str, Any], lora: str | None, tokens: int
+) -> list[Any]:
     engine = LLM(
         model,
         dtype="bfloat16",
-        max_model_len=128,
+        max_model_len=tokens + 122,
         gpu_memory_utilization=0.2,  # of the RAM, which other processes use, too
         enable_lora=lora is not None,
         **({"enforce_eager": True} | options),
     )
     outputs = engine.generate(
         PROMPTS,
-        SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=LOGPROBS),
+        SamplingParams(temperature=0, max_tokens=tokens, logprobs=LOGPROBS),
         lora_request=LoRARequest("adapter", 1, lora) if lora else None,
     )
     results = [
@@ -55,7 +56,7 @@ def generate(model: str, options: dict[str, Any], lora: str | None) -> list[Any]
 
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    results = [generate(job["model"], job["options"], job["lora"]) for job in jobs]
+    results = [generate(**job) for job in jobs]
     Path(sys.argv[2]).write_text(json.dumps(results))
 
 

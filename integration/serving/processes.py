@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+TOKENS = 6
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -43,6 +44,7 @@ class Run:
     models: list[str]
     options: dict[str, Any] = field(default_factory=dict)
     lora: str | None = None
+    tokens: int = TOKENS  # generated for each prompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Output:
 
 
 PACKED = ["bf16", "int8", "mixed", "planned", "biased"]
+LONG = ["bf16-dense", "unstructured-dense", "unstructured-int8-dense"]
 
 RUNS = {
     "stock": Run(
@@ -73,6 +76,8 @@ RUNS = {
             *("unstructured-dense", "unstructured-packed", "unstructured-int8-packed"),
         ],
     ),
+    "stock long": Run(WITHOUT_PLUGIN, LONG, tokens=256),
+    "sparse long": Run(SPARSE, LONG, tokens=256),
     "timed": Run({}, ["bf16-packed", "int8-dense"]),
     "compiled": Run(
         SPARSE | {"TORCHDYNAMO_DISABLE": "0"},
@@ -97,6 +102,7 @@ def generate(run: Run, checkpoints: Path, folder: Path) -> Output:
             "model": str(checkpoints / model),
             "options": run.options,
             "lora": str(checkpoints / run.lora) if run.lora else None,
+            "tokens": run.tokens,
         }
         for model in run.models
     ]

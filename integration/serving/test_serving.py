@@ -47,6 +47,15 @@ def test_sparse_kernels_answer_like_the_same_weights_served_dense(
     assert_close(outputs["sparse"].result().results[model], stock)
 
 
+@pytest.mark.parametrize("model", RUNS["sparse long"].models)
+def test_256_greedy_tokens_are_those_of_dense_layers_or_differ_at_a_near_tie(
+    outputs: Outputs, model: str
+) -> None:
+    stock = outputs["stock long"].result().results[model]
+    assert all(len(found["tokens"]) == 256 for found in stock)
+    assert_close(outputs["sparse long"].result().results[model], stock)
+
+
 def assert_close(found: list, stock: list, within: float = CLOSE) -> None:
     """Compare logprobs, up to the first token where two are about as likely."""
     compared = 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from llmc_attnmask.serving import made_up
+from llmc_attnmask.serving import freed_memory, made_up
 from llmc_attnmask.serving.cpu_layer import CpuLayer, Packed, Rows
 from llmc_attnmask.serving.kernels import self_check
 from llmc_attnmask.serving.kernels.cpu import weights
@@ -79,6 +79,7 @@ class CpuPacking:
         # without an id, the tensor was the whole layer's
         if None in self._arrived or len(self._arrived) == self.shards:
             self._pack()
+            freed_memory.give_back()
 
     @property
     def choice(self) -> Choice:

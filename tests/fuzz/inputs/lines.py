@@ -13,7 +13,8 @@ datasets = mutated(
 )
 
 _WORDS = """\
-prune eval inspect bench pack unpack --json --only-2of4 --help --recipe --output --num-samples
+prune eval inspect bench pack unpack --json --only-2of4 --help --recipe --output
+--num-samples
 --max-length --seed --storage --dataset --text-column --reference --text --resume FOLDER
 NEW RECIPE -1 0 nan dense builtin:pydoc [/x]"""
 
