@@ -45,19 +45,21 @@ SHAPES = {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
-TYPES = ("bf16", "int8")
 STORAGES: dict[str, PackedStorage | None] = {
     "dense": None,
     "2:4": "sparse-24-bitmask",
     "60 %": "sparse-bitmask",
 }
+# W8A8 with a scale for each channel and token, and W4A16 with one for each 128 inputs
+TYPES = {"bf16": list(STORAGES), "int8": list(STORAGES), "int4": ["dense"]}
+GROUP = 128
 
 
 def make(folder: Path, weights: str, dtype: str) -> Path:
     """Write a checkpoint, unless it is there.
 
     :param weights: one of ``STORAGES``, which also says how they are stored
-    :param dtype: "bf16", or "int8" for W8A8 with a scale for each channel and token
+    :param dtype: one of ``TYPES``
     :return: its folder, within ``folder``
     """
     name = f"{weights.replace(':', 'of').replace(' %', '')}-{dtype}"
@@ -69,7 +71,9 @@ def make(folder: Path, weights: str, dtype: str) -> Path:
     shutil.rmtree(dense, ignore_errors=True)
     dense.mkdir()
     save_file(_tensors(weights, dtype), dense / "model.safetensors", {"format": "pt"})
-    config = CONFIG | ({"quantization_config": _w8a8()} if dtype == "int8" else {})
+    config = dict(CONFIG)
+    if dtype != "bf16":
+        config["quantization_config"] = _quantization(dtype)
     (dense / "config.json").write_text(json.dumps(config))
     storage = STORAGES[weights]
     if storage is None:
@@ -92,13 +96,8 @@ def _tensors(weights: str, dtype: str) -> dict[str, Tensor]:
             tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
         for name, shape in SHAPES.items():
             weight = _pruned(_normal(*shape, random), weights)
-            if dtype == "int8":
-                scale = weight.abs().amax(1, keepdim=True) / 127
-                tensors[f"{prefix}.{name}.weight_scale"] = scale
-                weight = (weight / scale).round().to(torch.int8)
-            else:
-                weight = weight.bfloat16()
-            tensors[f"{prefix}.{name}.weight"] = weight
+            stored = _stored(weight, dtype).items()
+            tensors |= {f"{prefix}.{name}.{kind}": tensor for kind, tensor in stored}
     return tensors
 
 
@@ -119,18 +118,42 @@ def _pruned(weight: Tensor, weights: str) -> Tensor:
     return weight.masked_fill(weight.abs() < sample.quantile(share), 0.0)
 
 
-def _w8a8() -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": "int", "symmetric": True}
+def _stored(weight: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Return the tensors of a weight, rounded to the nearest."""
+    if dtype == "bf16":
+        return {"weight": weight.bfloat16()}
+    if dtype == "int8":
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        rounded = (weight / scale).round().to(torch.int8)
+        return {"weight": rounded, "weight_scale": scale}
+    groups = weight.view(len(weight), -1, GROUP)
+    scale = groups.abs().amax(2) / 7
+    unsigned = (groups / scale.unsqueeze(2)).round().int().view(len(weight), -1, 8) + 8
+    return {
+        "weight_packed": (unsigned << 4 * torch.arange(8)).sum(2).to(torch.int32),
+        "weight_scale": scale.bfloat16(),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def _quantization(dtype: str) -> dict[str, Any]:
+    """Return the quantization_config, as llm-compressor writes it."""
+    integers: dict[str, Any] = {"type": "int", "symmetric": True}
+    if dtype == "int8":
+        group = {
+            "weights": {"num_bits": 8, "strategy": "channel", **integers},
+            "input_activations": {
+                **{"num_bits": 8, "strategy": "token", "dynamic": True},
+                **integers,
+            },
+        }
+    else:
+        weights = {"num_bits": 4, "strategy": "group", "group_size": GROUP}
+        group = {"weights": weights | integers}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": "int-quantized" if dtype == "int8" else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights | {"strategy": "channel", "dynamic": False},
-                "input_activations": weights | {"strategy": "token", "dynamic": True},
-            }
-        },
+        "config_groups": {"group_0": {"targets": ["Linear"], **group}},
     }

@@ -3,8 +3,8 @@
     make demo-serve              # Llama-3.2-1B's shape, random weights: speed
     make demo-serve REAL=1       # and the real model, pruned for that: over an hour
 
-The engines of one type are there at the same time and measure in turn, so that all see
-the same machine. Results are appended to FOLDER/demo-serve.jsonl, a line per engine.
+Engines are there at the same time and measure in turn, so that all see the same
+machine. Results are written to FOLDER/demo-serve.jsonl, a line per engine.
 """
 
 import argparse
@@ -27,6 +27,7 @@ QUESTIONS = (
     "What is the capital of France?",
     "Why does ice float on water? Answer in one or two sentences.",
 )
+REFERENCE = ("bf16", "dense")
 WORDS = 48  # tokens of an answer, at most
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -98,16 +99,17 @@ class Served:
 
 
 def compare(
-    model: str, dtype: str, folders: dict[str, Path], log: Path, rounds: int, ask: bool
+    model: str, folders: dict[tuple[str, str], Path], log: Path, rounds: int, ask: bool
 ) -> list[dict[str, object]]:
-    """Serve checkpoints of one type at the same time and measure them in turn.
+    """Serve checkpoints at the same time and measure them in turn.
 
-    :param folders: by what their weights are, dense first
+    :param folders: by type and what the weights are; dense bf16, which the others are
+        compared with, first
     :return: a row for each
     """
     engines: list[Served] = []
     try:
-        for weights, folder in folders.items():
+        for (dtype, weights), folder in folders.items():
             name = {"model": model, "type": dtype, "weights": weights}
             print(f"loading {model}, {dtype}, {weights}", flush=True)
             engines.append(Served.start(folder, log, ask, **name))
@@ -116,7 +118,8 @@ def compare(
                 engine.measure()
         return [
             engine.row(
-                answers=[engine.call("ask", q, WORDS) for q in QUESTIONS] if ask else []
+                reference=engines[0].measured[table.BATCHES[0]],
+                answers=[engine.call("ask", q, WORDS) for q in QUESTIONS * ask],
             )
             for engine in engines
         ]
@@ -132,29 +135,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, help="of checkpoints and results")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--types", nargs="+", default=checkpoints.TYPES)
     metavar = ("DENSE", "2OF4", "60")
     parser.add_argument("--real", nargs=3, type=Path, metavar=metavar)
     args = parser.parse_args(arguments)
     args.folder.mkdir(parents=True, exist_ok=True)
     log, results = args.folder / "engines.log", args.folder / "demo-serve.jsonl"
     log.unlink(missing_ok=True)
-    models: list[tuple[str, str, dict[str, Path], bool]] = []
-    for dtype in args.types:
-        print(f"writing checkpoints of {table.SHAPE}, {dtype}", flush=True)
-        made = {
-            weights: checkpoints.make(args.folder, weights, dtype)
-            for weights in checkpoints.STORAGES
-        }
-        models.append((table.SHAPE, dtype, made, False))
+    made: dict[tuple[str, str], Path] = {}
+    for dtype, kinds in checkpoints.TYPES.items():
+        for weights in kinds:
+            print(f"writing {table.SHAPE}, {dtype}, {weights}", flush=True)
+            made[dtype, weights] = checkpoints.make(args.folder, weights, dtype)
+    # as many engines as fit into memory, each time with dense bf16
+    wide = {key: folder for key, folder in made.items() if key[0] == "bf16"}
+    narrow = {key: folder for key, folder in made.items() if key[0] != "bf16"}
+    narrow = {REFERENCE: made[REFERENCE], **narrow}
+    runs = [(table.SHAPE, wide, False), (table.SHAPE, narrow, False)]
     if args.real:
-        real = dict(zip(checkpoints.STORAGES, args.real, strict=True))
-        models.append((args.real[0].name, "bf16", real, True))
-    rows = []
-    for model, dtype, folders, ask in models:
-        rows += compare(model, dtype, folders, log, args.rounds, ask)
-        with results.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows[-len(folders) :])
+        real = zip(checkpoints.STORAGES, args.real, strict=True)
+        folders = {("bf16", weights): folder for weights, folder in real}
+        runs.append((args.real[0].name, folders, True))
+    rows: list[dict[str, object]] = []
+    for model, folders, ask in runs:
+        found = compare(model, folders, log, args.rounds, ask)
+        rows += found[1:] if folders is narrow else found
+        results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(table.markdown(rows))
     for line in table.answers(rows):
         print(line)

@@ -9,7 +9,7 @@ from typing import Any
 SHAPE = "Llama-3.2-1B's shape"
 COLUMNS = (
     *("model", "type", "weights", "tokens/s, batch 1", "batch 4", "batch 16"),
-    *("first token of 512", "memory"),
+    *("first token of 512", "memory", "over dense bf16, batch 1"),
 )
 BATCHES = [f"tokens/s, batch {batch}" for batch in (1, 4, 16)]
 FIRST = "first token after 512"
@@ -22,8 +22,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Write medians, and the median of the ratios to dense in the same round."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|--:|--:|--:|--:|--:|"]
+    """Write medians, and the median of the ratios to dense weights of the same type.
+
+    Ratios are those within a round.
+    """
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|--:|--:|--:|--:|--:|--:|"]
     for row in rows:
         dense = next(
             other
@@ -39,6 +42,7 @@ def markdown(rows: Sequence[Row]) -> str:
         cells.append(f"{median(row[FIRST]):.2f} s{_times(gain, row is dense)}")
         share = row["bytes"] / dense["bytes"]
         cells.append(f"{row['bytes'] / 1e9:.2f} GB{_times(share, row is dense)}")
+        cells.append(f"{_ratio(row[BATCHES[0]], row['reference']):.2f} x")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

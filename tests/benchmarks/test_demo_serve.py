@@ -18,10 +18,12 @@ def small(monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", checkpoints.TYPES)
-@pytest.mark.parametrize("weights", checkpoints.STORAGES)
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [(x, weights) for x, kinds in checkpoints.TYPES.items() for weights in kinds],
+)
 def test_a_checkpoint_has_the_zeros_and_the_storage_of_its_name(
-    tmp_path, weights, dtype
+    tmp_path, dtype, weights
 ):
     folder = checkpoints.make(tmp_path, weights, dtype)
     layers = [x for x in inspect(folder) if x.name.endswith("_proj")]
@@ -29,9 +31,10 @@ def test_a_checkpoint_has_the_zeros_and_the_storage_of_its_name(
     config = config_of(folder).get("quantization_config", {})
     found = recognise(config)
     for layer in layers:
-        assert layer.format.startswith({"bf16": "bfloat16", "int8": "int8"}[dtype])
+        names = {"bf16": "bfloat16", "int8": "int8", "int4": "packed"}
+        assert layer.format.startswith(names[dtype])
         if weights == "dense":
-            assert layer.sparsity < 0.05 and found is None
+            assert (layer.sparsity or 0) < 0.05 and found is None
             continue
         assert layer.format.endswith(checkpoints.STORAGES[weights])
         structure = found.structure(layer.name)
@@ -53,19 +56,31 @@ def test_the_table_has_medians_and_ratios_within_a_round():
     def row(weights: str, rate: list[float], first: list[float], size: float) -> dict:
         rates = {what: rate for what in table.BATCHES}
         name = {"model": "M", "type": "bf16", "weights": weights}
-        return name | rates | {table.FIRST: first, "bytes": size, "answers": []}
+        more = {table.FIRST: first, "bytes": size, "reference": [10, 10, 10]}
+        return name | rates | more
 
     rows = [
         row("dense", [10, 20, 30], [1, 2, 3], 2e9),
         row("2:4", [20, 30, 60], [0.5, 4, 1.5], 1e9),
     ]
     header, _, dense, sparse = table.markdown(rows).splitlines()
-    assert header.count("|") == dense.count("|") == sparse.count("|") == 9
-    assert dense == "| M | bf16 | dense | 20.0 | 20.0 | 20.0 | 2.00 s | 2.00 GB |"
+    assert header.count("|") == dense.count("|") == sparse.count("|") == 10
+    assert (
+        dense == "| M | bf16 | dense | 20.0 | 20.0 | 20.0 | 2.00 s | 2.00 GB | 2.00 x |"
+    )
     expected = " | ".join(["30.0 (2.00 x)"] * 3)
     assert sparse == (
-        f"| M | bf16 | 2:4 | {expected} | 1.50 s (2.00 x) | 1.00 GB (0.50 x) |"
+        f"| M | bf16 | 2:4 | {expected} | 1.50 s (2.00 x) | 1.00 GB (0.50 x) | 3.00 x |"
     )
+
+
+def test_four_bits_are_packed_from_the_lowest():
+    weight = torch.arange(-7, 8).repeat(128 * 16 // 15 + 1)[: 16 * 128].view(16, 128)
+    weight[:, 0] = 7  # so that every scale is 1
+    stored = checkpoints._stored(weight.float(), "int4")
+    assert stored["weight_packed"].shape == (16, 16)
+    nibbles = stored["weight_packed"].unsqueeze(2) >> 4 * torch.arange(8) & 15
+    assert torch.equal(nibbles.view(16, 128) - 8, weight)
 
 
 def test_answers_are_shown_beside_what_the_weights_are():
