@@ -8,6 +8,7 @@ answer is a JSON line on stdout after ``ANSWER``; the first one tells of the sta
 
 import gc
 import json
+import os
 import re
 import sys
 import threading
@@ -25,27 +26,32 @@ PROMPT, SHORT, LONG = 8, 9, 33  # tokens of a prompt and of two generations
 
 
 class Memory(threading.Thread):
-    """Watches what loading the weights takes, without files mapped into memory."""
+    """Watches what a model takes, without files that are mapped into memory."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.before = self.peak = self.after = 0
+        self.before = self.loading = 0  # bytes; ``loading`` is the most while loading
+        self._loads = True
         load = DefaultModelLoader.load_weights
 
-        # vLLM prepares its output layer later, which is the same dense and sparse
         def watched(*args: Any, **kwargs: Any) -> None:
             self.before = self._now()
             self.start()
             load(*args, **kwargs)
-            gc.collect()
-            self.after = self._now()
+            self._loads = False
+            self.join()
 
         DefaultModelLoader.load_weights = watched
 
     def run(self) -> None:
-        while not self.after:
-            self.peak = max(self.peak, self._now())
+        while self._loads:
+            self.loading = max(self.loading, self._now())
             time.sleep(0.002)
+
+    def used(self) -> int:
+        """Return the bytes that have been added since loading started."""
+        gc.collect()
+        return self._now() - self.before
 
     @staticmethod
     def _now() -> int:
@@ -111,8 +117,9 @@ def main() -> None:
         {
             "vllm": vllm.__version__,
             "start": time.perf_counter() - start,  # seconds
-            "bytes": memory.after - memory.before,
-            "peak_bytes": memory.peak - memory.before,
+            # the KV cache is as large for any weights
+            "bytes": memory.used() - (int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) << 30),
+            "loading_bytes": memory.loading - memory.before,
         }
     )
     for line in sys.stdin:

@@ -9,6 +9,10 @@ from processes import ENVIRONMENT, SPARSE
 from llmc_attnmask.serving.bench import run
 from llmc_attnmask.serving.kernels.cpu import machine
 
+RIVALS = {
+    "unstructured-packed": "UnquantizedLinearMethod",
+    "int8-dense": "CompressedTensorsW8A8Int8 with CPUInt8ScaledMMLinearKernel",
+}
 DENSITY = {"unstructured-packed": 0.6, "int8-dense": 0.5}  # of down_proj
 
 
@@ -35,11 +39,9 @@ def test_every_kind_of_layer_is_timed_dense_and_sparse(
     }
     down = kinds["down_proj"]
     assert (down.rows, down.columns) == (192, 384)
-    expected = "Int8" if name == "int8-dense" else "UnquantizedLinearMethod"
-    assert expected in found.rival
+    assert found.rival == RIVALS[name]
     for times in (*(kind.times for kind in kinds.values()), found.times):
         assert [time.tokens for time in times] == [1, 8, 64, 512]
-        assert all(time.dense_ms > 0 < time.sparse_ms for time in times)
     for which in ("dense_ms", "sparse_ms"):
         summed = sum(k.layers * getattr(k.times[0], which) for k in found.kinds)
         assert getattr(found.times[0], which) == pytest.approx(summed)
@@ -47,6 +49,8 @@ def test_every_kind_of_layer_is_timed_dense_and_sparse(
         assert {kind.kernel for kind in found.kinds} == {"dense"}
         return
     assert down.kernel == "avx512"
+    head = kinds["output layer"]
+    assert head.dense_bytes == head.sparse_bytes > 0
     bit = 1 / 8 if name == "int8-dense" else 1 / 16  # per entry, of its bytes
     share = down.sparse_bytes / down.dense_bytes
     assert share == pytest.approx(DENSITY[name] + bit, rel=0.05)
@@ -56,3 +60,13 @@ def test_every_kind_of_layer_is_timed_dense_and_sparse(
 def test_a_model_without_sparse_layers_has_nothing_to_gain(checkpoints: Path) -> None:
     with pytest.raises(ValueError, match=r"random: config.json names no sparse layers"):
         run.bench(checkpoints / "random")
+
+
+@pytest.mark.usefixtures("environment")
+def test_layers_that_stay_dense_keep_their_bytes(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMC_ATTNMASK_KERNEL", "dense")
+    found = run.bench(checkpoints / "bf16-packed")
+    assert {kind.kernel for kind in found.kinds} == {"dense"}
+    assert found.sparse_bytes == found.dense_bytes > 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -38,6 +38,7 @@ from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
 from llmc_attnmask.checkpoint.selection import (
     CheckpointWarning,
     packed_layers,
+    structure,
     to_pack,
     two_of_four_layers,
 )
@@ -64,6 +65,10 @@ def to_packed(
     """Pack weights and config; ``report.conversion.pack`` documents the arguments."""
     check_new(Path(output))
     check_apart(Path(directory), Path(output))
+    if storage not in get_args(PackedStorage):
+        raise ValueError(
+            f"storage is {storage!r}; expected {' or '.join(get_args(PackedStorage))}"
+        )
     if only_2of4 and storage != sparse_24_bitmask.NAME:
         raise ValueError(
             f"--only-2of4 chooses layers for {sparse_24_bitmask.NAME}; {storage} packs "
@@ -122,10 +127,17 @@ def _structures(
     """Return the names of 2:4 and of unstructured layers that the marker will have."""
     named, unstructured = marker.read(config) or [], marker.read_unstructured(config)
     known = {*named, *unstructured}
+    unknown = []
     for layer in packed:
         if layer.storage == sparse_24_bitmask.NAME:
             named.append(layer.module)
         elif layer.module not in known:
+            unknown.append(layer)
+    # of another origin, which may have packed whatever has a weight
+    for layer, found in zip(unknown, in_threads(structure, unknown), strict=True):
+        if found == marker.STRUCTURE:
+            named.append(layer.module)
+        elif found == marker.UNSTRUCTURED:
             unstructured.append(layer.module)
     return named, unstructured
 

@@ -34,10 +34,18 @@ def decoder_linears(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
             and len(tensor.shape) == 2
             and tensor.bytes
             and tensor.dtype in _DTYPES
-            and _is_decoder_linear(module)
+            and is_decoder_linear(module)
         ):
             found[module] = tensor
     return found
+
+
+def is_decoder_linear(module: str) -> bool:
+    """Return whether a module is in a decoder layer, and not a router, by its name."""
+    return (
+        _IN_DECODER.search(module) is not None
+        and module.rpartition(".")[2] not in _ROUTERS
+    )
 
 
 def packed_integers(checkpoint: Checkpoint) -> list[str]:
@@ -112,10 +120,3 @@ def single_groups(
         children = dict.fromkeys(module.rpartition(".")[2] for module in members)
         groups[f"{parent}.{'+'.join(children)}"] = members
     return groups
-
-
-def _is_decoder_linear(module: str) -> bool:
-    return (
-        _IN_DECODER.search(module) is not None
-        and module.rpartition(".")[2] not in _ROUTERS
-    )

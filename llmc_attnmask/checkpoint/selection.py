@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence, Set
 from math import prod
 
+import torch
 from tqdm import tqdm
 
 from llmc_attnmask.checkpoint import marker, scan
@@ -13,6 +14,7 @@ from llmc_attnmask.checkpoint.io.threads import in_threads
 from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
 from llmc_attnmask.checkpoint.linears import (
     decoder_linears,
+    is_decoder_linear,
     mixed_groups,
     packed_integers,
 )
@@ -21,8 +23,17 @@ from llmc_attnmask.checkpoint.transfers import sparse_24_bitmask as two_of_four
 from llmc_attnmask.checkpoint.transfers import sparse_bitmask as any_mask
 
 # Share of zeros from which a layer counts as sparse. With fewer, an 8-bit weight would
-# take more room packed, because of its bitmask.
+# take more room packed, because of its bitmask. Row offsets take 8 bytes per row more.
 SPARSE = 0.125
+
+
+def is_sparse(entries: int, shape: Sequence[int]) -> bool:
+    """Return whether a layer has as many zeros as it takes.
+
+    :param entries: that are not +0.0
+    :param shape: of the weight
+    """
+    return entries <= (1 - SPARSE) * prod(shape)
 
 
 class CheckpointWarning(UserWarning):
@@ -77,12 +88,15 @@ def _two_of_four(checkpoint: Checkpoint, only_2of4: bool) -> list[two_of_four.Pa
 
 def _with_any_mask(checkpoint: Checkpoint) -> list[any_mask.Pack]:
     linears = decoder_linears(checkpoint)
+    named = set(marker.read(checkpoint.config) or ()) & linears.keys()
+    for module in named - set(two_of_four_layers({m: linears[m] for m in named})):
+        raise scan.not_two_of_four(linears[module])
     counts = in_threads(scan.entries, linears.values())
     progress = tqdm(counts, "finding sparse layers", total=len(linears), leave=False)
     return [
         any_mask.Pack(module, tensor, entries)
         for (module, tensor), entries in zip(linears.items(), progress, strict=True)
-        if entries <= (1 - SPARSE) * prod(tensor.shape)
+        if is_sparse(entries, tensor.shape)
     ]
 
 
@@ -101,8 +115,25 @@ def unstructured_layers(
     :param two_of_four: names of the 2:4 ones
     """
     others = {name: linears[name] for name in linears if name not in two_of_four}
-    shares = in_threads(scan.zeros_at_start, others.values())
-    return [name for name, share in zip(others, shares, strict=True) if share >= SPARSE]
+    counts = in_threads(scan.entries, others.values())
+    return [
+        name
+        for name, entries in zip(others, counts, strict=True)
+        if is_sparse(entries, others[name].shape)
+    ]
+
+
+def structure(layer: base.Unpack) -> str | None:
+    """Return what a marker would call a packed layer; None if it would not name it."""
+    if not is_decoder_linear(layer.module):
+        return None
+    entries, two_of_four = 0, layer.shape[1] % 4 == 0
+    for _, rows in layer.rows():
+        entries += int(torch.count_nonzero(rows))
+        two_of_four = two_of_four and not sparse_24_bitmask.crowded_groups(rows)
+    if two_of_four:
+        return marker.STRUCTURE
+    return marker.UNSTRUCTURED if is_sparse(entries, layer.shape) else None
 
 
 def packed_layers(checkpoint: Checkpoint) -> list[base.Unpack]:
@@ -178,7 +209,7 @@ def _uniform(sparse: Set[str], checkpoint: Checkpoint) -> set[str]:
             f"{', '.join(inside)} stay dense: servers fuse them with "
             f"{', '.join(outside)}, which cannot be packed",
             CheckpointWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
     return kept
 

@@ -1,4 +1,4 @@
-"""Give freed memory back to the system, which the C library may keep.
+"""Give freed memory back to the system, which the allocator may keep.
 
 glibc keeps freed blocks of up to 32 MB for later. When dense layers of that size make
 way for smaller sparse ones, so much is kept that a sparse model takes more memory than
@@ -11,12 +11,17 @@ from collections.abc import Callable
 
 
 def give_back() -> None:
-    """Return what has been freed, in milliseconds; do nothing without glibc."""
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    """Return what has been freed, in milliseconds, if the allocator can do that."""
+    for release in _releases():
+        release()
 
 
 @functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _releases() -> list[Callable[[], object]]:
+    """Return calls of the allocators in this process: glibc's, and tcmalloc."""
+    process, found = ctypes.CDLL(None), list[Callable[[], object]]()
+    if hasattr(process, "malloc_trim"):
+        found.append(functools.partial(process.malloc_trim, 0))
+    if hasattr(process, "MallocExtension_ReleaseFreeMemory"):  # if it is preloaded
+        found.append(process.MallocExtension_ReleaseFreeMemory)
+    return found

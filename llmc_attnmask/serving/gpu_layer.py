@@ -33,6 +33,7 @@ class GpuLayer:
         self.few_tokens = few_tokens
         self.span = span
         self.quantize: activations.Quantizer | None = None  # of 8-bit layers
+        self.nbytes = 0  # of the weight's forms
 
     @classmethod
     def of(cls, layer: Any, choice: Choice) -> "GpuLayer":
@@ -55,6 +56,10 @@ class GpuLayer:
         served = cls(choice.tokens, made.span)
         if weight.itemsize == 1:
             served.quantize = activations.quantizer(weight.dtype, weight.device)
+        found = (made.values, made.indices, made.arrived, made.compressed)
+        memory = [x.untyped_storage() for x in found if x is not None]
+        # values may lie within the compressed form
+        served.nbytes = sum({x.data_ptr(): x.nbytes() for x in memory}.values())
         for name in ("weight", "weight_scale", "input_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)

@@ -120,7 +120,7 @@ class SparseLinearMethod(LinearMethodBase):
             self.name,
             self.storage,
             self.packed_parts,
-            weight.device,
+            weight,
             lambda dense, shard: layer.weight.weight_loader(
                 layer.weight, dense, *(() if shard is None else (shard,))
             ),

@@ -27,14 +27,14 @@ class ShardLoader:
         name: str,
         storage: str,
         shards: int,
-        device: torch.device,
+        weight: Tensor,
         deliver: Deliver,
     ):
         """
         :param name: the layer's name, for messages
         :param storage: as config.json calls it
         :param shards: how many of the layer's parts are packed
-        :param device: where to unpack
+        :param weight: the dense weight; shards are unpacked where it is
         :param deliver: called with each dense shard [rows, columns] and its id
         """
         self.name = name
@@ -42,7 +42,8 @@ class ShardLoader:
         # the tensors of one shard, as the checkpoint names them
         self.parts: tuple[str, ...] = self._layout.Packed._fields
         self.shards = shards
-        self.device = device
+        self.device = weight.device
+        self.dtype = weight.dtype
         self.deliver = deliver
         self.delivered = 0
         self._waiting: dict[Any, dict[str, Tensor]] = {}
@@ -68,6 +69,15 @@ class ShardLoader:
         self.delivered += 1
 
     def _unpacked(self, parts: dict[str, Tensor], shard: Any) -> Tensor:
+        found, expected = parts["compressed"].dtype, self.dtype
+        floats = found.is_floating_point and expected.is_floating_point
+        if found != expected and not (
+            floats and found.itemsize > 1 < expected.itemsize
+        ):
+            raise ValueError(
+                f"{self._shard(shard)} has values of {found}; expected {expected}, as "
+                "config.json describes the weight"
+            )
         device = torch.device("cpu") if self.device.type == "meta" else self.device
         try:
             # the shape is read on the CPU

@@ -160,6 +160,28 @@ def test_a_checkpoint_packed_with_any_mask_still_says_what_is_2of4(tmp_path):
     assert marker.read_unstructured(restored) == [name]
 
 
+def test_layers_that_another_tool_packed_are_marked_as_what_they_are(tmp_path):
+    weights = {
+        "model.layers.0.mlp.down_proj": two_of_four(4, 8),
+        "model.layers.0.mlp.up_proj": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]]).float(),
+        "model.layers.0.mlp.gate_proj": torch.ones(4, 8),
+        "lm_head": two_of_four(4, 8),
+    }
+    tensors = {
+        f"{name}.{kind}": part
+        for name, weight in weights.items()
+        for kind, part in sparse_bitmask.pack(weight)._asdict().items()
+    }
+    sparsity = {"format": "sparse-bitmask", "targets": ["Linear"]}
+    config = {"quantization_config": {"sparsity_config": sparsity}}
+    to_dense(write(tmp_path / "packed", tensors, config=config), tmp_path / "dense")
+    for name, weight in weights.items():
+        assert torch.equal(read(tmp_path / "dense")[f"{name}.weight"], weight)
+    restored = config_of(tmp_path / "dense")
+    assert marker.read(restored) == ["model.layers.0.mlp.down_proj"]
+    assert marker.read_unstructured(restored) == ["model.layers.0.mlp.up_proj"]
+
+
 def test_a_marker_is_kept_when_any_mask_is_packed(tmp_path):
     config = {"model_type": "llama"}
     marker.write(config, NAMES[2:], NAMES[:2])

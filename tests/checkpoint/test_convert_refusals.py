@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llmc_attnmask.checkpoint import marker
 from llmc_attnmask.checkpoint.convert import to_dense, to_packed
 from tests.support.checkpoints import Q, config_of, decoder, read, write
 
@@ -215,3 +216,20 @@ def test_choosing_2of4_layers_for_a_storage_of_any_mask_is_refused(tmp_path):
     dense = write(tmp_path / "dense", decoder())
     with pytest.raises(ValueError, match="--only-2of4 chooses layers for sparse-24-b"):
         to_packed(dense, tmp_path / "o", storage="sparse-bitmask", only_2of4=True)
+
+
+def test_a_layer_that_the_marker_wrongly_calls_2of4_is_refused(tmp_path):
+    tensors = decoder()
+    tensors[f"{Q}.weight"][0, :4] = 1
+    config = {"model_type": "llama"}
+    marker.write(config, [Q])
+    dense = write(tmp_path / "dense", tensors, config=config)
+    with pytest.raises(ValueError, match=rf"{Q}\.weight in .* is not 2:4: 1 of its"):
+        to_packed(dense, tmp_path / "packed", storage="sparse-bitmask")
+
+
+@pytest.mark.parametrize("storage", ["dense", "bogus"])
+def test_another_storage_than_the_packed_ones_is_refused(tmp_path, storage):
+    dense = write(tmp_path / "dense", decoder())
+    with pytest.raises(ValueError, match=f"storage is '{storage}'; expected sparse-24"):
+        to_packed(dense, tmp_path / "packed", storage=storage)

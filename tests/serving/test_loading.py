@@ -7,17 +7,18 @@ from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask, sparse_bitmask
 from llmc_attnmask.serving.loading import ShardLoader
 from tests.support.kernels.matrices import random_2of4
 
-CPU = torch.device("cpu")
 LAYOUTS = (sparse_24_bitmask, sparse_bitmask)
 
 
-def _loader(shards: int, layout=sparse_24_bitmask) -> tuple[ShardLoader, dict]:
+def _loader(
+    shards: int, layout=sparse_24_bitmask, dtype=torch.bfloat16
+) -> tuple[ShardLoader, dict]:
     delivered = {}
     loader = ShardLoader(
         "qkv_proj",
         layout.NAME,
         shards,
-        CPU,
+        torch.empty(0, dtype=dtype),
         lambda dense, shard: delivered.update({shard: dense}),
     )
     return loader, delivered
@@ -51,7 +52,7 @@ def test_a_shard_is_delivered_when_its_last_part_arrives(layout, order):
 @pytest.mark.parametrize("on_tensor", [True, False])
 def test_shards_may_be_interleaved(on_tensor, layout):
     weights = {shard: random_2of4(4, 16, torch.int8) for shard in ("q", "k", 0)}
-    loader, delivered = _loader(3, layout)
+    loader, delivered = _loader(3, layout, torch.int8)
     for part in layout.Packed._fields:
         for shard, weight in weights.items():
             tensor = layout.pack(weight)._asdict()[part]
@@ -75,7 +76,7 @@ def test_a_missing_part_is_named():
 
 
 def test_a_missing_shard_is_counted():
-    loader, _ = _loader(2)
+    loader, _ = _loader(2, dtype=torch.int8)
     for part, tensor in (
         sparse_24_bitmask.pack(random_2of4(4, 16, torch.int8))._asdict().items()
     ):
@@ -103,3 +104,31 @@ def test_row_offsets_that_go_back_are_reported_with_their_layer():
         ValueError, match="part v of qkv_proj cannot be unpacked: a row"
     ):
         _receive(loader, "row_offsets", offsets.flip(0), "v")
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected", "fits"),
+    [
+        (torch.float32, torch.bfloat16, True),
+        (torch.float16, torch.bfloat16, True),
+        (torch.int8, torch.bfloat16, False),
+        (torch.bfloat16, torch.int8, False),
+        (torch.float8_e4m3fn, torch.bfloat16, False),
+    ],
+)
+def test_values_of_another_kind_than_config_json_describes_are_refused(
+    stored, expected, fits
+):
+    loader, delivered = _loader(1, dtype=expected)
+    packed = sparse_24_bitmask.pack(random_2of4(4, 16, stored))._asdict()
+    values = packed.pop("compressed")
+    for part, tensor in packed.items():
+        _receive(loader, part, tensor)
+    if fits:
+        _receive(loader, "compressed", values)
+        assert delivered[None].dtype == stored
+    else:
+        with pytest.raises(
+            ValueError, match=f"values of {stored}; expected {expected}"
+        ):
+            _receive(loader, "compressed", values)

@@ -12,9 +12,10 @@ from llmc_attnmask.checkpoint.convert import to_dense
 from llmc_attnmask.checkpoint.inspect import inspect
 from llmc_attnmask.checkpoint.load import load
 from llmc_attnmask.checkpoint.selection import CheckpointWarning
+from llmc_attnmask.checkpoint.store import mark
 from llmc_attnmask.oneshot.prune import prune
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
-from tests.support.checkpoints import config_of, digests, prune_2of4
+from tests.support.checkpoints import config_of, digests, prune_2of4, write
 
 QUICK = {"num_samples": 4, "max_length": 64}
 PRUNE = """
@@ -164,6 +165,14 @@ def test_layers_with_any_mask_are_packed_if_the_recipe_requests_it(scheme, tmp_p
     assert digests(tmp_path / "restored") == digests(dense)
     if scheme is None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+
+
+def test_a_layer_is_marked_for_its_zeros_wherever_they_lie(tmp_path):
+    tensors = {"model.layers.0.mlp.up_proj.weight": torch.ones(2048, 1024).bfloat16()}
+    tensors["model.layers.0.mlp.up_proj.weight"][700:] = 0
+    mark(write(tmp_path / "model", tensors))
+    found = marker.read_unstructured(config_of(tmp_path / "model"))
+    assert found == ["model.layers.0.mlp.up_proj"]
 
 
 @pytest.mark.parametrize("storage", ["marlin-24", "sparse"])

@@ -12,6 +12,7 @@ from torch import Tensor
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by bytes per entry
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _BLOCK = 1 << 18  # entries at a time on a CPU; they stay in its cache
+_ACCELERATOR_BLOCK = 1 << 24  # elsewhere; `spread` takes 16 bytes for each
 
 # Eight flags, each a byte that is 0 or 1, are read as one integer. Its product with
 # this number has flag j at bit j of the highest byte, without carries.
@@ -88,9 +89,10 @@ def spread(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield the rows to do at a time: all on an accelerator, a cacheful on a CPU."""
+    """Yield the rows to do at a time: a cacheful on a CPU, more on an accelerator."""
     if matrix.is_meta or not matrix.numel():
         return
     rows = len(matrix)
-    step = max(1, _BLOCK // matrix.shape[1]) if matrix.device.type == "cpu" else rows
+    block = _BLOCK if matrix.device.type == "cpu" else _ACCELERATOR_BLOCK
+    step = max(1, block // matrix.shape[1])
     yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))

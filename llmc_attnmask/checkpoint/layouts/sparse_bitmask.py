@@ -51,8 +51,11 @@ def pack(weight: Tensor) -> Packed:
         nothing says how many entries there are
     :raises ValueError: for other shapes and dtypes
     """
-    if weight.ndim != 2:
-        raise ValueError(f"the weight is {list(weight.shape)}; expected two dimensions")
+    if weight.ndim != 2 or weight.is_meta:
+        raise ValueError(
+            f"the weight is {list(weight.shape)} on {weight.device.type}; expected two "
+            "dimensions, and values"
+        )
     bits = bits_of(weight)
     rows, columns = weight.shape
     bitmask = weight.new_empty(rows, mask_bytes(columns), dtype=torch.uint8)
@@ -85,13 +88,15 @@ def unpack(
     :raises ValueError: if shapes or dtypes are wrong
     :raises PartsDisagreeError: if the parts do not describe the same entries
     """
-    found = shape.flatten().tolist() if isinstance(shape, Tensor) else list(shape)
-    check_shapes(compressed.shape, bitmask.shape, found, row_offsets.shape)
-    if (bitmask.dtype, row_offsets.dtype) != (torch.uint8, torch.int64):
+    shape = torch.as_tensor(shape)
+    dtypes = (bitmask.dtype, shape.dtype, row_offsets.dtype)
+    if dtypes != (torch.uint8, torch.int64, torch.int64):
         raise ValueError(
-            f"the bitmask is {bitmask.dtype} and the row offsets are "
-            f"{row_offsets.dtype}; expected torch.uint8 and torch.int64"
+            f"bitmask, shape and row_offsets are {', '.join(map(str, dtypes))}; "
+            "expected torch.uint8, torch.int64, torch.int64"
         )
+    found = shape.flatten().tolist()
+    check_shapes(compressed.shape, bitmask.shape, found, row_offsets.shape)
     rows, columns = found
     values = bits_of(compressed)
     weight = compressed.new_empty(rows, columns)
@@ -102,6 +107,8 @@ def unpack(
         bits_of(weight[block]).copy_(spread(values[first:last], mask, columns))
         first = last
     check_count(first, len(values))
+    if not weight.numel() and bool(row_offsets.any()):
+        raise PartsDisagreeError("row_offsets are not 0, but there are no columns")
     return weight
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
@@ -20,6 +21,7 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.plugins import load_general_plugins
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -28,7 +30,9 @@ from llmc_attnmask.checkpoint.io.files import Checkpoint
 from llmc_attnmask.serving.bench.groups import Group
 from llmc_attnmask.serving.config import SparseConfig
 from llmc_attnmask.serving.kernels import select
+from llmc_attnmask.serving.recognise import METHOD
 from llmc_attnmask.serving.table import KernelTable, Row
+from llmc_attnmask.serving.versions import SUPPORTED
 
 
 class _Rows(KernelTable):
@@ -44,9 +48,14 @@ class _Rows(KernelTable):
 def single_process(directory: Path) -> Iterator[VllmConfig]:
     """Prepare this process like one that vLLM would serve the checkpoint in.
 
-    :raises ValueError: if config.json names no sparse layers
+    :raises ValueError: if config.json names no sparse layers, or the plugin is off
     """
     load_general_plugins()
+    if METHOD not in QUANTIZATION_METHODS:
+        raise ValueError(
+            f"this package's plugin is off in vLLM {vllm.__version__} here: use "
+            f"version {SUPPORTED} or later, and leave the plugin in VLLM_PLUGINS"
+        )
     config = EngineArgs(model=str(directory), enforce_eager=True).create_engine_config()
     if not isinstance(config.quant_config, SparseConfig):
         raise ValueError(
@@ -102,6 +111,11 @@ def load(
                 tensor = checkpoint.tensors.get(f"{module}.{name}")
                 if tensor is not None:
                     parameter.weight_loader(parameter, tensor.load(), i)
+                elif "scale" in name:
+                    raise ValueError(
+                        f"{checkpoint.directory} has no {module}.{name}, which its "
+                        "quantization needs; the checkpoint is incomplete"
+                    )
         layer.quant_method.process_weights_after_loading(layer)
     return layer, table.last
 
@@ -122,13 +136,10 @@ def load_head(checkpoint: Checkpoint, config: VllmConfig) -> nn.Module | None:
     return None
 
 
-def weight_bytes(layer: nn.Module) -> int:
-    """Return the bytes of a layer's weight in the form that is multiplied."""
+def sparse_bytes(layer: Any) -> int | None:
+    """Return the bytes of a weight's sparse form, or None if the layer stays dense."""
     served = getattr(layer.quant_method, "served", None)
-    if hasattr(served, "nbytes"):
-        return int(served.nbytes)  # type: ignore[union-attr]
-    tensors = (*layer.named_parameters(), *layer.named_buffers())
-    return sum(t.nbytes for name, t in tensors if "scale" not in name)
+    return None if served is None else int(served.nbytes)
 
 
 @contextmanager

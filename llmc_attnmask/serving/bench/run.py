@@ -11,7 +11,6 @@ import torch
 import vllm
 from torch import nn
 from tqdm import tqdm
-from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from llmc_attnmask.checkpoint.io.files import open_checkpoint
@@ -19,11 +18,11 @@ from llmc_attnmask.serving import rival
 from llmc_attnmask.serving.bench import layers
 from llmc_attnmask.serving.bench.groups import groups
 from llmc_attnmask.serving.bench.result import Bench, Kind, Time
-from llmc_attnmask.serving.bench.timing import in_turn
+from llmc_attnmask.serving.bench.timing import Timer
 
 TOKENS = (1, 8, 64, 512)  # in one step
 PROMPT = 512  # tokens of a prompt, of which only the last one needs an output
-SECONDS = 15.0  # of timing, without loading
+SECONDS = 15.0  # of timing, without loading; more if there are many kinds of layers
 
 
 def bench(directory: str | Path) -> Bench:
@@ -39,14 +38,16 @@ def bench(directory: str | Path) -> Bench:
     """
     directory = Path(directory)
     checkpoint = open_checkpoint(directory)
-    found, experts = groups(checkpoint)
     with layers.single_process(directory) as config, torch.inference_mode():
+        found, experts = groups(checkpoint, config.quant_config.sparsity)
+        timer = Timer(config.device_config.device_type, rival.cache_bytes())
         seconds = SECONDS / len(TOKENS) / (len(found) + 1)
         kinds, rivals = [], set()
         for group in tqdm(found, "timing layers", leave=False):
             dense, _ = layers.load(group, checkpoint, config, dense=True)
             sparse, row = layers.load(group, checkpoint, config, dense=False)
             rivals.add(_name(dense))
+            size = layers.sparse_bytes(sparse)
             kinds.append(
                 Kind(
                     layers=len(group.names),
@@ -58,14 +59,18 @@ def bench(directory: str | Path) -> Bench:
                     kernel=row.kernel if row else "dense",
                     reason=row.reason if row else "not sparse",
                     dense_bytes=group.dense_bytes,
-                    sparse_bytes=layers.weight_bytes(sparse),
-                    times=_times([dense, sparse], group.columns, config, seconds),
+                    sparse_bytes=group.dense_bytes if size is None else size,
+                    times=_times(timer, [dense, sparse], group.columns, seconds),
                 )
             )
             del dense, sparse
             gc.collect()
         if (head := layers.load_head(checkpoint, config)) is not None:
-            kinds.append(_head(head, config, seconds))
+            kinds.append(_head(timer, head, seconds))
+        if not kinds:
+            raise ValueError(
+                f"{directory} has no Linear outside of experts that could be timed"
+            )
         machine = _machine(config.device_config.device_type)
     return Bench(
         model=str(directory),
@@ -80,7 +85,7 @@ def bench(directory: str | Path) -> Bench:
     )
 
 
-def _head(head: Any, config: VllmConfig, seconds: float) -> Kind:
+def _head(timer: Timer, head: Any, seconds: float) -> Kind:
     rows, columns = head.weight.shape
     return Kind(
         layers=1,
@@ -93,26 +98,24 @@ def _head(head: Any, config: VllmConfig, seconds: float) -> Kind:
         reason="not sparse; of a prompt, it sees the last token alone",
         dense_bytes=head.weight.nbytes,
         sparse_bytes=head.weight.nbytes,
-        times=_times([head], columns, config, seconds, output=True),
+        times=_times(timer, [head], columns, seconds, output=True),
     )
 
 
 def _times(
+    timer: Timer,
     served: Sequence[Any],
     columns: int,
-    config: VllmConfig,
     seconds: float,
     output: bool = False,
 ) -> list[Time]:
     """Time layers, dense and sparse, or one that is always dense."""
     found = []
-    device = config.device_config.device
     for tokens in TOKENS:
         rows = 1 if output and tokens >= PROMPT else tokens
-        x = torch.randn(rows, columns, device=device)
+        x = torch.randn(rows, columns, device=timer.device)
         calls = [partial(layer.quant_method.apply, layer, x) for layer in served]
-        cache = rival.cache_bytes() if x.device.type == "cpu" else 0
-        times = in_turn(calls, x.device.type, cache, seconds)
+        times = timer.in_turn(calls, seconds)
         found.append(Time(tokens, times[0], times[-1]))
     return found
 

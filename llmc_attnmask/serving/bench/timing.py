@@ -1,4 +1,4 @@
-"""Time two ways of computing the same, in turn, with weights that come from memory."""
+"""Time several ways of computing the same, with weights that come from memory."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,64 +9,65 @@ import torch
 Call = Callable[[], Any]
 
 REPEATS = (3, 50)  # at least, at most
-CUDA_CACHE = 128 << 20  # bytes; more than the second-level cache of any GPU
+CUDA_CACHE = 256 << 20  # bytes; more than the second-level cache of any GPU
 
 
-def in_turn(
-    calls: Sequence[Call], device: str, cache: int, seconds: float
-) -> list[float]:
-    """Return the median milliseconds of each call.
+class Timer:
+    """Measures calls in turn; before each, it empties the cache of the processor."""
 
-    On a GPU, each is recorded in a CUDA graph first, as a server records decoding.
+    def __init__(self, device: str, cache: int) -> None:
+        """
+        :param device: "cpu" or "cuda"
+        :param cache: bytes of a CPU's last-level cache
+        """
+        self.device = device
+        size = CUDA_CACHE if device == "cuda" else 2 * cache
+        self.other = torch.zeros(size, dtype=torch.uint8, device=device)
 
-    :param device: "cpu" or "cuda"
-    :param cache: bytes of the CPU's last-level cache, which is emptied between calls
-    :param seconds: about how long to measure
-    """
-    once = _OnCuda(calls) if device == "cuda" else _OnCpu(calls, cache)
-    start = time.perf_counter()
-    for which in range(len(calls)):
-        once(which)
-    took = time.perf_counter() - start
-    least, most = REPEATS
-    repeats = max(least, min(most, int(seconds / max(took, 1e-6))))
-    times = [[once(which) for which in range(len(calls))] for _ in range(repeats)]
-    return [sorted(column)[repeats // 2] for column in zip(*times, strict=True)]
+    def in_turn(self, calls: Sequence[Call], seconds: float) -> list[float]:
+        """Return the median milliseconds of each call.
 
+        On a GPU, each is recorded in a CUDA graph first, as a server records decoding.
 
-class _OnCpu:
-    def __init__(self, calls: Sequence[Call], cache: int) -> None:
-        self._calls = calls
-        self._other = torch.zeros(2 * cache, dtype=torch.uint8)
+        :param seconds: about how long to measure
+        """
         for call in calls:
-            call()
-
-    def __call__(self, which: int) -> float:
-        self._other.add_(1)
+            call()  # whatever happens only once
+        if self.device == "cuda":
+            once = [self._on_cuda(call) for call in calls]
+        else:
+            once = [self._on_cpu(call) for call in calls]
         start = time.perf_counter()
-        self._calls[which]()
-        return 1e3 * (time.perf_counter() - start)
+        for measure in once:
+            measure()
+        took = time.perf_counter() - start
+        least, most = REPEATS
+        repeats = max(least, min(most, int(seconds / max(took, 1e-6))))
+        times = [[measure() for measure in once] for _ in range(repeats)]
+        return [sorted(column)[repeats // 2] for column in zip(*times, strict=True)]
 
+    def _on_cpu(self, call: Call) -> Callable[[], float]:
+        def measure() -> float:
+            self.other.add_(1)
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
 
-class _OnCuda:
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._other = torch.zeros(CUDA_CACHE, dtype=torch.uint8, device="cuda")
-        self._graphs = [self._recorded(call) for call in calls]
+        return measure
 
-    @staticmethod
-    def _recorded(call: Call) -> torch.cuda.CUDAGraph:
-        call()  # so that nothing is compiled while recording
+    def _on_cuda(self, call: Call) -> Callable[[], float]:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        return graph
 
-    def __call__(self, which: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._other.add_(1)
-        begin.record()
-        self._graphs[which].replay()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
+        def measure() -> float:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.other.add_(1)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end))
+
+        return measure

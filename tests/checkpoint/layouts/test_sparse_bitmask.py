@@ -88,6 +88,7 @@ def test_a_strided_view_is_packed_like_its_copy():
     [
         (torch.ones(8), "expected two dimensions"),
         (torch.zeros(2, 8).double(), "8 bytes per entry"),
+        (torch.zeros(2, 8, device="meta"), "on meta; expected"),
     ],
 )
 def test_other_weights_are_refused(weight, message):
@@ -110,8 +111,9 @@ def _uint8(*rows: list[int]) -> torch.Tensor:
         ({"row_offsets": torch.tensor([0])}, "disagree"),
         ({"compressed": torch.ones(2, 5)}, "disagree"),
         ({"compressed": torch.ones(10).double()}, "8 bytes"),
-        ({"bitmask": _uint8([51, 1], [51, 1]).char()}, "expected torch.uint8 and"),
-        ({"row_offsets": torch.tensor([0.0, 5.0])}, "expected torch.uint8 and"),
+        ({"bitmask": _uint8([51, 1], [51, 1]).char()}, "expected torch.uint8, torch.i"),
+        ({"row_offsets": torch.tensor([0.0, 5.0])}, "expected torch.uint8, torch.i"),
+        ({"shape": torch.tensor([2.0, 12.0])}, "expected torch.uint8, torch.int64"),
         ({"compressed": torch.ones(9)}, "at least 10 bits set, .* 9 values"),
         ({"compressed": torch.ones(11)}, "has 10 bits set, .* 11 values"),
         ({"bitmask": _uint8([51, 1], [51, 3])}, "at least 11 bits set, .* 10 values"),
