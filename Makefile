@@ -105,13 +105,13 @@ REAL_PRUNED := $(addprefix $(DEMO_SERVE)/real-,2of4 unstructured_60)
 REAL ?=
 DEMO_SERVE_OPTIONS ?=
 demo-serve: $(SERVING_INSTALLED) $(if $(REAL),$(REAL_PRUNED))  ## dense, 2:4 and 60 % zeros through vLLM: OUT/demo-serve
-	$(SERVING)/bin/python -m integration.demo_serve.run $(DEMO_SERVE) \
+	TQDM_DISABLE=1 $(SERVING)/bin/python -m integration.demo_serve.run $(DEMO_SERVE) \
 	    $(if $(REAL),--real $(REAL_MODEL)/SmolLM2-135M-Instruct $(REAL_PRUNED)) $(DEMO_SERVE_OPTIONS)
 
 $(DEMO_SERVE)/real-%: | $(REAL_MODEL)
 	$(QUIET) $(BIN)/llmc-attnmask prune $(REAL_MODEL)/SmolLM2-135M-Instruct --output $@ \
 	    --recipe recipes/block_$*.yaml --num-samples 64 --max-length 512 \
-	    --dataset $(REAL_MODEL)/wikipedia-calibration.jsonl
+	    --dataset $(REAL_MODEL)/wikipedia-calibration.jsonl --dataset builtin:self
 
 paper: $(INSTALLED)  ## the paper's synthetic experiment: CSV and plots in OUT/paper
 	$(QUIET) $(BIN)/python integration/paper/experiment.py $(OUT)/paper

@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from integration.demo_serve.protocol import ANSWER
 
-PROMPT, SHORT, LONG = 8, 9, 33  # tokens of a prompt and of two generations
+PROMPT, SHORT, LONG = 8, 9, 49  # tokens of a prompt and of two generations
 
 
 class Memory(threading.Thread):

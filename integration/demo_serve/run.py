@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="of checkpoints and results")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     metavar = ("DENSE", "2OF4", "60")
     parser.add_argument("--real", nargs=3, type=Path, metavar=metavar)
     args = parser.parse_args(arguments)
@@ -146,11 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for weights in kinds:
             print(f"writing {table.SHAPE}, {dtype}, {weights}", flush=True)
             made[dtype, weights] = checkpoints.make(args.folder, weights, dtype)
-    # as many engines as fit into memory, each time with dense bf16
-    wide = {key: folder for key, folder in made.items() if key[0] == "bf16"}
-    narrow = {key: folder for key, folder in made.items() if key[0] != "bf16"}
-    narrow = {REFERENCE: made[REFERENCE], **narrow}
-    runs = [(table.SHAPE, wide, False), (table.SHAPE, narrow, False)]
+    runs = []
+    for dtype in checkpoints.TYPES:
+        # not all at once, as they have to fit into memory; each time with dense bf16
+        own = {key: folder for key, folder in made.items() if key[0] == dtype}
+        runs.append((table.SHAPE, {REFERENCE: made[REFERENCE], **own}, False))
     if args.real:
         real = zip(checkpoints.STORAGES, args.real, strict=True)
         folders = {("bf16", weights): folder for weights, folder in real}
@@ -158,7 +158,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, object]] = []
     for model, folders, ask in runs:
         found = compare(model, folders, log, args.rounds, ask)
-        rows += found[1:] if folders is narrow else found
+        known = {(row["model"], row["type"], row["weights"]) for row in rows}
+        rows += [
+            row
+            for row in found
+            if (row["model"], row["type"], row["weights"]) not in known
+        ]
         results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(table.markdown(rows))
     for line in table.answers(rows):
