@@ -48,17 +48,22 @@ def test_sparse_kernels_answer_like_the_same_weights_served_dense(
 
 
 @pytest.mark.parametrize("model", RUNS["sparse long"].models)
-def test_256_greedy_tokens_are_those_of_dense_layers_or_differ_at_a_near_tie(
+def test_256_greedy_tokens_are_those_of_dense_layers_up_to_a_near_tie(
     outputs: Outputs, model: str
 ) -> None:
     stock = outputs["stock long"].result().results[model]
     assert all(len(found["tokens"]) == 256 for found in stock)
-    assert_close(outputs["sparse long"].result().results[model], stock)
+    found = outputs["sparse long"].result().results[model]
+    # a logit between 8 and 16 is rounded to multiples of 1/16
+    assert assert_close(found, stock, within=0.07) > 2 * 256
 
 
-def assert_close(found: list, stock: list, within: float = CLOSE) -> None:
-    """Compare logprobs, up to the first token where two are about as likely."""
-    compared = 0
+def assert_close(found: list, stock: list, within: float = CLOSE) -> int:
+    """Compare logprobs, up to the first token where two are about as likely.
+
+    :return: the tokens that are the same
+    """
+    compared = same = 0
     for ours, theirs in zip(found, stock, strict=True):
         for step, (first, reference) in enumerate(
             zip(ours["logprobs"], theirs["logprobs"], strict=True)
@@ -70,7 +75,9 @@ def assert_close(found: list, stock: list, within: float = CLOSE) -> None:
                 best = sorted(reference.values())[-2:]
                 assert best[1] - best[0] < within
                 break
+            same += 1
     assert compared > 3 * LOGPROBS
+    return same
 
 
 def test_the_log_says_which_kernel_each_layer_got(outputs: Outputs) -> None:

@@ -89,7 +89,9 @@ def _two_of_four(checkpoint: Checkpoint, only_2of4: bool) -> list[two_of_four.Pa
 def _with_any_mask(checkpoint: Checkpoint) -> list[any_mask.Pack]:
     linears = decoder_linears(checkpoint)
     named = set(marker.read(checkpoint.config) or ()) & linears.keys()
-    for module in sorted(named - set(two_of_four_layers({m: linears[m] for m in named}))):
+    for module in sorted(
+        named - set(two_of_four_layers({m: linears[m] for m in named}))
+    ):
         raise scan.not_two_of_four(linears[module])
     counts = in_threads(scan.entries, linears.values())
     progress = tqdm(counts, "finding sparse layers", total=len(linears), leave=False)
