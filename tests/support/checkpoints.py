@@ -22,6 +22,16 @@ LINEARS = {  # [out, in] of a decoder layer
     "mlp.up_proj": (32, 16),
     "mlp.down_proj": (16, 32),
 }
+# of weights that can be packed
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 # modules of ``decoder()`` with a 2:4 weight
 NAMES = [f"model.layers.{i}.{name}" for i in range(2) for name in LINEARS]
 Q = "model.layers.0.self_attn.q_proj"

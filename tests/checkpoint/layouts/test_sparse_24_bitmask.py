@@ -13,20 +13,7 @@ from llmc_attnmask.checkpoint.layouts.sparse_24_bitmask import (
     pack,
     unpack,
 )
-
-DTYPES = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int8,
-    torch.uint8,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
-
-
-def raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+from tests.support.checkpoints import DTYPES, raw
 
 
 @st.composite

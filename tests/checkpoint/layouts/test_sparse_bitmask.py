@@ -11,17 +11,7 @@ from llmc_attnmask.checkpoint.layouts.sparse_bitmask import (
     pack,
     unpack,
 )
-from tests.support.checkpoints import raw
-
-DTYPES = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int8,
-    torch.uint8,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
+from tests.support.checkpoints import DTYPES, raw
 
 
 @st.composite
