@@ -122,6 +122,11 @@ def loading_layer() -> Any:
     return layer
 
 
+def packing_of(layer: Any) -> CpuPacking:
+    stock = UnquantizedLinearMethod()
+    return CpuPacking("qkv_proj", layer, stock, PARTS, 3, lambda _: SPARSE)
+
+
 def load(layer: Any, loader: Any, weight: Tensor) -> None:
     for shard in (2, 0, 1):
         rows = PARTS[shard]
@@ -131,7 +136,7 @@ def load(layer: Any, loader: Any, weight: Tensor) -> None:
 
 def test_the_dense_weight_is_released_when_its_last_part_arrives() -> None:
     layer, weight = loading_layer(), mixed_weight(torch.bfloat16)
-    packing = CpuPacking(layer, UnquantizedLinearMethod(), PARTS, 3, lambda _: SPARSE)
+    packing = packing_of(layer)
     load(layer, layer.weight.weight_loader, weight)
     assert layer.weight.numel() == 0
     assert packing.choice.reason == (
@@ -144,9 +149,17 @@ def test_the_dense_weight_is_released_when_its_last_part_arrives() -> None:
     )
 
 
+def test_a_part_that_is_not_2of4_as_config_json_says_is_refused() -> None:
+    layer, weight = loading_layer(), mixed_weight(torch.bfloat16)
+    weight[7, 4:8] = 1
+    packing_of(layer)
+    with pytest.raises(ValueError, match=r"qkv_proj is 2:4 according to config\.json"):
+        load(layer, layer.weight.weight_loader, weight)
+
+
 def test_reloaded_weights_are_packed_again() -> None:
     layer = loading_layer()
-    packing = CpuPacking(layer, UnquantizedLinearMethod(), PARTS, 3, lambda _: SPARSE)
+    packing = packing_of(layer)
     loader = layer.weight.weight_loader
     x = torch.randn(2, COLUMNS)
     for seed in range(2):
@@ -166,7 +179,7 @@ def test_reloaded_weights_are_packed_again() -> None:
 
 def test_a_layer_that_stays_dense_keeps_its_reloaded_weight() -> None:
     layer, weight = loading_layer(), mixed_weight(torch.bfloat16)
-    packing = CpuPacking(layer, UnquantizedLinearMethod(), PARTS, 3, lambda _: SPARSE)
+    packing = packing_of(layer)
     packing.keep_dense()
     load(layer, layer.weight.weight_loader, weight)
     assert torch.equal(layer.weight, weight)

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase
 
+from llmc_attnmask.checkpoint.layouts.sparse_24_bitmask import NotTwoOfFourError
 from llmc_attnmask.serving import freed_memory, made_up
 from llmc_attnmask.serving.cpu_layer import CpuLayer, Packed, Rows
 from llmc_attnmask.serving.kernels import self_check
 from llmc_attnmask.serving.kernels.cpu import weights
 from llmc_attnmask.serving.kernels.cpu.op import cpu_sparse_linear
-from llmc_attnmask.serving.kernels.select import Choice, keep_dense
+from llmc_attnmask.serving.kernels.select import VARIABLE, Choice, keep_dense
 from llmc_attnmask.serving.rival import Rival
 from llmc_attnmask.serving.scales import by_row
 
@@ -31,11 +32,20 @@ class WrongError(Exception):
     """A kernel gives wrong results on this machine; the message says how."""
 
 
+def not_two_of_four(name: str) -> ValueError:
+    """Make the error for a layer whose weights contradict config.json."""
+    return ValueError(
+        f"{name} is 2:4 according to config.json, but its weights are not; prune the "
+        f"model again, or serve it with {VARIABLE}=dense"
+    )
+
+
 class CpuPacking:
     """Packs one layer, when its last part arrives or when vLLM processes it."""
 
     def __init__(
         self,
+        name: str,
         layer: Any,
         stock: LinearMethodBase,
         parts: Sequence[Rows],
@@ -43,11 +53,13 @@ class CpuPacking:
         choose: Callable[[Any], Choice],
     ) -> None:
         """
+        :param name: the layer's, for messages
         :param layer: with its parameters, which are not loaded yet
         :param parts: what the checkpoint says about the layer's rows
         :param shards: in how many tensors the weight arrives, unless in one
         :param choose: selects the layer's kernel
         """
+        self.name = name
         self._layer = weakref.ref(layer)  # vLLM keeps weight loaders longer
         self.stock = stock
         self.parts = parts
@@ -117,6 +129,8 @@ class CpuPacking:
         rival = Rival(self.layer, self.stock) if choice.timed else None
         try:
             self._packed = [_packed(weight, rows, rival) for rows in self.parts]
+        except NotTwoOfFourError:
+            raise not_two_of_four(self.name) from None
         except WrongError as wrong:
             self._choice = keep_dense(f"{choice.label} failed its check: {wrong}")
             return
