@@ -23,11 +23,12 @@ import yaml
 from latex2mathml.converter import convert
 
 from llmc_attnmask import pack, unpack
-from llmc_attnmask.cli import main
+from llmc_attnmask.cli import main, tables
 from llmc_attnmask.oneshot import compare
 from llmc_attnmask.oneshot.recipe import load_recipe
 from llmc_attnmask.oneshot.shipped import MODEL_DIR
 from llmc_attnmask.serving.table import KernelTable, Row
+from tests.serving.bench.test_result import FOUND
 from tests.support.chat import chat_model
 from tests.support.checkpoints import prune_2of4
 from tests.support.documents import DOCUMENTS, NOT_RUN, ROOT, blocks, first_word
@@ -50,6 +51,8 @@ SMALL = {  # appended, as the last value of an option counts
     "plan": ["--num-samples", "4", "--max-length", "32"],
     "eval": ["--max-length", "64"],
 }
+# commands of vLLM's environment, where integration/serving tests them
+ELSEWHERE = {"bench"}
 FEW_STEPS = {"AttentionMatrixPruningModifier": 2, "MaskedRecoveryModifier": 2}
 DEFAULT_RECIPE = "block_2of4.yaml"
 
@@ -116,6 +119,8 @@ def test_commands_and_python_blocks_run(
                 f"{block.place}: {command!r} is neither a command of this package nor "
                 "in NOT_RUN of tests/support/documents.py, with a reason"
             )
+            if command.split()[1] in ELSEWHERE:
+                command += " --help"  # which parses it
             _call(command, monkeypatch, capsys)
 
 
@@ -249,6 +254,11 @@ def test_formulas_convert_to_mathml(block):
 
 @pytest.mark.parametrize("block", in_language("text"))
 def test_commands_print_output_in_the_form_shown(block):
+    if "│" in block.text:
+        columns = len(tables.bench(FOUND).columns)
+        shown = [line for line in block.text.splitlines() if line != "..."]
+        assert all(line.count("│") == columns + 1 for line in shown)
+        return
     title, header, *rows = (
         re.split(r" {2,}", x.strip()) for x in block.text.split("\n")
     )
