@@ -15,9 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate import LOGPROBS, PROMPTS, TOKENS
+from generate import LOGPROBS, PROMPTS
 from openai import OpenAI
-from processes import ENVIRONMENT, HERE, RUNS, WITHOUT_PLUGIN, Output, server
+from processes import (
+    ENVIRONMENT,
+    HERE,
+    RUNS,
+    TOKENS,
+    WITHOUT_PLUGIN,
+    Output,
+    server,
+)
 
 from llmc_attnmask.serving.kernels.cpu import machine
 
