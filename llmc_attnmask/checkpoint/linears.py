@@ -48,6 +48,18 @@ def is_decoder_linear(module: str) -> bool:
     )
 
 
+def output_layer(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Return the name and weight of the output layer, or of an embedding that is one.
+
+    :return: empty if there is neither by a usual name
+    """
+    for ending in ("lm_head.weight", "embed_out.weight", "embed_tokens.weight"):
+        for tensor in checkpoint.tensors.values():
+            if tensor.name.endswith(ending):
+                return {tensor.name.removesuffix(".weight"): tensor}
+    return {}
+
+
 def packed_integers(checkpoint: Checkpoint) -> list[str]:
     """Return the decoder modules with integer weights packed into words (W4A16)."""
     names = (name.rpartition(".") for name in checkpoint.tensors)

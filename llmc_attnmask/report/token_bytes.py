@@ -10,8 +10,12 @@ from collections.abc import Set
 from dataclasses import dataclass
 from math import prod
 
-from llmc_attnmask.checkpoint.io.files import Checkpoint, TensorSpec
-from llmc_attnmask.checkpoint.linears import decoder_linears, mixed_groups
+from llmc_attnmask.checkpoint.io.files import Checkpoint
+from llmc_attnmask.checkpoint.linears import (
+    decoder_linears,
+    mixed_groups,
+    output_layer,
+)
 from llmc_attnmask.checkpoint.selection import packed_parts
 
 _SPARSE_SIZES = {1, 2}  # bytes per value for which sparse kernels exist
@@ -39,7 +43,8 @@ def bytes_per_token(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[Token
     for inside, _ in mixed_groups(sparse, [*dense, *packed]):
         sparse -= set(inside)
     found = []
-    for name, tensor in [*dense.items(), *packed.items(), *_head(checkpoint)]:
+    head = output_layer(checkpoint)
+    for name, tensor in [*dense.items(), *packed.items(), *head.items()]:
         full = prod(tensor.shape) * tensor.itemsize
         short = full // 2 + prod(tensor.shape) // 8
         applies = name in sparse and tensor.itemsize in _SPARSE_SIZES
@@ -49,12 +54,3 @@ def bytes_per_token(checkpoint: Checkpoint, two_of_four: Set[str]) -> list[Token
         if kind == "weight_packed":  # 4-bit integers: no sparse kernel reads these
             found.append(TokenBytes(name, tensor.bytes, tensor.bytes))
     return found
-
-
-def _head(checkpoint: Checkpoint) -> list[tuple[str, TensorSpec]]:
-    """Find the output layer, or the embedding that also serves as one."""
-    for ending in ("lm_head.weight", "embed_out.weight", "embed_tokens.weight"):
-        for tensor in checkpoint.tensors.values():
-            if tensor.name.endswith(ending):
-                return [(tensor.name.removesuffix(".weight"), tensor)]
-    return []

@@ -27,6 +27,7 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from llmc_attnmask.checkpoint.io.files import Checkpoint
+from llmc_attnmask.checkpoint.linears import output_layer
 from llmc_attnmask.serving.bench.groups import Group
 from llmc_attnmask.serving.config import SparseConfig
 from llmc_attnmask.serving.kernels import select
@@ -125,14 +126,12 @@ def load_head(checkpoint: Checkpoint, config: VllmConfig) -> nn.Module | None:
 
     :return: called with [tokens, inputs]
     """
-    for ending in ("lm_head.weight", "embed_out.weight", "embed_tokens.weight"):
-        for name, tensor in checkpoint.tensors.items():
-            if name.endswith(ending):
-                with torch.device(config.device_config.device):
-                    head = ParallelLMHead(*tensor.shape)
-                    head.weight.weight_loader(head.weight, tensor.load())
-                    head.quant_method.process_weights_after_loading(head)
-                return head
+    for tensor in output_layer(checkpoint).values():
+        with torch.device(config.device_config.device):
+            head = ParallelLMHead(*tensor.shape)
+            head.weight.weight_loader(head.weight, tensor.load())
+            head.quant_method.process_weights_after_loading(head)
+        return head
     return None
 
 
