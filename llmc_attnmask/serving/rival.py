@@ -1,10 +1,7 @@
 """Time sparse CPU kernels against vLLM's dense ones, once per shape, at load."""
 
-import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +12,11 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from llmc_attnmask.serving.dense_twin import DenseTwin
 from llmc_attnmask.serving.kernels.cpu import weights
 from llmc_attnmask.serving.kernels.cpu.op import cpu_sparse_linear
+from llmc_attnmask.serving.timing import Timer
 
 ROWS = 4096  # at most; more take the same time per row
 REPEATS = 5
 TOLERANCE = 0.05  # of a form's size: about the same speed
-LARGEST_CACHE = 2 << 30  # bytes
 
 _known: dict[tuple[object, ...], list["Timed"]] = {}
 
@@ -83,28 +80,5 @@ class Rival:
             return cpu_sparse_linear(rounded, *sparse, scale, sums, scales)
 
         calls: list[Callable[[], Tensor]] = [lambda: twin(x), ours]
-        times: list[list[float]] = [[], []]
-        other = torch.zeros(2 * cache_bytes(), dtype=torch.uint8)
-        for _ in range(REPEATS):
-            for call, taken in zip(calls, times, strict=True):
-                other.add_(1)  # so that weights come from memory, as while serving
-                start = time.perf_counter()
-                call()
-                taken.append(time.perf_counter() - start)
-        dense, sparse_time = (sorted(taken)[REPEATS // 2] for taken in times)
+        dense, sparse_time = Timer("cpu").on_cpu(calls, REPEATS)
         return dense / sparse_time
-
-
-@functools.cache
-def cache_bytes() -> int:
-    """Return the size of all last-level caches of this machine; 32 MB if unknown."""
-    found: dict[str, int] = {}
-    for folder in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
-        try:
-            size = (folder / "size").read_text().strip()
-            shared = (folder / "shared_cpu_list").read_text()
-        except OSError:
-            continue
-        if size.endswith("K"):
-            found[shared] = int(size[:-1]) << 10
-    return min(sum(found.values()) or 32 << 20, LARGEST_CACHE)

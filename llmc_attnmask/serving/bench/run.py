@@ -14,11 +14,10 @@ from tqdm import tqdm
 from vllm.platforms import current_platform
 
 from llmc_attnmask.checkpoint.io.files import open_checkpoint
-from llmc_attnmask.serving import rival
 from llmc_attnmask.serving.bench import layers
 from llmc_attnmask.serving.bench.groups import groups
 from llmc_attnmask.serving.bench.result import Bench, Kind, Time
-from llmc_attnmask.serving.bench.timing import Timer
+from llmc_attnmask.serving.timing import Timer
 
 TOKENS = (1, 8, 64, 512)  # in one step
 PROMPT = 512  # tokens of a prompt, of which only the last one needs an output
@@ -40,7 +39,7 @@ def bench(directory: str | Path) -> Bench:
     checkpoint = open_checkpoint(directory)
     with layers.single_process(directory) as config, torch.inference_mode():
         found, experts = groups(checkpoint, config.quant_config.sparsity)
-        timer = Timer(config.device_config.device_type, rival.cache_bytes())
+        timer = Timer(config.device_config.device_type)
         seconds = SECONDS / len(TOKENS) / (len(found) + 1)
         kinds, rivals = [], set()
         for group in tqdm(found, "timing layers", leave=False):
@@ -115,7 +114,7 @@ def _times(
         rows = 1 if output and tokens >= PROMPT else tokens
         x = torch.randn(rows, columns, device=timer.device)
         calls = [partial(layer.quant_method.apply, layer, x) for layer in served]
-        times = timer.in_turn(calls, seconds)
+        times = timer.within(calls, seconds)
         found.append(Time(tokens, times[0], times[-1]))
     return found
 

@@ -1,6 +1,6 @@
 import time
 
-from llmc_attnmask.serving.bench.timing import REPEATS, Timer
+from llmc_attnmask.serving.timing import REPEATS, Timer
 
 
 def test_calls_are_timed_in_turn_and_the_cache_is_emptied_before_each():
@@ -10,7 +10,7 @@ def test_calls_are_timed_in_turn_and_the_cache_is_emptied_before_each():
         order.append((name, int(timer.other[0])))
         time.sleep(seconds)
 
-    slow, fast = timer.in_turn(
+    slow, fast = timer.within(
         [lambda: call("slow", 0.02), lambda: call("fast", 0.005)], 0
     )
     assert slow >= 20 and fast >= 5
@@ -22,11 +22,11 @@ def test_calls_are_timed_in_turn_and_the_cache_is_emptied_before_each():
 
 def test_the_median_is_returned():
     seconds = iter([0, 0, 0.001, 0.06, 0.02])
-    (found,) = Timer("cpu", cache=1).in_turn([lambda: time.sleep(next(seconds))], 0)
+    (found,) = Timer("cpu", cache=1).within([lambda: time.sleep(next(seconds))], 0)
     assert 20 <= found < 60
 
 
 def test_a_long_measurement_ends_after_enough_repeats():
     order = []
-    Timer("cpu", cache=1024).in_turn([lambda: order.append(1)], 60)
+    Timer("cpu", cache=1024).within([lambda: order.append(1)], 60)
     assert len(order) == 2 + REPEATS[1]
