@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from llmc_attnmask.checkpoint.io.files import StoredTensor, TensorSpec, open_checkpoint
+from llmc_attnmask.checkpoint.layouts.bits import INTEGERS
 from llmc_attnmask.checkpoint.selection import packed_parts
 from llmc_attnmask.checkpoint.transfers.base import Unpack
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = INTEGERS | {8: torch.int64}
 
 
 @dataclass(frozen=True)

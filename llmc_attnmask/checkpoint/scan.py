@@ -5,7 +5,7 @@ from math import prod
 import torch
 
 from llmc_attnmask.checkpoint.io.files import StoredTensor
-from llmc_attnmask.checkpoint.layouts.bits import INTEGERS
+from llmc_attnmask.checkpoint.layouts.bits import INTEGERS, matrix
 from llmc_attnmask.checkpoint.layouts.sparse_24_bitmask import (
     NotTwoOfFourError,
     crowded_groups,
@@ -15,7 +15,7 @@ from llmc_attnmask.checkpoint.layouts.sparse_24_bitmask import (
 def is_two_of_four(tensor: StoredTensor) -> bool:
     """Return whether a stored weight [R, C] is 2:4; stop once it is not."""
     return tensor.shape[1] % 4 == 0 and not any(
-        crowded_groups(block.view(INTEGERS[tensor.itemsize]).view(-1, tensor.shape[1]))
+        crowded_groups(matrix(block, tensor.shape[1], tensor.itemsize))
         for _, block in tensor.blocks(tensor.shape[1] * tensor.itemsize)
     )
 
@@ -42,7 +42,7 @@ def not_two_of_four(tensor: StoredTensor) -> NotTwoOfFourError:
         found = f"its {columns} inputs are not divisible by 4"
     else:
         crowded = sum(
-            crowded_groups(block.view(INTEGERS[size]).view(-1, columns))
+            crowded_groups(matrix(block, columns, size))
             for _, block in tensor.blocks(columns * size)
         )
         found = (

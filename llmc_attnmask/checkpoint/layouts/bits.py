@@ -14,9 +14,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _BLOCK = 1 << 18  # entries at a time on a CPU; they stay in its cache
 _ACCELERATOR_BLOCK = 1 << 24  # elsewhere; `spread` takes 16 bytes for each
 
-# Eight flags, each a byte that is 0 or 1, are read as one integer. Its product with
-# this number has flag j at bit j of the highest byte, without carries.
-_SPREAD = sum(1 << (56 - 7 * j) for j in range(8))
+_WORDS = {4: torch.int32, 8: torch.int64}  # by flags of a byte each
 # By byte of a bitmask: whether each bit is set, how many are, and how many before each.
 _SET = (torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1).bool()  # [256, 8]
 _COUNTS = _SET.sum(1, dtype=torch.int32)  # [256]
@@ -41,6 +39,20 @@ def mask_bytes(columns: int) -> int:
     return -(-columns // 8)
 
 
+def codes_of(flags: Tensor, columns: int) -> Tensor:
+    """Turn every 4 or 8 flags into an integer, of which bit j is flag j.
+
+    :param flags: bool [R, C], C a multiple of ``columns``
+    :return: integers [R * C / columns]
+    """
+    # The bytes, each 0 or 1, are read as one integer. The product has flag j at bit j
+    # of its highest byte, without carries.
+    bits = 8 * columns
+    factor = sum(1 << (bits - 8 - 7 * j) for j in range(columns))
+    words = flags.contiguous().view(_WORDS[columns])
+    return (words.flatten() * factor >> (bits - 8)) & (1 << columns) - 1
+
+
 def pack_flags(flags: Tensor) -> Tensor:
     """Turn flags into a bitmask.
 
@@ -53,8 +65,7 @@ def pack_flags(flags: Tensor) -> Tensor:
     spare = -flags.shape[1] % 8
     if spare:
         flags = torch.nn.functional.pad(flags, (0, spare))
-    words = flags.contiguous().view(torch.int64)
-    return (words * _SPREAD >> 56).to(torch.uint8)  # the lowest byte of a signed shift
+    return codes_of(flags, 8).to(torch.uint8).view(len(flags), -1)
 
 
 def count_flags(bitmask: Tensor) -> Tensor:
@@ -86,6 +97,11 @@ def spread(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
     padded = torch.cat((values, values.new_zeros(1)))  # for entries after the last bit
     found = padded.index_select(0, places).mul_(is_set.flatten())
     return found.view(len(bitmask), 8 * bitmask.shape[1])[:, :columns]
+
+
+def matrix(block: Tensor, columns: int, itemsize: int) -> Tensor:
+    """View uint8 [bytes] as integers [r, columns] of ``itemsize`` bytes."""
+    return block.view(INTEGERS[itemsize]).view(-1, columns)
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmc_attnmask.checkpoint.layouts.bits import (
     bits_of,
+    codes_of,
     mask_bytes,
     row_blocks,
 )
@@ -71,7 +72,7 @@ def pack(weight: Tensor, kept: Tensor | None = None) -> Packed:
     for block in row_blocks(weight):
         bits = bits_of(weight[block])
         # on integers, `bool` gives the same as `!= 0`, many times faster
-        codes = unit.codes(bits.bool() if kept is None else kept[block])
+        codes = codes_of(bits.bool() if kept is None else kept[block], unit.columns)
         filled = unit.filled.index_select(0, codes)
         if kept is None:
             _refuse(filled == 0, block, unit, "more than two entries that are not +0.0")
@@ -119,7 +120,7 @@ def crowded_groups(weight: Tensor) -> int:
     return sum(
         int(
             unit.crowded.index_select(
-                0, unit.codes(bits_of(weight[block]).bool())
+                0, codes_of(bits_of(weight[block]).bool(), unit.columns)
             ).sum()
         )
         for block in row_blocks(weight)
@@ -203,15 +204,6 @@ class _Unit:
     def to(self, device: torch.device) -> "_Unit":
         tables = (table.to(device) for table in (self.filled, self.crowded, self.kept))
         return _Unit(self.columns, *tables)
-
-    def codes(self, flags: Tensor) -> Tensor:
-        """Turn flags, bool [r, C], into codes, integers [r * C / columns]."""
-        # The bytes, each 0 or 1, are read as one integer. The product has flag j at
-        # bit j of its highest byte, without carries.
-        bits = 8 * self.columns
-        spread = sum(1 << (bits - 8 - 7 * j) for j in range(self.columns))
-        words = flags.contiguous().view({4: torch.int32, 8: torch.int64}[self.columns])
-        return (words.flatten() * spread >> (bits - 8)) & (1 << self.columns) - 1
 
     def bytes(self, codes: Tensor, columns: int) -> Tensor:
         """Turn uint8 codes [r * C / columns] into bitmasks, uint8 [r, ceil(C / 8)]."""

@@ -142,8 +142,3 @@ class Unpack(ABC):
     def place(self) -> str:
         """The layer and its file, for messages."""
         return f"{self.module} in {self.parts['bitmask'].file}"
-
-
-def matrix(block: Tensor, columns: int, itemsize: int) -> Tensor:
-    """View uint8 [bytes] as integers [r, columns] of ``itemsize`` bytes."""
-    return block.view(INTEGERS[itemsize]).view(-1, columns)

@@ -11,7 +11,7 @@ from llmc_attnmask.checkpoint import scan
 from llmc_attnmask.checkpoint.io.files import StoredTensor, TensorSpec
 from llmc_attnmask.checkpoint.io.writer import ShardWriter
 from llmc_attnmask.checkpoint.layouts import sparse_24_bitmask as layout
-from llmc_attnmask.checkpoint.layouts.bits import mask_bytes
+from llmc_attnmask.checkpoint.layouts.bits import mask_bytes, matrix
 from llmc_attnmask.checkpoint.transfers import base
 
 
@@ -49,7 +49,7 @@ class Pack:
         row = columns * self.tensor.itemsize
         for start, block in self.tensor.blocks(row):
             try:
-                weight = base.matrix(block, columns, self.tensor.itemsize)
+                weight = matrix(block, columns, self.tensor.itemsize)
                 packed = layout.pack(weight)
             except layout.NotTwoOfFourError:
                 raise scan.not_two_of_four(self.tensor) from None
@@ -79,7 +79,7 @@ class Unpack(base.Unpack):
         row, mask_row = columns // 2 * self.itemsize, bitmask.shape[1]
         with bitmask.file.open("rb", buffering=0) as masks:
             for start, block in values.blocks(row):
-                half = base.matrix(block, columns // 2, self.itemsize)
+                half = matrix(block, columns // 2, self.itemsize)
                 mask = torch.empty(len(half), mask_row, dtype=torch.uint8)
                 bitmask.read(masks, start // row * mask_row, mask.view(-1))
                 try:

@@ -12,7 +12,7 @@ from llmc_attnmask.checkpoint.io import files
 from llmc_attnmask.checkpoint.io.files import StoredTensor, TensorSpec
 from llmc_attnmask.checkpoint.io.writer import ShardWriter
 from llmc_attnmask.checkpoint.layouts import sparse_bitmask as layout
-from llmc_attnmask.checkpoint.layouts.bits import INTEGERS, mask_bytes, spread
+from llmc_attnmask.checkpoint.layouts.bits import INTEGERS, mask_bytes, matrix, spread
 from llmc_attnmask.checkpoint.transfers import base
 
 
@@ -51,7 +51,7 @@ class Pack:
         size = self.tensor.itemsize
         row, first = columns * size, 0
         for start, block in self.tensor.blocks(row):
-            packed = layout.pack(base.matrix(block, columns, size))
+            packed = layout.pack(matrix(block, columns, size))
             done, last = start // row, first + len(packed.compressed)
             if last <= self.entries:
                 writer.write(
