@@ -188,8 +188,9 @@ class SparseLinearMethod(LinearMethodBase):
         if choice.sparse and _dummy_weights():
             self._make_up(weight.data)
             return replace(choice, reason=f"{choice.reason}; {made_up.NOTE}")
-        # packing for a CPU checks this on its own, many times faster
-        if choice.sparse and choice.few != "avx512" and self._crowded(weight.data):
+        # packing for a CPU checks its parts; other kernels need all parts to be 2:4
+        whole = choice.sparse and choice.few != "avx512"
+        if whole and sparse_24_bitmask.crowded_groups(weight.data):
             raise not_two_of_four(self.name)
         return choice
 
@@ -215,14 +216,6 @@ class SparseLinearMethod(LinearMethodBase):
             # vLLM's dense kernels for AMX expect a whole layer
             return merged(self.widths, ["unstructured"])
         return parts
-
-    def _crowded(self, weight: Tensor) -> bool:
-        """Return whether a part that should be 2:4 is not."""
-        return any(
-            bool(sparse_24_bitmask.crowded_groups(weight[rows.first : rows.last]))
-            for rows in self._parts()
-            if rows.structure == "2:4"
-        )
 
     def _make_up(self, weight: Tensor) -> None:
         for rows in self._parts():
