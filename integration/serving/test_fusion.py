@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import vllm.ir.ops
+from methods import two_of_four
 from torch import Tensor, fx
 from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx
@@ -22,7 +23,6 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from llmc_attnmask.serving.gpu_layer import GpuLayer
 from llmc_attnmask.serving.kernels import activations, packing, select
 from llmc_attnmask.serving.linear import SparseLinearMethod
-from llmc_attnmask.serving.table import KernelTable
 
 GPU = torch.device("cuda")  # its calls are made here on CPU tensors
 ROWS, COLUMNS = 32, 64
@@ -80,14 +80,7 @@ def _layer(dtype: torch.dtype) -> tuple[SparseLinearMethod, Any]:
     weight = torch.randn(ROWS, COLUMNS).to(dtype)
     weight.view(torch.int8).view(-1, 4)[:, :2] = 0
     values, indices = packing.pack(weight)
-    method = SparseLinearMethod(
-        None,
-        name="layer",
-        storage="dense",
-        packed_parts=0,
-        structures=["2:4"],
-        table=KernelTable(),
-    )
+    method = two_of_four("layer")
     method.served = GpuLayer(select.NO_LIMIT)
     method.served.quantize = activations.quantizer(dtype, GPU)
     layer = SimpleNamespace(

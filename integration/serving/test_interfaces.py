@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from methods import two_of_four
 from torch import nn
 from vllm import _custom_ops
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
@@ -33,7 +34,6 @@ from vllm.transformers_utils.config import HFConfigParser
 from llmc_attnmask.serving.config import SparseConfig
 from llmc_attnmask.serving.kernels import activations, select
 from llmc_attnmask.serving.linear import SparseLinearMethod
-from llmc_attnmask.serving.table import KernelTable
 
 GPU = torch.device("cuda")  # its calls are made here on CPU tensors
 Stock = compressed_tensors.CompressedTensorsConfig
@@ -129,14 +129,7 @@ def test_the_weight_cache_is_refused_with_advice() -> None:
     )
     model = nn.Module()
     model.q_proj = nn.Module()
-    model.q_proj.quant_method = SparseLinearMethod(
-        None,
-        name="q_proj",
-        storage="dense",
-        packed_parts=0,
-        structures=["2:4"],
-        table=KernelTable(),
-    )
+    model.q_proj.quant_method = two_of_four("q_proj")
     with pytest.raises(
         ValueError, match=r"q_proj is sparse.*without --load-format ipc"
     ):
@@ -148,14 +141,7 @@ def test_a_compiled_graph_is_reused_only_with_the_kernels_it_was_made_for() -> N
     hashes = set()
     with set_current_vllm_config(config):
         for kernel in ("dense", "cuda", "cusparselt", "cuda"):
-            method = SparseLinearMethod(
-                None,
-                name="layer",
-                storage="dense",
-                packed_parts=0,
-                structures=["2:4"],
-                table=KernelTable(),
-            )
+            method = two_of_four("layer")
             method._tell_compile_cache(select.Choice(kernel, kernel, 0, ""))
             hashes.add(config.compute_hash())
     assert len(hashes) == 3
